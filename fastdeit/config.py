@@ -1,0 +1,248 @@
+"""Every setting of a training run. Field names are the flags, with the names of facebookresearch/deit main.py (and,
+where that has none, timm's train.py), so an existing command line carries over.
+
+A recipe (fastdeit/recipes) is a function that returns a filled `Config`; the command line overrides its fields.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .command import UserError, need
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What is run, where it writes."""
+
+    recipe: str | None = None
+    """Defaults to start from: a name in fastdeit/recipes. Without it: demo if no --data-path is given, else deit."""
+    output_dir: Path | None = None
+    """Folder of this run. Default: runs/RECIPE-DATE-TIME."""
+    resume: str | None = None
+    """Folder of a run to continue."""
+    eval: bool = False
+    """Only evaluate --resume or --finetune on the validation images."""
+    seed: int = 0
+    """Seed of everything random: weights, order, augmentation, mixing, drop path."""
+    device: str | None = None
+    """cuda, cuda:N or cpu. Default: cuda where present."""
+    dry_run: bool = False
+    """Build everything, take two steps, report memory and the first batch's shapes, write nothing."""
+    print_config: bool = False
+    """Print the settings as JSON and stop."""
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Images and their augmentation."""
+
+    data_path: Path | None = None
+    """DIR/train/CLASS/* and DIR/val/CLASS/*. Default: scikit-learn's digits, written to data/digits."""
+    input_size: int = 224
+    """Pixels on a side."""
+    batch_size: int = 64
+    """Images per process and step."""
+    num_workers: int | None = None
+    """Threads that read and decode. Default: the processor's cores, shared between the processes of this machine."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Random resized crop: share of the image's area, lowest and highest."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Random resized crop: width over height, lowest and highest."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    src: bool = False
+    """Simple random crop (resize, pad 4, crop) in place of the random resized crop, as in DeiT III."""
+    aa: str = "rand-m9-mstd0.5-inc1"
+    """none, 3aug (DeiT III), or RandAugment in timm's notation."""
+    color_jitter: float = 0.3
+    """Strength of brightness, contrast and saturation jitter; used with --aa none or 3aug only, as in timm."""
+    reprob: float = 0.25
+    """Probability of random erasing (one rectangle of pixel noise)."""
+    repeated_aug: bool = True
+    """Each image three times an epoch, each time augmented anew; a third of the images is seen per epoch."""
+    mixup: float = 0.8
+    """Mixup alpha; 0 turns it off."""
+    cutmix: float = 1.0
+    """CutMix alpha; 0 turns it off."""
+    mixup_prob: float = 1.0
+    """Probability of mixing at all."""
+    mixup_switch_prob: float = 0.5
+    """Probability of CutMix when both are on."""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """One lambda per batch, pair or sample."""
+    eval_crop_ratio: float = 0.875
+    """Evaluation: share of the resized image's side that the centre crop keeps."""
+    max_bad: float = 0.01
+    """Stop when more than this share of the images cannot be read."""
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The student."""
+
+    model: str = "deit_small_distilled_patch16_224"
+    """deit_*, deit3_* (fastdeit.model.model_names()), or any other timm model name."""
+    patch_size: int | None = None
+    """Pixels on a side of a patch. Default: the model's."""
+    drop_path: float = 0.1
+    """Stochastic depth: rate of the last block, rising linearly from 0 (DeiT III: the same in every block)."""
+    finetune: str | None = None
+    """Checkpoint to start from: a run's folder, or a file of timm or facebookresearch/deit."""
+    pretrained: bool = False
+    """Start from timm's published weights (timm model names only)."""
+    model_ema: bool = True
+    """Keep, evaluate and save an exponential moving average of the weights."""
+    model_ema_decay: float = 0.99996
+    """Decay of the moving average per step."""
+    grad_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(kw_only=True)
+class Distillation:
+    """The teacher and what the student takes from it."""
+
+    distillation_type: Literal["none", "soft", "hard"] = "none"
+    """hard: cross entropy with the teacher's decision. soft: KL divergence at temperature tau."""
+    distillation_alpha: float = 0.5
+    """Weight of the teacher's term: loss = (1 - alpha) * class term + alpha * teacher term, as in the original code.
+    Some texts weigh the other way round: alpha * cross entropy + (1 - alpha) * teacher."""
+    distillation_tau: float = 1.0
+    """Temperature of soft distillation."""
+    distillation_reduction: Literal["batchmean", "numel"] = "batchmean"
+    """Soft distillation: mean over the batch, or (numel) over batch * classes as in the original code."""
+    teacher_model: str = "regnety_160"
+    """timm model name, or a run's folder with --teacher-path."""
+    teacher_path: str | None = None
+    """The teacher's weights: a folder written by fastdeit, or a checkpoint file. Default: timm's published weights."""
+    compare_undistilled: bool = False
+    """Train the same student a second time without teacher and distillation token, and put it in the table."""
+
+
+@dataclass(kw_only=True)
+class Optimization:
+    """Optimizer and schedule."""
+
+    epochs: int = 300
+    """Passes over the training images."""
+    opt: Literal["adamw", "lamb", "sgd"] = "adamw"
+    """Optimizer."""
+    lr: float = 5e-4
+    """Peak learning rate for a global batch of 512 images; scaled linearly with the batch."""
+    unscale_lr: bool = False
+    """Take --lr as it is."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; none on biases, norms, tokens and position embedding."""
+    opt_eps: float = 1e-8
+    """Epsilon of AdamW and LAMB."""
+    opt_betas: tuple[float, float] = (0.9, 0.999)
+    """Betas of AdamW and LAMB."""
+    clip_grad: float | None = None
+    """Clip the gradient's norm to this. Default: no clipping."""
+    warmup_epochs: float = 5
+    """Epochs of linear warm-up."""
+    warmup_lr: float = 1e-6
+    """Learning rate of step 0 (not scaled)."""
+    min_lr: float = 1e-5
+    """Learning rate at the end (not scaled)."""
+    smoothing: float = 0.1
+    """Label smoothing of the class term."""
+    bce_loss: bool = False
+    """Binary cross entropy for the class term, as in DeiT III."""
+
+
+@dataclass(kw_only=True)
+class Speed:
+    """How the arithmetic is done."""
+
+    compile: bool = False
+    """torch.compile the student."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Autocast type of the student's step. Default: bf16 on CUDA, fp32 on the CPU."""
+    attention: Literal["fused", "sdpa", "xformers"] = "sdpa"
+    """fused: fastdeit's Triton kernel. sdpa: PyTorch's. xformers: its memory-efficient attention (CUDA)."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    distillation: Distillation = field(default_factory=Distillation)
+    optimization: Optimization = field(default_factory=Optimization)
+    speed: Speed = field(default_factory=Speed)
+
+    def to_dict(self) -> dict:
+        """Plain JSON types, one dictionary per group."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    @classmethod
+    def from_dict(cls, groups: dict) -> "Config":
+        """The inverse of `to_dict`; settings this version does not know are refused by name."""
+        config = cls()
+        for group, values in groups.items():
+            target = getattr(config, group, None)
+            unknown = values if target is None else [key for key in values if not hasattr(target, key)]
+            if unknown:
+                raise UserError(f"the saved settings hold {group}.{', '.join(unknown)}, unknown to this version")
+            for key, value in values.items():
+                if isinstance(value, list):
+                    value = tuple(value)
+                if key in ("data_path", "output_dir") and value is not None:
+                    value = Path(value)
+                setattr(target, key, value)
+        return config
+
+
+def check(config: Config) -> None:
+    """Refuse values no run can work with."""
+    data, optimization, distillation = config.data, config.optimization, config.distillation
+    rates = {
+        "--drop-path": config.model.drop_path,
+        "--smoothing": optimization.smoothing,
+        "--distillation-alpha": distillation.distillation_alpha,
+        "--reprob": data.reprob,
+        "--hflip": data.hflip,
+        "--max-bad": data.max_bad,
+    }
+    for flag, rate in rates.items():
+        if not 0 <= rate <= 1:
+            raise UserError(f"{flag} {rate}: must lie between 0 and 1")
+    for flag, count in {"--batch-size": data.batch_size, "--epochs": optimization.epochs, "--input-size": data.input_size}.items():
+        if count < 1:
+            raise UserError(f"{flag} {count}: must be at least 1")
+    if distillation.distillation_tau <= 0:
+        raise UserError(f"--distillation-tau {distillation.distillation_tau}: a temperature must be above 0")
+    if data.batch_size % 2 and (data.mixup > 0 or data.cutmix > 0):
+        raise UserError(f"--batch-size {data.batch_size}: mixup and cutmix pair the samples of a batch; use an even size")
+    if not 0 < data.eval_crop_ratio <= 1:
+        raise UserError(f"--eval-crop-ratio {data.eval_crop_ratio}: must lie above 0 and up to 1")
+
+
+def parse(arguments: list[str] | None = None, *, recipe: str | None = None, prog: str = "python -m fastdeit.train") -> Config:
+    """The command line over a recipe's defaults, checked. `recipe` is the one taken when --recipe is not given."""
+    from . import recipes
+
+    tyro = need("tyro")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    chosen = _flag(arguments, "recipe") or recipe or ("deit" if _flag(arguments, "data-path") else "demo")
+    default = recipes.load(chosen)
+    default.run.recipe = chosen
+    config = tyro.cli(
+        tyro.conf.OmitArgPrefixes[Config], prog=prog, args=arguments, default=default, description=recipes.describe(chosen)
+    )
+    check(config)
+    return config
+
+
+def _flag(arguments: list[str], name: str) -> str | None:
+    """The value of --name in the raw arguments: the recipe must be known before the parser is built."""
+    for position, argument in enumerate(arguments):
+        key, equals, value = argument.replace("_", "-", 0).partition("=")
+        if key.replace("_", "-") == f"--{name}":
+            return value if equals else (arguments[position + 1] if position + 1 < len(arguments) else None)
+    return None

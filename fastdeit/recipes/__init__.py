@@ -1,0 +1,22 @@
+"""Recipes: files with one function, `config()`, whose docstring states the command, the cost and the result to expect."""
+
+import importlib
+import pkgutil
+
+from ..command import UserError
+from ..config import Config
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Config:
+    """The recipe's settings, as a fresh `Config`."""
+    if name not in names():
+        raise UserError(f"--recipe {name}: there is no such recipe; choose one of {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}").config()
+
+
+def describe(name: str) -> str:
+    return importlib.import_module(f"{__name__}.{name}").__doc__.strip()
