@@ -1,0 +1,95 @@
+"""In which order the images are seen: pure functions of (seed, epoch), with no state to save or to lose.
+
+Symbols: n images in the index, r repeats, m = ceil(n / r) distinct images in an epoch with repeated augmentation,
+G = batch_size * world_size, the global batch.
+
+One global order holds for all processes. The global batch of step s is its positions [s * G, (s + 1) * G), of which
+rank k takes the contiguous part starting at s * G + k * batch_size. So the same images meet in the same step on one
+GPU with batch 1024 as on eight with batch 128, and resuming needs no more than the number of the step.
+
+Training drops the incomplete last batch. Evaluation pads it with -1: every image is seen exactly once over all
+ranks, and all ranks take the same number of steps.
+"""
+
+import numpy as np
+
+# Philox's counter holds four words and runs through the first: the last one keeps these draws apart from those of
+# other purposes (crops, mixing, replacements) that share the key.
+ORDER_STREAM = 1
+
+
+def generator(seed: int, epoch: int, stream: int = ORDER_STREAM) -> np.random.Generator:
+    """A counter-based generator for one purpose (`stream`) in one epoch; seed and epoch in [0, 2**64)."""
+    if seed < 0 or epoch < 0:
+        raise ValueError(f"seed and epoch must not be negative, got seed={seed}, epoch={epoch}")
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, stream]))
+
+
+def epoch_order(
+    n: int, *, seed: int, epoch: int, repeats: int = 1, shuffle: bool = True, global_batch: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The global order of one epoch: (indices, copies), both (n,) int64.
+
+    repeats: repeated augmentation (Hoffer et al., "Augment Your Batch", 2020; DeiT's samplers.py). Each of about
+        n / repeats distinct images comes `repeats` times, numbered by `copies` 0..repeats-1 so that each copy draws
+        its own augmentation; the epoch keeps its length n, and another subset is drawn in the next epoch.
+    global_batch: how far apart the copies of an image stand. In DeiT they meet in one global batch, on different
+        GPUs, or on a single GPU in one batch. Here no batch of up to this size ever holds an image twice, and
+        the copies fall into consecutive batches, where the optimiser's momentum still averages over them.
+        None: as far apart as the epoch allows, which suits any batch size but loses that averaging.
+        An epoch with fewer than r * (G + r) distinct images has to put them closer, evenly spaced.
+    """
+    _check_order(n, repeats)
+    images = generator(seed, epoch).permutation(n) if shuffle else np.arange(n)
+    if repeats == 1:
+        return images.astype(np.int64, copy=False), np.zeros(n, np.int64)
+    images = images[: -(-n // repeats)]
+    shift = _rows_between_copies(len(images), repeats, global_batch)
+    # Row j: copy 0 of image j, copy 1 of image j - shift, copy 2 of image j - 2 * shift ... (cyclic). Read row by
+    # row, two successive copies of an image are shift * repeats + 1 positions apart.
+    rows = np.stack([np.roll(images, copy * shift) for copy in range(repeats)], axis=1)
+    copies = np.broadcast_to(np.arange(repeats), rows.shape)
+    return rows.reshape(-1)[:n].astype(np.int64, copy=False), copies.reshape(-1)[:n].astype(np.int64)
+
+
+def _check_order(n: int, repeats: int) -> None:
+    if n < 1:
+        raise ValueError("there are no images to order: the index is empty")
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1 (1 means no repeated augmentation), got {repeats}")
+
+
+def _rows_between_copies(rows: int, repeats: int, global_batch: int | None) -> int:
+    evenly = rows // repeats
+    return evenly if global_batch is None else min(-(-global_batch // repeats), evenly)
+
+
+def evaluation_order(n: int, batch_size: int, world_size: int = 1) -> np.ndarray:
+    """0..n-1 in order, padded with -1 to whole global batches; int64."""
+    padded = np.full(
+        steps_per_epoch(n, batch_size, world_size, drop_last=False) * batch_size * world_size, -1, np.int64
+    )
+    padded[:n] = np.arange(n)
+    return padded
+
+
+def steps_per_epoch(n: int, batch_size: int, world_size: int = 1, *, drop_last: bool = True) -> int:
+    """Steps every rank takes in an epoch of n positions: n // G in training (drop_last), ceil(n / G) in evaluation."""
+    if batch_size < 1 or world_size < 1:
+        raise ValueError(f"batch_size and world_size must be at least 1, got {batch_size} and {world_size}")
+    global_batch = batch_size * world_size
+    if not drop_last:
+        return -(-n // global_batch)
+    if n < global_batch:
+        raise ValueError(
+            f"{n} training images do not fill one batch of {global_batch} (batch size {batch_size} on {world_size} "
+            f"processes): use a batch size of at most {max(1, n // world_size)}"
+        )
+    return n // global_batch
+
+
+def batch_slice(step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> slice:
+    """The positions of the global order that `rank` sees in `step`."""
+    assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+    start = step * batch_size * world_size + rank * batch_size
+    return slice(start, start + batch_size)
