@@ -4,3 +4,7 @@ Each operation is a folder: `api.py` (the public function, its checks and its re
 `reference.py` (plain PyTorch: the CPU path and the oracle of the tests) and the Triton implementation, which is
 imported at the first call that needs it.
 """
+
+from .mix_normalize.api import mix_normalize
+
+__all__ = ["mix_normalize"]
