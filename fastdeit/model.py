@@ -9,58 +9,22 @@ Shapes: B batch, N tokens, D width, H heads, K head_dim (D = H K), L depth, C cl
 Tokens are ordered [class, distillation, patches row by row].
 """
 
-import difflib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .architectures import ARCHITECTURES, Architecture, model_names, unknown_model_message
+
+__all__ = ["DeiT", "create_model", "model_names", "token_cosine_similarity", "unknown_model_message"]
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What a model name stands for. `deit3`: LayerScale, position embedding on patches only, constant drop path."""
-
-    width: int
-    depth: int
-    heads: int
-    patch_size: int
-    img_size: int
-    distilled: bool = False
-    deit3: bool = False
-
-
-def _architectures() -> dict[str, Architecture]:
-    table = {}
-    for size, (width, heads) in {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}.items():
-        for pixels in (224, 384):
-            table[f"deit_{size}_patch16_{pixels}"] = Architecture(width, 12, heads, 16, pixels)
-            table[f"deit_{size}_distilled_patch16_{pixels}"] = Architecture(width, 12, heads, 16, pixels, True)
-    # DeiT III; timm and the paper have no medium or huge at 384.
-    for size, (width, depth, heads, patch, sizes) in {
-        "small": (384, 12, 6, 16, (224, 384)),
-        "medium": (512, 12, 8, 16, (224,)),
-        "base": (768, 12, 12, 16, (224, 384)),
-        "large": (1024, 24, 16, 16, (224, 384)),
-        "huge": (1280, 32, 16, 14, (224,)),
-    }.items():
-        for pixels in sizes:
-            table[f"deit3_{size}_patch{patch}_{pixels}"] = Architecture(width, depth, heads, patch, pixels, deit3=True)
-    # Small enough to learn handwritten digits on a laptop.
-    table["deit_nano_patch4_16"] = Architecture(128, 6, 4, 4, 16)
-    table["deit_nano_distilled_patch4_16"] = Architecture(128, 6, 4, 4, 16, True)
-    return table
-
-
-ARCHITECTURES = _architectures()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Attention over the packed projection: (B, N, 3, H, K) -> (B, N, H, K)
 
 
@@ -91,12 +55,11 @@ def _attention_named(name: str):
         raise ValueError(f"attention={name!r} is unknown; choose one of {', '.join(ATTENTION)}")
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
         raise ValueError(
-            "attention='xformers' needs xformers, which is not installed: pip install 'fastdeit[xformers]'"
+            "attention='xformers' needs xformers: pip install 'fastdeit[xformers]', or use attention='sdpa'"
         )
     return ATTENTION[name]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Layers
 
 
@@ -136,7 +99,7 @@ class LayerScale(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """(B, 3, height, width) -> (B, patches, D): one linear map of each square patch, written as a strided convolution."""
+    """(B, 3, height, width) -> (B, patches, D): one linear map of each square patch, as a strided convolution."""
 
     def __init__(self, patch_size: int, width: int):
         super().__init__()
@@ -173,12 +136,11 @@ def _add(x_BND: Tensor, branch_BND: Tensor, scale_B: Tensor | None) -> Tensor:
     return (x_BND + branch_BND * scale_B[:, None, None]).to(x_BND.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The model
 
 
 class DeiT(nn.Module):
-    """A Data-efficient Image Transformer. Make one with `create_model`.
+    """A Data-efficient Image Transformer; `create_model` makes one.
 
     forward(images, drop_path_noise=None), images (B, 3, height, width) of the size the model was made for:
       distilled, in train(): (cls_logits, dist_logits), each (B, C), as facebookresearch/deit has it;
@@ -221,9 +183,8 @@ class DeiT(nn.Module):
 
     def _init_weights(self) -> None:
         """As facebookresearch/deit: tokens, positions and Linear weights trunc_normal(0.02), biases 0."""
-        for name, parameter in self.named_parameters(recurse=False):
-            assert name in {"cls_token", "dist_token", "pos_embed"}
-            nn.init.trunc_normal_(parameter, std=0.02)
+        for token in self.parameters(recurse=False):  # cls_token, dist_token, pos_embed
+            nn.init.trunc_normal_(token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 _init_linear(module)
@@ -231,16 +192,9 @@ class DeiT(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Fresh heads for `num_classes` classes (0: no heads, the logits are the tokens' features)."""
         self.num_classes = num_classes
-        like = self.pos_embed
-
-        def head() -> nn.Module:
-            if num_classes == 0:
-                return nn.Identity()
-            return _init_linear(nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype))
-
-        self.head = head()
-        if self.arch.distilled:
-            self.head_dist = head()
+        for name in ("head", "head_dist") if self.arch.distilled else ("head",):
+            head = nn.Identity() if num_classes == 0 else _init_linear(nn.Linear(self.embed_dim, num_classes))
+            setattr(self, name, head.to(self.pos_embed))
 
     def forward(self, images: Tensor, drop_path_noise: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         cls_logits, dist_logits = self.forward_heads(images, drop_path_noise)
@@ -344,13 +298,7 @@ def _pixels(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Making and measuring models
-
-
-def model_names() -> list[str]:
-    """The names `create_model` takes; timm knows the same with `fastdeit_` in front."""
-    return list(ARCHITECTURES)
 
 
 def create_model(
@@ -369,11 +317,10 @@ def create_model(
     'xformers'. Raises ValueError for an unknown name, a size that is no multiple of the patch, or a bad rate.
     """
     if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=3) or list(ARCHITECTURES)
-        raise ValueError(f"unknown model {name!r}; did you mean {' or '.join(near)}?")
+        raise ValueError(unknown_model_message(name))
     arch = ARCHITECTURES[name]
     if patch_size is not None:
-        arch = Architecture(**{**vars(arch), "patch_size": patch_size})
+        arch = replace(arch, patch_size=patch_size)
     if img_size is None:
         img_size = arch.img_size
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -398,9 +345,7 @@ def token_cosine_similarity(model: DeiT, images: Tensor) -> Tensor:
     LayerNorm is not applied. Raises ValueError for a model without a distillation token.
     """
     if not model.arch.distilled:
-        raise ValueError(
-            "the model has no distillation token to compare with; choose a model with 'distilled' in its name"
-        )
+        raise ValueError("this model has no distillation token; choose one with 'distilled' in its name")
     was_training = model.training
     model.eval()
     x_BND = model.embed(images)
