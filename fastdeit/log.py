@@ -1,0 +1,107 @@
+"""What a person sees of a run, and what stays of it: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_LINE_SECONDS = 30  # without a terminal: at most one line in this time between two epochs
+
+
+class Log:
+    """The voice of a run. Only rank 0 has one that speaks (`folder` None and `quiet` on the others)."""
+
+    def __init__(self, folder: Path | None, *, total_steps: int, title: str, quiet: bool = False):
+        self.quiet, self.total_steps, self.title = quiet, total_steps, title
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.started = self.last_line = time.monotonic()
+        self.first_step: int | None = None
+        self.lines = (folder / "metrics.jsonl").open("a", buffering=1) if folder else None
+        self.tensorboard = _tensorboard(folder)
+        self.bar = self.task = None
+        if self.console.is_terminal and not quiet:
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True,
+            )  # fmt: skip
+            self.task = self.bar.add_task(title, total=total_steps)
+            self.bar.start()
+
+    def train(self, *, step: int, epoch: int, **figures: float) -> None:
+        """Figures of the steps since the last call: losses, lr, images_per_s, data_share."""
+        self._write({"kind": "train", "step": step, "epoch": epoch, **figures})
+        text = _train_text(figures)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, description=f"{self.title}  epoch {epoch + 1}  {text}")
+        elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
+            self.say(f"  step {step}/{self.total_steps}  {text}  left {self._left(step)}")
+
+    def evaluated(self, *, step: int, epoch: int, epochs: int, figures: dict, accuracy: dict[str, dict]) -> None:
+        """Accuracies after an epoch: {"model": {"cls": top-1, ...}, "ema": {...}}, beside the last training figures."""
+        self._write({"kind": "eval", "step": step, "epoch": epoch, **accuracy})
+        percent = "  ".join(
+            f"{'ema ' if source == 'ema' else ''}{head} {100 * value:.2f}"
+            for source, heads in accuracy.items()
+            for head, value in heads.items()
+        )
+        width = len(str(epochs))
+        self.say(f"epoch {epoch + 1:{width}d}/{epochs}  {_train_text(figures)}  left {self._left(step)}  top-1 % {percent}")
+
+    def say(self, text: str) -> None:
+        self.last_line = time.monotonic()
+        self.console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        if self.lines is not None:
+            self.lines.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def _write(self, record: dict) -> None:
+        if self.first_step is None:
+            self.first_step, self.started = record["step"], time.monotonic()
+        if self.lines is not None:
+            self.lines.write(json.dumps(record) + "\n")
+        if self.tensorboard is not None:
+            for name, value in _flat(record):
+                self.tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def _left(self, step: int) -> str:
+        done = step - (self.first_step or 0)
+        if done < 1:
+            return "-:--:--"
+        seconds = int((time.monotonic() - self.started) / done * (self.total_steps - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _train_text(figures: dict) -> str:
+    if not figures:
+        return ""
+    terms = f" (class {figures['class_loss']:.3f}, teacher {figures['teacher_loss']:.3f})" if figures["teacher_loss"] else ""
+    return (
+        f"loss {figures['loss']:.3f}{terms}  lr {figures['lr']:.1e}  {figures['images_per_s']:,.0f} images/s  "
+        f"data {100 * figures['data_share']:.0f} %"
+    )
+
+
+def _flat(record: dict, prefix: str = ""):
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and key != "step":
+            yield prefix + key, value
+
+
+def _tensorboard(folder: Path | None):
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder / "tensorboard")
