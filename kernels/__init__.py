@@ -5,6 +5,7 @@ Each operation is a folder: `api.py` (the public function, its checks and its re
 imported at the first call that needs it.
 """
 
+from .distillation_loss.api import distillation_loss
 from .mix_normalize.api import mix_normalize
 
-__all__ = ["mix_normalize"]
+__all__ = ["distillation_loss", "mix_normalize"]

@@ -1,0 +1,153 @@
+"""The loss of a student with a class head and a distillation head, and its gradient, in one launch."""
+
+import torch
+from torch import Tensor
+
+from ..backend import use_triton
+from . import checks
+from .reference import reference
+
+
+def distillation_loss(
+    cls_logits: Tensor,
+    dist_logits: Tensor | None,
+    target: Tensor | None,
+    teacher: Tensor | tuple[Tensor, Tensor] | None,
+    *,
+    kind: str,
+    alpha: float = 0.5,
+    tau: float = 1.0,
+    smoothing: float = 0.0,
+    mix: tuple[Tensor, float | Tensor] | None = None,
+    soft_reduction: str = "batchmean",
+    reduction: str = "mean",
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross entropy of the class head plus the teacher's term of the distillation head.
+
+    Each sample's loss is `(1 - alpha) * class term + alpha * teacher term`, or the class term alone with kind "none"::
+
+        class term    CE(q, softmax(cls_logits)),  q = (1 - smoothing) * (lam * e_a + (1 - lam) * e_b) + smoothing / C
+        "hard"        CE(argmax of the teacher, softmax(dist_logits)), the first class among equals; not smoothed
+        "soft"        tau^2 * KL(softmax(teacher / tau) || softmax(dist_logits / tau))
+
+    Statistics and losses are float32 whatever the logits' dtype. The forward also computes both gradients, in the
+    logits' dtype; the backward only scales them, and cannot itself be differentiated. Up to 32,768 classes.
+
+    Args:
+        cls_logits: (B, C) float32, float16 or bfloat16 (on the CPU also float64); last dimension contiguous.
+        dist_logits: (B, C) like `cls_logits`; None for a student with one head, which then carries both terms.
+        target: (B,) int64 labels, -100 for an unlabelled sample; or (B, C) probabilities; or None: no sample has one.
+            An unlabelled sample has class term 0 and counts in the mean.
+        teacher: what the teacher says of the batch. Its logits (B, C), in any of the dtypes; or, for kind "hard", its
+            labels (B,) int64; or stored answers `(indices, probabilities)`, (B, K) int64 and (B, K) floating, indices
+            of a row distinct, probabilities already at temperature `tau`: what they leave to 1 is spread evenly over
+            the other classes. None with kind "none".
+        kind: "none", "hard" or "soft".
+        alpha: weight of the teacher term, in [0, 1].
+        tau: temperature of the soft term.
+        smoothing: label smoothing of the class term, in [0, 1).
+        mix: `(second_labels, lam)` of mixup or cutmix: (B,) int64, and the weight of the sample's own label as a float
+            or a (B,) float32 tensor. Under torch.compile give a tensor: each new float would be compiled anew. A sample
+            is unlabelled where a label that carries weight is -100.
+        soft_reduction: "batchmean", or "numel", which divides the soft term by C as well, as the DeiT code does.
+        reduction: "mean" over all B samples, or "none": (B,) float32.
+        return_terms: also return a detached float32 tensor of 2, the class and the teacher term, unweighted, each
+            averaged over all B samples: `loss == (1 - alpha) * terms[0] + alpha * terms[1]`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options do not fit; on the CPU also for labels out of range. On a GPU a
+            label out of range makes its sample's loss and gradient NaN, since checking it would stop the stream.
+
+    Source: DeiT (arXiv 2012.12877, section 4, equations 2 and 3; facebookresearch/deit, losses.py). Stored answers:
+    TinyViT (arXiv 2207.10666, section 3.2).
+    """
+    checks.check_options(kind, alpha, tau, smoothing, soft_reduction, reduction)
+    checks.check_logits(cls_logits, dist_logits)
+    checks.check_target(cls_logits, target, mix)
+    checks.check_teacher(cls_logits, teacher, kind)
+
+    if kind == "none":
+        dist_logits = teacher = None
+    teacher, teacher_probs = teacher if isinstance(teacher, tuple) else (teacher, None)
+    if kind == "hard" and teacher_probs is not None:
+        teacher, teacher_probs = teacher.gather(1, teacher_probs.argmax(1, keepdim=True))[:, 0], None
+    second, lam = mix if mix is not None else (None, None)
+    if second is not None and not isinstance(lam, Tensor):
+        lam = torch.full((len(cls_logits),), float(lam), device=cls_logits.device)
+
+    heads = (cls_logits,) if dist_logits is None else (cls_logits, dist_logits)
+    with_grad = torch.is_grad_enabled() and any(head.requires_grad for head in heads)
+    numel = soft_reduction == "numel"
+    losses, terms, _, _ = _op(
+        cls_logits, dist_logits, target, second, lam, teacher, teacher_probs,
+        kind, alpha, tau, smoothing, numel, with_grad,
+    )  # fmt: skip
+    loss = losses.mean() if reduction == "mean" else losses
+    return (loss, terms.mean(1)) if return_terms else loss
+
+
+@torch.library.custom_op("fastdeit::distillation_loss", mutates_args=())
+def _op(
+    cls_logits: Tensor,
+    dist_logits: Tensor | None,
+    target: Tensor | None,
+    second: Tensor | None,
+    lam: Tensor | None,
+    teacher: Tensor | None,
+    teacher_probs: Tensor | None,
+    kind: str,
+    alpha: float,
+    tau: float,
+    smoothing: float,
+    numel: bool,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not cls_logits.is_cuda:
+        checks.check_labels(cls_logits.shape[1], target, second, teacher)
+    if use_triton(cls_logits):
+        from .triton_impl import launch as implementation
+    else:
+        implementation = reference
+    return implementation(
+        cls_logits, dist_logits, target, second, lam, teacher, teacher_probs,
+        kind, alpha, tau, smoothing, numel, with_grad,
+    )  # fmt: skip
+
+
+@_op.register_fake
+def _(cls_logits, dist_logits, target, second, lam, teacher, teacher_probs, kind, *options):
+    with_grad = options[-1]
+    batch, statistics = cls_logits.shape[0], torch.promote_types(cls_logits.dtype, torch.float32)
+    dcls = cls_logits.new_empty(cls_logits.shape if with_grad else 0)
+    ddist = cls_logits.new_empty(dist_logits.shape if with_grad and dist_logits is not None else 0)
+    return (
+        cls_logits.new_empty(batch, dtype=statistics),
+        cls_logits.new_empty((2, batch), dtype=statistics),
+        dcls,
+        ddist,
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, terms, dcls, ddist = output
+    ctx.mark_non_differentiable(terms, dcls, ddist)
+    ctx.save_for_backward(dcls, ddist)
+
+
+def _backward(ctx, dlosses, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError("distillation_loss cannot be differentiated twice: it keeps no second derivative.")
+    dcls, ddist = (
+        _scale_rows(grad, dlosses) if needed and grad.numel() else None
+        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
+    )
+    return dcls, ddist, *(None,) * 11
+
+
+def _scale_rows(grad_BC: Tensor, scale_B: Tensor) -> Tensor:
+    # In float32, and one kernel with no float32 copy: a half-precision scale would overflow under loss scaling.
+    return torch.mul(grad_BC, scale_B[:, None], out=torch.empty_like(grad_BC))
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
