@@ -1,0 +1,179 @@
+"""What images there are: names, labels and sizes of a whole split in a few arrays, and the encoded bytes of each.
+
+    index = open_index("imagenet", "train", cache_dir="runs/cache")
+    index.classes[index.labels[7]], index.heights[7], index.encoded(7)
+
+The index is built once, from file headers, and kept in `cache_dir` until the list of files changes. Files that no
+decoder will read are left out of it and named in `index.bad`.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from . import folder, index_cache
+from .layout import list_split
+from .records import BadFile, Listing, Records
+
+log = logging.getLogger(__name__)
+
+_KINDS = {"folder": (folder.read_records, folder.FolderReader)}
+
+
+class Reader(Protocol):
+    """Where the encoded images lie. Usable from several threads, and after pickling."""
+
+    def name(self, i: int) -> str: ...
+    def path(self, i: int) -> str | None: ...
+    def encoded(self, i: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Index:
+    """n images in a fixed order; picklable.
+
+    classes: names; a label is a position in it
+    labels: (n,) int64, -100 where there is none
+    heights, widths: (n,) int32, pixels as stored (no EXIF rotation)
+    bad: files left out because their headers show that they cannot be decoded
+    """
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    bad: tuple[BadFile, ...]
+    records: Records
+    reader: Reader
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        """The path of a plain file, shard:member in a tar, file:row in Parquet."""
+        return self.reader.name(i)
+
+    def path(self, i: int) -> str | None:
+        """The absolute path of a plain file, None if the image lies in a shard."""
+        return self.reader.path(i)
+
+    def encoded(self, i: int) -> np.ndarray:
+        """The encoded bytes, (bytes,) uint8; read-only for shards. Raises OSError if the file has vanished."""
+        return self.reader.encoded(i)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of classes, names below the root, encoded sizes and labels. Equal after copying or touching."""
+        records = self.records
+        digest = hashlib.sha256("\0".join([*self.classes, "", *records.shards]).encode("utf-8", "surrogateescape"))
+        for array in (records.names.blob, records.names.ends, records.sizes, self.labels, records.shard_ids):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
+
+def open_index(
+    path: str | os.PathLike,
+    split: str = "train",
+    *,
+    classes: Sequence[str] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Index:
+    """Index one split of a labelled data set.
+
+    path: a folder in one of these layouts; `val` is also found as validation, valid or test, in this order
+        path/SPLIT/CLASS/**                             image folder; classes in sorted order, as torchvision
+        path/SPLIT-*.tar or path/SPLIT/*.tar            WebDataset: members key.jpg and key.cls or key.json
+        path/SPLIT-*.parquet or path/data/SPLIT-*.parquet or path/SPLIT/*.parquet    as Hugging Face datasets writes
+    classes: the training classes, given for the other splits: labels then count in them. A class that only one side
+        knows is an error.
+    cache_dir: where the index is kept; None builds it each time. With several processes, let one open it first.
+
+    Raises ValueError, with what was found and what was expected, for a wrong path, no images, or other classes.
+    """
+    return _open(list_split(os.fspath(path), split), f"the '{split}' split of {path}", classes, cache_dir)
+
+
+def open_folder(path: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None) -> Index:
+    """All images under a folder, however deep, without labels (-100). Raises ValueError if there are none."""
+    if not os.path.isdir(path):
+        raise ValueError(f"there is no folder {path}: check the path")
+    return open_files([path], cache_dir=cache_dir)
+
+
+def open_files(paths: Sequence[str | os.PathLike], *, cache_dir: str | os.PathLike | None = None) -> Index:
+    """The given files, and all images under the given folders, in this order, without labels (-100).
+
+    Raises ValueError for a path that does not exist, or if there are no images.
+    """
+    paths = [os.fspath(path) for path in paths]
+    listing = folder.list_files(paths)
+    if not listing.files:
+        raise ValueError(f"no images under {', '.join(paths)} ({', '.join(sorted(folder.EXTENSIONS))})")
+    return _open(listing, f"the folder {paths[0]}" if len(paths) == 1 else f"{len(paths)} paths", None, cache_dir)
+
+
+def _open(listing: Listing, what: str, classes: Sequence[str] | None, cache_dir: str | os.PathLike | None) -> Index:
+    read_records, reader = _KINDS[listing.kind]
+    records = _cached(listing, what, cache_dir) if cache_dir is not None else read_records(listing)
+    if not len(records.names):
+        causes = "; ".join(f"{bad.name}: {bad.cause}" for bad in records.bad[:3])
+        raise ValueError(f"{what} has no image that can be read ({len(records.bad)} bad files: {causes})")
+    labels, classes = _labels_among(records, classes, what)
+    bad = tuple(BadFile(os.path.join(listing.root, name), cause) for name, cause in records.bad)
+    return Index(classes, labels, records.heights, records.widths, bad, records, reader(listing.root, records))
+
+
+def _cached(listing: Listing, what: str, cache_dir: str | os.PathLike) -> Records:
+    key = listing.key()
+    place = hashlib.sha256(f"{listing.kind} {os.path.abspath(listing.root)} {what}".encode()).hexdigest()[:16]
+    file = Path(cache_dir) / f"index-{place}.npz"
+    records = index_cache.load(file, key)
+    if records is None:
+        start = time.perf_counter()
+        records = _KINDS[listing.kind][0](listing)
+        index_cache.save(file, key, records)
+        log.info("indexed %s: %d images in %.1f s", what, len(records.names), time.perf_counter() - start)
+    return records
+
+
+def _labels_among(records: Records, wanted: Sequence[str] | None, what: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels and classes, translated to the `wanted` classes if there are any."""
+    if wanted is None:
+        return records.labels, records.classes
+    wanted = tuple(wanted)
+    if not records.classes_are_named:
+        wanted_numbers = tuple(map(str, range(len(wanted))))
+        _refuse_other_classes(set(records.classes) - set(wanted_numbers), set(), what)
+        return records.labels, wanted
+    _refuse_other_classes(set(records.classes) - set(wanted), set(wanted) - set(records.classes), what)
+    place = {name: label for label, name in enumerate(wanted)}
+    translation = np.array([place[name] for name in records.classes], np.int64)
+    return translation[records.labels], wanted
+
+
+def _refuse_other_classes(unknown: set[str], missing: set[str], what: str) -> None:
+    if not unknown and not missing:
+        return
+    parts = []
+    if missing:
+        parts.append(f"lacks {_some(missing)}")
+    if unknown:
+        parts.append(f"has {_some(unknown)}, unknown to training")
+    raise ValueError(
+        f"{what} does not have the classes of training: it {' and '.join(parts)}; give both splits the same classes "
+        "(an empty class folder will do)"
+    )
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:5])
+    return f"{shown} and {len(names) - 5} more ({len(names)} classes)" if len(names) > 5 else shown

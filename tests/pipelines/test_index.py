@@ -1,0 +1,170 @@
+"""Indexing: layouts, labels, sizes, the cache, and what is said when something is wrong."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdeit.pipelines import index as index_module
+from fastdeit.pipelines.index import open_files, open_folder, open_index
+
+SIZES = {"cat/1.jpg": (30, 40), "cat/2.png": (50, 20), "dog/deep/3.JPEG": (33, 31), "dog/4.bmp": (10, 11)}
+
+
+def write_images(folder, sizes=SIZES):
+    for name, (height, width) in sizes.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (width, height), (200, 30, 90)).save(folder / name)
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_images(tmp_path / "data/train")
+    write_images(tmp_path / "data/val", {"cat/v.jpg": (9, 8), "dog/w.jpg": (7, 6)})
+    return tmp_path / "data"
+
+
+def test_folder_of_classes(data):
+    index = open_index(data, "train")
+    assert index.classes == ("cat", "dog")
+    names = [os.path.relpath(index.name(i), data / "train") for i in range(len(index))]
+    assert names == ["cat/1.jpg", "cat/2.png", "dog/4.bmp", "dog/deep/3.JPEG"]
+    assert index.labels.tolist() == [0, 0, 1, 1] and index.labels.dtype == np.int64
+    assert list(zip(index.heights, index.widths)) == [SIZES[name] for name in names]
+    assert index.heights.dtype == index.widths.dtype == np.int32
+    assert index.path(0) == str(data / "train/cat/1.jpg")
+    assert index.encoded(0).tobytes() == (data / "train/cat/1.jpg").read_bytes()
+    assert index.bad == ()
+
+
+def test_hidden_files_and_other_endings_are_passed_over(data):
+    (data / "train/cat/.hidden.jpg").write_bytes(b"junk")
+    (data / "train/cat/notes.txt").write_text("junk")
+    (data / "train/.cache").mkdir()
+    index = open_index(data)
+    assert len(index) == 4 and index.classes == ("cat", "dog") and index.bad == ()
+
+
+def test_links_are_followed_and_a_loop_ends(data, tmp_path):
+    write_images(tmp_path / "elsewhere", {"linked.jpg": (12, 13)})
+    (data / "train/cat/more").symlink_to(tmp_path / "elsewhere")
+    (data / "train/cat/loop").symlink_to(data / "train/cat")
+    (data / "train/cow").symlink_to(tmp_path / "elsewhere")
+    index = open_index(data)
+    assert index.classes == ("cat", "cow", "dog")
+    assert index.labels.tolist() == [0, 0, 0, 1, 2, 2]
+
+
+def test_labels_of_val_follow_the_training_classes(data):
+    train = open_index(data, "train")
+    assert open_index(data, "val", classes=("dog", "cat")).labels.tolist() == [1, 0]
+    assert open_index(data, "val", classes=train.classes).labels.tolist() == [0, 1]
+
+
+def test_an_empty_class_folder_keeps_its_label(data):
+    (data / "train/bat").mkdir()
+    index = open_index(data, "train")
+    assert index.classes == ("bat", "cat", "dog") and index.labels.tolist() == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "classes, message",
+    [(("cat", "cow", "dog"), "it lacks cow; give both splits the same"), (("cat",), "it has dog, unknown to training")],
+)
+def test_other_classes_than_in_training_are_named(data, classes, message):
+    with pytest.raises(ValueError, match=message):
+        open_index(data, "val", classes=classes)
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "test"])
+def test_other_names_of_the_validation_split(data, name):
+    (data / "val").rename(data / name)
+    assert len(open_index(data, "val")) == 2
+
+
+def test_wrong_paths_say_what_was_expected(data, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
+        open_index(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"has no split 'train': expected train/CLASS.*it holds cat, dog"):
+        open_index(data / "train")
+    (tmp_path / "flat/train").mkdir(parents=True)
+    (tmp_path / "flat/train/1.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no class folders.*it holds 1\.jpg; open_folder"):
+        open_index(tmp_path / "flat")
+    (tmp_path / "empty/train/cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"the 1 class folders of .* hold no images"):
+        open_index(tmp_path / "empty")
+
+
+def test_unlabelled_folder_and_files(data):
+    index = open_folder(data)
+    assert len(index) == 6 and set(index.labels) == {-100} and index.classes == ()
+    chosen = open_files([data / "val/dog/w.jpg", data / "train/cat"])
+    assert [os.path.basename(chosen.name(i)) for i in range(3)] == ["w.jpg", "1.jpg", "2.png"]
+    with pytest.raises(ValueError, match=r"no file or folder .*gone\.jpg"):
+        open_files([data / "gone.jpg"])
+    with pytest.raises(ValueError, match="there is no folder"):
+        open_folder(data / "gone")
+
+
+def test_no_readable_image_at_all_is_an_error(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no image that can be read \(1 bad files: .*a\.jpg: empty file"):
+        open_folder(tmp_path)
+
+
+def test_the_cache_is_used_until_the_files_change(data, tmp_path, monkeypatch):
+    reads = []
+    original = index_module._KINDS["folder"]
+    counted = (lambda listing: reads.append(1) or original[0](listing), original[1])
+    monkeypatch.setitem(index_module._KINDS, "folder", counted)
+    cache = tmp_path / "cache"
+    (data / "train/dog/bad.jpg").write_bytes(b"")
+
+    first = open_index(data, cache_dir=cache)
+    again = open_index(data, cache_dir=cache)
+    assert len(reads) == 1
+    for name in ("labels", "heights", "widths"):
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+    assert (first.classes, first.bad, first.fingerprint) == (again.classes, again.bad, again.fingerprint)
+    assert [first.name(i) for i in range(4)] == [again.name(i) for i in range(4)]
+    assert open_index(data, "val", cache_dir=cache).labels.tolist() == [0, 1] and len(reads) == 2
+
+    write_images(data / "train", {"cat/1.jpg": (300, 400)})  # rewritten
+    assert open_index(data, cache_dir=cache).heights[0] == 300 and len(reads) == 3
+    (data / "train/cat/2.png").unlink()
+    assert len(open_index(data, cache_dir=cache)) == 3 and len(reads) == 4
+    for file in cache.iterdir():
+        file.write_bytes(file.read_bytes()[:100])  # damaged
+    assert len(open_index(data, cache_dir=cache)) == 3 and len(reads) == 5
+
+
+def test_the_fingerprint_tells_contents_from_times_and_places(data):
+    before = open_index(data).fingerprint
+    os.utime(data / "train/cat/1.jpg", (1, 1))
+    moved = data.rename(data.parent / "moved")
+    assert open_index(moved).fingerprint == before
+    assert open_index(moved, classes=("dog", "cat")).fingerprint != before
+    (moved / "train/cat/1.jpg").rename(moved / "train/cat/0.jpg")
+    assert open_index(moved).fingerprint != before
+
+
+def test_an_index_pickles(data):
+    index = pickle.loads(pickle.dumps(open_index(data)))
+    assert index.classes == ("cat", "dog") and len(index.encoded(3)) > 0
+
+
+def test_a_name_that_is_not_utf8(data):
+    raw = os.fsencode(data / "train/cat") + b"/\xff\xfe.jpg"
+    os.rename(data / "train/cat/1.jpg", os.fsdecode(raw))
+    index = open_index(data)
+    assert os.fsencode(index.path(1)) == raw and len(index.encoded(1)) > 0
+
+
+def test_a_file_that_vanishes_after_indexing_raises_oserror(data):
+    index = open_index(data)
+    (data / "train/cat/1.jpg").unlink()
+    with pytest.raises(OSError):
+        index.encoded(0)
