@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdeit.kernels.backend import use_triton
+
 from .reference import empty_output, mix_normalize_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -78,7 +80,12 @@ def _mix_normalize(
     B = images.shape[0]
     if partner is not None and images.device.type == "cpu" and B and not 0 <= partner.min() <= partner.max() < B:
         raise ValueError(f"partner must lie in 0..{B - 1}, the positions of this batch, got {partner.tolist()}")
-    return mix_normalize_reference(images, mean, std, partner, lam, box, erase_box, erase_seed, dtype, channels_last)
+    arguments = (images, mean, std, partner, lam, box, erase_box, erase_seed, dtype, channels_last)
+    if use_triton(images):
+        from .triton_impl import mix_normalize_triton
+
+        return mix_normalize_triton(*arguments)
+    return mix_normalize_reference(*arguments)
 
 
 @_mix_normalize.register_fake
