@@ -1,0 +1,94 @@
+"""Bad images: each reported once by name and cause, listed in a file, survived up to a limit.
+
+A file can be bad when it is indexed (index.bad: empty, not an image, an unsupported format) or when it is decoded
+(truncated, vanished). Both are reported here:
+
+    bad_files = BadFiles.of(index, path="runs/1/bad_files.txt")     # takes in index.bad
+    bad_files.report(index.name(i), "truncated")
+"""
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+LOGGED = 20  # the names behind these only go to the file: a log is to be read
+
+
+class TooManyBadFiles(RuntimeError):
+    """More images are bad than the limit allows."""
+
+
+class BadFiles:
+    """Counts bad images and raises TooManyBadFiles when they become more than a share of all.
+
+    total: images there should be, good and bad
+    limit: the largest share of them, in [0, 1], that may be bad
+    path: where lines "NAME<tab>CAUSE" are appended, None for nowhere. Names it already holds are not written again,
+        so a resumed run adds to its list; they count only if this run meets them again.
+
+    Each process of a distributed run counts what it meets itself; all may write to one path. Safe between threads.
+    """
+
+    def __init__(self, total: int, *, limit: float = 0.01, path: str | os.PathLike | None = None):
+        if not 0 <= limit <= 1:
+            raise ValueError(f"the limit of bad files is a share between 0 and 1, got {limit}")
+        self.total, self.limit = total, limit
+        self.path = None if path is None else Path(path)
+        self.causes: dict[str, str] = {}  # by name, in the order they were met
+        self._listed = self._read_names()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, index, *, limit: float = 0.01, path: str | os.PathLike | None = None) -> "BadFiles":
+        """For the images of an index; those found bad while indexing are reported at once."""
+        bad_files = cls(len(index) + len(index.bad), limit=limit, path=path)
+        for name, cause in index.bad:
+            bad_files._take_in(name, cause)
+        bad_files._check()
+        return bad_files
+
+    def __len__(self) -> int:
+        return len(self.causes)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.causes
+
+    def report(self, name: str, cause: str) -> None:
+        """Take note of a bad image; a second report of the same name does nothing. Raises TooManyBadFiles."""
+        with self._lock:
+            if name not in self.causes:
+                self._take_in(name, cause)
+                self._check()
+
+    def _take_in(self, name: str, cause: str) -> None:
+        self.causes[name] = cause = " ".join(cause.split())  # one line, whatever a decoder had to say
+        self._log(name, cause)
+        if self.path is not None and name not in self._listed:
+            self._listed.add(name)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(f"{name}\t{cause}\n")
+
+    def _log(self, name: str, cause: str) -> None:
+        if len(self) <= LOGGED:
+            log.warning("bad image %s: %s", name, cause)
+        if len(self) == LOGGED:
+            log.warning("further bad images are not logged%s", f", see {self.path}" if self.path else "")
+
+    def _check(self) -> None:
+        if len(self) > self.limit * self.total:
+            name, cause = next(reversed(self.causes.items()))
+            where = f"{self.path} lists them" if self.path else f"the last one is {name}: {cause}"
+            raise TooManyBadFiles(
+                f"{len(self)} of {self.total} images ({len(self) / self.total:.2%}) cannot be read, more than the "
+                f"{self.limit:.2%} that are tolerated; {where}; remove or repair them, or raise the limit (--max-bad)"
+            )
+
+    def _read_names(self) -> set[str]:
+        if self.path is None or not self.path.exists():
+            return set()
+        with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+            return {line.split("\t", 1)[0] for line in file}
