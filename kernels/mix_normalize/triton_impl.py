@@ -40,8 +40,8 @@ def _uniform(word):
 @triton.jit
 def _box_muller(u, v):
     """sqrt(-2 ln u) * (cos, sin)(2 pi v), for u and v in (0, 1)."""
-    # A quarter turn is taken off exactly; what is left lies within 1/8 turn, where short polynomials (Cephes sinf, cosf)
-    # are right to float32 rounding. The library's cos and sin carry a reduction of huge angles, with local memory.
+    # Quarter turns are taken off exactly; what is left lies within 1/8 turn, where short polynomials (Cephes' sinf and
+    # cosf) are right to float32 rounding. The library's cos and sin carry a reduction of huge angles, in local memory.
     quarter = tl.floor(4.0 * v + 0.5)
     a = (4.0 * v - quarter) * 1.5707963267948966
     a2 = a * a
