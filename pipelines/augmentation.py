@@ -1,0 +1,126 @@
+"""What a training view is: the settings, under the names of timm's and facebookresearch/deit's flags, and the draws."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .crop import Geometry, random_resized_crop, simple_random_crop
+from .draws import Draws, Purpose
+from .mixing import MODES, draw_erasing, draw_mixing, mixing_rows, spread_over_batch
+from .operations import Operation
+from .rand_augment import OPERATIONS, RandAugment
+from .three_augment import JITTERED, draw_color_jitter, draw_three_augment
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The DeiT recipe by default. Raises ValueError for settings that cannot be meant."""
+
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area that a crop covers
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of a crop
+    src: bool = False  # DeiT III's simple random crop instead of the random resized one
+    hflip: float = 0.5
+    aa: str = "rand-m9-mstd0.5-inc1"  # "none", "rand-..." in timm's grammar, or "3aug" (DeiT III)
+    color_jitter: float = 0.3  # with 3aug, and without aa (as in timm: RandAugment switches it off)
+    reprob: float = 0.25  # probability of erasing a rectangle
+    mixup: float = 0.8  # alpha, 0 for none
+    cutmix: float = 1.0  # alpha, 0 for none
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5  # of cutmix, where both are on
+    mixup_mode: str = "batch"  # one lambda a "batch", a "pair" or an "elem"ent
+    repeats: int = 3  # repeated augmentation: views of an image in an epoch
+    fill: tuple[int, int, int] = (124, 116, 104)  # what geometric operations uncover: ImageNet's mean colour
+
+    def __post_init__(self):
+        for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability and must be in [0, 1], got {getattr(self, name)}")
+        for name in ("color_jitter", "mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative (0 switches it off), got {getattr(self, name)}")
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "scale" and high > 1):
+                raise ValueError(f"{name} must be (low, high) with 0 < low <= high, got {getattr(self, name)}")
+        if self.mixup_mode not in MODES:
+            raise ValueError(f"mixup_mode must be one of {', '.join(MODES)}, got {self.mixup_mode!r}")
+        if self.aa not in ("none", "3aug"):
+            _ = self.rand_augment  # raises for a string that cannot be read
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    @cached_property
+    def rand_augment(self) -> RandAugment | None:
+        return None if self.aa in ("none", "3aug") else RandAugment.parse(self.aa)
+
+    @cached_property
+    def layers(self) -> tuple[frozenset[Operation], ...]:
+        """The operations that may come first, second, ... in a view."""
+        if self.rand_augment is not None:
+            return (frozenset(OPERATIONS) | {Operation.IDENTITY},) * self.rand_augment.layers
+        three = (frozenset({Operation.COLOR, Operation.SOLARIZE, Operation.BLUR}),) if self.aa == "3aug" else ()
+        return three + (frozenset(JITTERED),) * (3 if self.color_jitter > 0 else 0)
+
+
+@dataclass(frozen=True)
+class Views:
+    """How B views are to be made; a row each."""
+
+    geometry: Geometry
+    flip: np.ndarray  # (B,) bool
+    ops: np.ndarray  # (B, layers) int32  Operation
+    args: np.ndarray  # (B, layers) float32
+    erase_box: np.ndarray  # (B, 4) int32  y0, x0, y1, x1
+    erase_seed: np.ndarray  # (B,) int64
+
+    def __getitem__(self, rows: slice) -> "Views":
+        geometry = Geometry(*(field[rows] for field in self.geometry))
+        return Views(
+            geometry, self.flip[rows], self.ops[rows], self.args[rows], self.erase_box[rows], self.erase_seed[rows]
+        )
+
+
+def draw_views(a: Augmentation, draws: Draws, heights: np.ndarray, widths: np.ndarray, size: int) -> Views:
+    """The views of the samples that `draws` names, whose images have these heights and widths, at size x size."""
+    if a.src:
+        geometry = simple_random_crop(draws, heights, widths, size)
+    else:
+        geometry = random_resized_crop(draws, heights, widths, size, a.scale, a.ratio)
+    flip = draws.uniform(Purpose.FLIP, 1)[:, 0] < a.hflip if a.hflip > 0 else np.zeros(len(draws), bool)
+    if a.reprob > 0:
+        erase_box, erase_seed = draw_erasing(draws, a.reprob, size)
+    else:
+        erase_box, erase_seed = np.zeros((len(draws), 4), np.int32), np.zeros(len(draws), np.int64)
+    return Views(geometry, flip, *_draw_operations(a, draws), erase_box, erase_seed)
+
+
+def _draw_operations(a: Augmentation, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+    if a.rand_augment is not None:
+        return a.rand_augment.draw(draws)
+    parts = [(np.zeros((len(draws), 0), np.int32), np.zeros((len(draws), 0), np.float32))]
+    if a.aa == "3aug":
+        parts.append(draw_three_augment(draws))
+    if a.color_jitter > 0:
+        parts.append(draw_color_jitter(draws, a.color_jitter))
+    ops, args = zip(*parts)
+    return np.concatenate(ops, 1), np.concatenate(args, 1)
+
+
+def draw_mix(a: Augmentation, seed: int, epoch: int, step: int, indices: np.ndarray, copies: np.ndarray, size: int):
+    """Who is mixed with whom in a batch of B samples: partner (B,) int64, lam (B,) float32, box (B, 4) int32."""
+    B = len(indices)
+    if not a.mixes:
+        return np.arange(B), np.ones(B, np.float32), np.zeros((B, 4), np.int32)
+    lam, box = draw_mixing(
+        mixing_rows(a.mixup_mode, seed, epoch, step, indices, copies),
+        size=size,
+        mixup=a.mixup,
+        cutmix=a.cutmix,
+        probability=a.mixup_prob,
+        switch_probability=a.mixup_switch_prob,
+    )
+    return spread_over_batch(a.mixup_mode, lam, box, B)

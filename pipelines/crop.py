@@ -1,0 +1,83 @@
+"""Which part of an image becomes the view: pure geometry, vectorised over a batch of images of different sizes.
+
+B images have heights and widths (B,); everything is in pixels, rows first. The view is size x size.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .draws import Draws, Purpose, integers
+
+TRIES = 10
+PADDING = 4  # of the simple random crop, in pixels of the resized image
+
+
+class Geometry(NamedTuple):
+    """Three steps from image to view: take `window`, resize it to `resized`, of that take size x size from `corner`."""
+
+    window: np.ndarray  # (B, 4) int64  top, left, height, width in the image
+    resized: np.ndarray  # (B, 2) int64  height, width
+    corner: np.ndarray  # (B, 2) int64  top, left; beyond the border (by up to PADDING) it sees reflections
+
+
+def random_resized_crop(
+    draws: Draws,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Geometry:
+    """torchvision's RandomResizedCrop (get_params).
+
+    The area is uniform in scale * image area, the logarithm of width / height uniform between those of `ratio`; of ten
+    tries the first that fits is taken, at a uniform place. If none fits: the largest central window within `ratio`.
+    """
+    H, W = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    uniform = draws.uniform(Purpose.CROP, 2 * TRIES + 2)
+    area = (H * W)[:, None] * (scale[0] + (scale[1] - scale[0]) * uniform[:, :TRIES])
+    low, high = np.log(ratio)
+    aspect = np.exp(low + (high - low) * uniform[:, TRIES : 2 * TRIES])
+    w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (w > 0) & (h > 0) & (w <= W[:, None]) & (h <= H[:, None])
+    rows, first = np.arange(len(H)), fits.argmax(1)
+    h, w = h[rows, first], w[rows, first]
+    top = integers(uniform[:, -2], H - h + 1)
+    left = integers(uniform[:, -1], W - w + 1)
+    window = np.where(fits.any(1)[:, None], np.stack([top, left, h, w], 1), central_window(H, W, ratio))
+    return Geometry(window, np.full((len(H), 2), size), np.zeros((len(H), 2), np.int64))
+
+
+def central_window(H: np.ndarray, W: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+    """The largest central window (B, 4) whose width / height lies within `ratio`."""
+    h = np.where(W < H * min(ratio), np.rint(W / min(ratio)), H).astype(np.int64)
+    w = np.where(W > H * max(ratio), np.rint(H * max(ratio)), W).astype(np.int64)
+    return np.stack([(H - h) // 2, (W - w) // 2, h, w], 1)
+
+
+def shorter_side_to(size: int, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """(B, 2) int64 height and width once the shorter side is `size`, rounded down as torchvision's Resize does."""
+    sides = np.stack([heights, widths], 1).astype(np.int64)
+    return sides * size // sides.min(1, keepdims=True)
+
+
+def whole(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Windows (B, 4) int64 that are the whole images."""
+    return np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], 1).astype(np.int64)
+
+
+def simple_random_crop(draws: Draws, heights: np.ndarray, widths: np.ndarray, size: int) -> Geometry:
+    """DeiT III's simple random crop (facebookresearch/deit, augment.py): the shorter side resized to `size`, padded by
+    PADDING pixels of reflection on each side, a size x size window of that at a uniform place."""
+    resized = shorter_side_to(size, heights, widths)
+    uniform = draws.uniform(Purpose.CROP, 2)
+    corner = integers(uniform, resized + 2 * PADDING - size + 1) - PADDING
+    return Geometry(whole(heights, widths), resized, corner)
+
+
+def evaluation_crop(heights: np.ndarray, widths: np.ndarray, size: int, crop_pct: float) -> Geometry:
+    """torchvision's Resize(floor(size / crop_pct)) and CenterCrop(size), which rounds half a pixel to the even side."""
+    resized = shorter_side_to(int(size / crop_pct), heights, widths)
+    return Geometry(whole(heights, widths), resized, np.rint((resized - size) / 2).astype(np.int64))

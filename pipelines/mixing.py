@@ -1,0 +1,95 @@
+"""Random erasing, mixup and cutmix as draws: what to erase and to mix, for the kernel that does both.
+
+Erasing: Zhong et al., "Random Erasing Data Augmentation", arXiv 1708.04896; mixup: Zhang et al., arXiv 1710.09412;
+cutmix: Yun et al., arXiv 1905.04899. Distributions as timm's (random_erasing.py, mixup.py), with one difference: timm
+mixes sample i of a process with sample B - 1 - i of it, here the neighbours 2i and 2i + 1 of the global order mix, so
+that nothing depends on how many processes share the batch.
+
+Boxes are (y0, x0, y1, x1) in pixels, y1 and x1 exclusive, all 0 for none. B samples in the batch, an even number.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import betaincinv
+from torch import Tensor
+
+from .draws import Draws, Purpose, integers
+
+TRIES = 10
+ERASE_AREA = (0.02, 1 / 3)  # share of the image
+ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
+MODES = ("batch", "pair", "elem")
+
+
+class Mix(NamedTuple):
+    """What to mix and erase in a batch of B samples; all tensors on the batch's device."""
+
+    partner: Tensor  # (B,) int64    position in this batch of the sample mixed in (itself where nothing is mixed)
+    lam: Tensor  # (B,) float32      weight of the sample's own label: 1 where nothing is mixed, the area for cutmix
+    box: Tensor  # (B, 4) int32      cutmix box, taken from the partner; all 0 means mixup
+    erase_box: Tensor  # (B, 4) int32  rectangle to erase; all 0 for none
+    erase_seed: Tensor  # (B,) int64  key of the erased pixels' noise, in [0, 2**62)
+
+
+def draw_erasing(draws: Draws, probability: float, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(B, 4) int32 boxes and (B,) int64 noise keys; `probability` of erasing one rectangle."""
+    uniform = draws.uniform(Purpose.ERASE, 2 * TRIES + 3)
+    area = size * size * (ERASE_AREA[0] + (ERASE_AREA[1] - ERASE_AREA[0]) * uniform[:, :TRIES])
+    low, high = np.log(ERASE_ASPECT)
+    aspect = np.exp(low + (high - low) * uniform[:, TRIES : 2 * TRIES])
+    h = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    w = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (h < size) & (w < size)
+    rows, first = np.arange(len(draws)), fits.argmax(1)
+    h, w = h[rows, first], w[rows, first]
+    top, left = integers(uniform[:, -3], size - h + 1), integers(uniform[:, -2], size - w + 1)
+    box = np.stack([top, left, top + h, left + w], 1)
+    erased = fits.any(1) & (uniform[:, -1] < probability)
+    high_word, low_word = draws.words(Purpose.ERASE_NOISE, 2).T
+    seed = ((high_word << np.uint64(30)) ^ low_word).astype(np.int64)
+    return np.where(erased[:, None], box, 0).astype(np.int32), seed
+
+
+def draw_mixing(
+    draws: Draws, *, size: int, mixup: float, cutmix: float, probability: float, switch_probability: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """One draw a row of `draws`: lam (N,) float32 and cutmix boxes (N, 4) int32 on a size x size image.
+
+    mixup, cutmix: the alpha of Beta(alpha, alpha), 0 for off; with both on, cutmix is taken with switch_probability.
+    """
+    happens, switch, quantile, y, x = draws.uniform(Purpose.MIX, 5).T
+    if mixup > 0 and cutmix > 0:
+        use_cutmix = switch < switch_probability
+    else:
+        use_cutmix = np.full(len(draws), cutmix > 0)
+    alpha = np.where(use_cutmix, cutmix, mixup)
+    lam = np.where(happens < probability, betaincinv(alpha, alpha, quantile), 1.0)
+    box = _cutmix_box(lam, integers(y, size), integers(x, size), size) * use_cutmix[:, None]
+    area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
+    lam = np.where(use_cutmix, 1 - area / size**2, lam)
+    return lam.astype(np.float32), np.where(area[:, None] > 0, box, 0).astype(np.int32)
+
+
+def _cutmix_box(lam: np.ndarray, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
+    """A square of area (1 - lam) * size**2 around (y, x), cut off at the borders."""
+    side = (size * np.sqrt(1 - lam)).astype(np.int64)
+    before, after = side // 2, (side + 1) // 2
+    return np.clip(np.stack([y - before, x - before, y + after, x + after], 1), 0, size)
+
+
+def mixing_rows(mode: str, seed: int, epoch: int, step: int, indices: np.ndarray, copies: np.ndarray) -> Draws:
+    """Whose random numbers decide: the step's (one row for the whole batch), each pair's or each sample's."""
+    if mode == "batch":
+        return Draws(seed, epoch, np.array([step]), np.array([0]))
+    if mode == "pair":
+        return Draws(seed, epoch, indices[0::2], indices[1::2])
+    return Draws(seed, epoch, indices, copies)
+
+
+def spread_over_batch(mode: str, lam: np.ndarray, box: np.ndarray, batch_size: int):
+    """The rows of `mixing_rows` turned into partner (B,) int64, lam (B,) float32 and box (B, 4) int32."""
+    times = {"batch": batch_size, "pair": 2, "elem": 1}[mode]
+    lam, box = np.repeat(lam, times), np.repeat(box, times, axis=0)
+    position = np.arange(batch_size)
+    return np.where(lam < 1, position ^ 1, position), lam, box

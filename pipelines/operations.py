@@ -1,0 +1,49 @@
+"""The image operations of RandAugment, 3-Augment and colour jitter, and what their one argument means.
+
+A view carries a short sequence of (operation, argument), drawn on the host; decode.py (DALI) and cpu.py (Pillow) carry
+it out on uint8 images (height, width, 3). The meaning of record is Pillow's, through timm's auto_augment.py.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Operation(IntEnum):
+    """The comment gives the argument's meaning; - stands for none."""
+
+    IDENTITY = 0  # -
+    AUTO_CONTRAST = 1  # -
+    EQUALIZE = 2  # -
+    INVERT = 3  # -
+    POSTERIZE = 4  # bits to keep of each value, 1 to 8
+    SOLARIZE = 5  # values from here on are inverted, 0 to 256
+    SOLARIZE_ADD = 6  # added to values below 128, 0 to 128
+    COLOR = 7  # 0 is grey, 1 the image itself, above 1 more saturated
+    CONTRAST = 8  # 0 is its mean grey, 1 the image itself
+    BRIGHTNESS = 9  # 0 is black, 1 the image itself
+    SHARPNESS = 10  # 0 is smoothed, 1 the image itself
+    BLUR = 11  # standard deviation of a Gaussian, pixels
+    ROTATE = 12  # degrees, counter-clockwise
+    SHEAR_X = 13  # pixels to the left a row
+    SHEAR_Y = 14  # pixels up a column
+    TRANSLATE_X = 15  # to the left, share of the width
+    TRANSLATE_Y = 16  # up, share of the height
+
+
+GEOMETRIC = (Operation.ROTATE, Operation.SHEAR_X, Operation.SHEAR_Y, Operation.TRANSLATE_X, Operation.TRANSLATE_Y)
+
+
+def affine_matrices(ops: np.ndarray, args: np.ndarray, size: int) -> np.ndarray:
+    """(..., 2, 3) float32 for ops and args (...) on a size x size image: where in the source (x, y) each pixel of the
+    result comes from, pixel centres at half integers as in Pillow. The identity for operations that are no geometry."""
+    a = args.astype(np.float64)
+    angle = np.where(ops == Operation.ROTATE, -np.radians(a), 0.0)
+    cos, sin, half = np.cos(angle), np.sin(angle), size / 2
+
+    def only(op: Operation) -> np.ndarray:
+        return np.where(ops == op, a, 0.0)
+
+    first = [cos, sin + only(Operation.SHEAR_X), half - cos * half - sin * half + only(Operation.TRANSLATE_X) * size]
+    second = [-sin + only(Operation.SHEAR_Y), cos, half + sin * half - cos * half + only(Operation.TRANSLATE_Y) * size]
+    return np.stack([np.stack(first, -1), np.stack(second, -1)], -2).astype(np.float32)

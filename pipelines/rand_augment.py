@@ -1,0 +1,113 @@
+"""RandAugment (Cubuk et al., arXiv 1909.13719) as timm defines it (timm/data/auto_augment.py), from timm's string.
+
+Each of n layers picks one of 15 operations, applies it with probability p, at a magnitude drawn from a normal
+distribution around m and clipped to [0, mmax]; half of the signed operations go the other way.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri
+
+from .draws import Draws, Purpose, integers
+from .operations import Operation
+
+OPERATIONS = (
+    Operation.AUTO_CONTRAST,
+    Operation.EQUALIZE,
+    Operation.INVERT,
+    Operation.ROTATE,
+    Operation.POSTERIZE,
+    Operation.SOLARIZE,
+    Operation.SOLARIZE_ADD,
+    Operation.COLOR,
+    Operation.CONTRAST,
+    Operation.BRIGHTNESS,
+    Operation.SHARPNESS,
+    Operation.SHEAR_X,
+    Operation.SHEAR_Y,
+    Operation.TRANSLATE_X,
+    Operation.TRANSLATE_Y,
+)
+ENHANCERS = (Operation.COLOR, Operation.CONTRAST, Operation.BRIGHTNESS, Operation.SHARPNESS)
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """timm's `rand-m9-n2-p0.5-mstd0.5-mmax10-inc1`; the defaults are those of timm's string."""
+
+    magnitude: int = 10  # m
+    layers: int = 2  # n
+    probability: float = 0.5  # p, of each layer
+    magnitude_std: float = 0.0  # mstd; above 100 the magnitude is uniform in [0, m]
+    magnitude_max: int = 10  # mmax
+    increasing: bool = False  # inc: posterize, solarize and the enhancers get stronger as the magnitude grows
+
+    @classmethod
+    def parse(cls, text: str) -> "RandAugment":
+        """Raises ValueError for a string that is not timm's grammar (sections m, n, p, mstd, mmax, inc)."""
+        name, *sections = text.split("-")
+        keys = {
+            "m": ("magnitude", int),
+            "n": ("layers", int),
+            "p": ("probability", float),
+            "mstd": ("magnitude_std", float),
+            "mmax": ("magnitude_max", int),
+            "inc": ("increasing", lambda value: bool(int(value))),
+        }
+        fields = {}
+        for section in sections:
+            match = re.fullmatch(r"([a-z]+)([\d.]+)", section)
+            if name != "rand" or match is None or match[1] not in keys:
+                break
+            field, convert = keys[match[1]]
+            try:
+                fields[field] = convert(match[2])
+            except ValueError:
+                break
+        else:
+            if name == "rand":
+                return cls(**fields)
+        raise ValueError(
+            f"cannot read the RandAugment string {text!r}: expected rand followed by sections of m, n, p, mstd, mmax "
+            "and inc with a number each, as in 'rand-m9-mstd0.5-inc1'"
+        )
+
+    def draw(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """Operations (B, layers) int32 and their arguments (B, layers) float32."""
+        uniform = draws.uniform(Purpose.RAND_AUGMENT, 4 * self.layers).reshape(len(draws), self.layers, 4)
+        chosen = np.array(OPERATIONS, np.int32)[integers(uniform[..., 0], len(OPERATIONS))]
+        ops = np.where(uniform[..., 1] <= self.probability, chosen, Operation.IDENTITY).astype(np.int32)
+        sign = np.where(uniform[..., 3] > 0.5, -1.0, 1.0)
+        return ops, self.arguments(ops, self._magnitudes(uniform[..., 2]), sign)
+
+    def _magnitudes(self, uniform: np.ndarray) -> np.ndarray:
+        if self.magnitude_std > 100:
+            magnitude = self.magnitude * uniform
+        else:
+            magnitude = self.magnitude + self.magnitude_std * ndtri(uniform)
+        return np.clip(magnitude, 0, self.magnitude_max)
+
+    def arguments(self, ops: np.ndarray, magnitude: np.ndarray, sign: np.ndarray) -> np.ndarray:
+        """timm's LEVEL_TO_ARG: the argument of each operation at its magnitude and sign; float32, shapes alike."""
+        level = magnitude / 10
+        bits, threshold = np.floor(level * 4), np.minimum(256, np.floor(level * 256))
+        # Keeping no bit at all would be a black image, and an error in Pillow 13.
+        posterize = np.maximum(1, 4 - bits if self.increasing else bits)
+        solarize = 256 - threshold if self.increasing else threshold
+        enhance = np.maximum(0.1, 1 + sign * level * 0.9) if self.increasing else level * 1.8 + 0.1
+        args = np.zeros(ops.shape)
+        for op, value in (
+            (Operation.ROTATE, sign * level * 30),
+            (Operation.POSTERIZE, posterize),
+            (Operation.SOLARIZE, solarize),
+            (Operation.SOLARIZE_ADD, np.minimum(128, np.floor(level * 110))),
+            (Operation.SHEAR_X, sign * level * 0.3),
+            (Operation.SHEAR_Y, sign * level * 0.3),
+            (Operation.TRANSLATE_X, sign * level * 0.45),
+            (Operation.TRANSLATE_Y, sign * level * 0.45),
+            *((op, enhance) for op in ENHANCERS),
+        ):
+            args = np.where(ops == op, value, args)
+        return args.astype(np.float32)
