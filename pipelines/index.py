@@ -19,13 +19,17 @@ from typing import Protocol
 
 import numpy as np
 
-from . import folder, index_cache
+from . import folder, index_cache, parquet, webdataset
 from .layout import list_split
 from .records import BadFile, Listing, Records
 
 log = logging.getLogger(__name__)
 
-_KINDS = {"folder": (folder.read_records, folder.FolderReader)}
+_KINDS = {
+    "folder": (folder.read_records, folder.FolderReader),
+    "webdataset": (webdataset.read_records, webdataset.WebDatasetReader),
+    "parquet": (parquet.read_records, parquet.ParquetReader),
+}
 
 
 class Reader(Protocol):
@@ -125,11 +129,17 @@ def _open(listing: Listing, what: str, classes: Sequence[str] | None, cache_dir:
     read_records, reader = _KINDS[listing.kind]
     records = _cached(listing, what, cache_dir) if cache_dir is not None else read_records(listing)
     if not len(records.names):
-        causes = "; ".join(f"{bad.name}: {bad.cause}" for bad in records.bad[:3])
-        raise ValueError(f"{what} has no image that can be read ({len(records.bad)} bad files: {causes})")
+        raise ValueError(_nothing_left(records.bad, what))
     labels, classes = _labels_among(records, classes, what)
     bad = tuple(BadFile(os.path.join(listing.root, name), cause) for name, cause in records.bad)
     return Index(classes, labels, records.heights, records.widths, bad, records, reader(listing.root, records))
+
+
+def _nothing_left(bad: tuple[BadFile, ...], what: str) -> str:
+    if not bad:
+        return f"{what} holds no images"
+    causes = "; ".join(f"{name}: {cause}" for name, cause in bad[:3])
+    return f"{what} has no image that can be read ({len(bad)} bad files: {causes})"
 
 
 def _cached(listing: Listing, what: str, cache_dir: str | os.PathLike) -> Records:

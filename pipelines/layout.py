@@ -3,11 +3,20 @@
 import os
 from pathlib import Path
 
+import numpy as np
+
 from . import folder
 from .records import Listing
 
 # Other names under which a validation split is found, tried in this order if there is no 'val'.
 _OTHER_NAMES = {"val": ("validation", "valid", "test")}
+
+# Where the shards of a split lie, below the data set's folder.
+_TAR = ("{split}/*.tar", "{split}.tar", "{split}-*.tar", "*-{split}-*.tar")
+_PARQUET = (
+    "{split}/*.parquet", "{split}.parquet", "{split}-*.parquet", "data/{split}.parquet", "data/{split}-*.parquet"
+)  # fmt: skip
+_CLASS_NAME_FILES = ("classes.txt", "classnames.txt")
 
 _EXPECTED = (
     "expected {split}/CLASS/*.jpg (image folder), {split}-*.tar or {split}/*.tar (WebDataset), or {split}-*.parquet "
@@ -26,11 +35,15 @@ def list_split(path: str, split: str) -> Listing:
 
 
 def _candidates(path: Path, split: str) -> list[Listing]:
+    shards = [
+        _list_shards(kind, path, files)
+        for kind, patterns in (("webdataset", _TAR), ("parquet", _PARQUET))
+        if (files := _matches(path, patterns, split))
+    ]
     inside = path / split
-    found = []
     if inside.is_dir() and not any(inside.glob("*.tar")) and not any(inside.glob("*.parquet")):
-        found.append(_list_class_folders(path, split))
-    return found
+        return [_list_class_folders(path, split), *shards]
+    return shards
 
 
 def _the_only(found: list[Listing], path: str, split: str) -> Listing:
@@ -40,6 +53,30 @@ def _the_only(found: list[Listing], path: str, split: str) -> Listing:
             f"{path} holds the split '{split}' more than once, as {kinds}: keep one of them in this folder"
         )
     return found[0]
+
+
+def _matches(path: Path, patterns: tuple[str, ...], split: str) -> list[str]:
+    files = {file for pattern in patterns for file in path.glob(pattern.format(split=split))}
+    return sorted(str(file.relative_to(path)) for file in files if not file.name.startswith("."))
+
+
+def _list_shards(kind: str, path: Path, files: list[str]) -> Listing:
+    stats = [os.stat(path / file) for file in files]
+    return Listing(
+        kind,
+        str(path),
+        files,
+        np.array([stat.st_size for stat in stats], np.int64),
+        np.array([stat.st_mtime_ns for stat in stats], np.int64),
+        _class_names(path),
+    )
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    for name in _CLASS_NAME_FILES:
+        if (path / name).is_file():
+            return tuple((path / name).read_text(encoding="utf-8").splitlines())
+    return ()
 
 
 def _list_class_folders(path: Path, split: str) -> Listing:
