@@ -1,12 +1,12 @@
 """Checkpoints: a folder each, whole or not there at all.
 
-    checkpoints/step-00000660/
-        config.json           what the model is (enough to build it again), its classes, the settings, the step
-        model.safetensors     weights under timm's names; timm and `load_weights` read the file as it is
-        ema.safetensors       the moving average's weights, if one is kept
-        training.pt           optimizer, gradient scaler: what only the trainer needs; loads with weights_only=True
-    last -> checkpoints/step-00000660
-    best -> checkpoints/step-00000528
+checkpoints/step-00000660/
+    config.json           what the model is (enough to build it again), its classes, the settings, the step
+    model.safetensors     weights under timm's names; timm and `load_weights` read the file as it is
+    ema.safetensors       the moving average's weights, if one is kept
+    training.pt           optimizer, gradient scaler: what only the trainer needs; loads with weights_only=True
+last -> checkpoints/step-00000660
+best -> checkpoints/step-00000528
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .command import UserError, need
+from .command import UserError
 from .config import Config
 from .run_directory import write_json
 
@@ -45,7 +45,8 @@ def save(run: Path, description: dict, *, step: int, model: dict, ema: dict | No
     another name and renamed, and the two names are replaced in one move each, so at every moment they lead to a whole
     checkpoint.
     """
-    safetensors = need("safetensors.torch")
+    from safetensors.torch import save_file
+
     target = run / "checkpoints" / f"step-{step:08d}"
     unfinished = target.with_name(target.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -53,7 +54,7 @@ def save(run: Path, description: dict, *, step: int, model: dict, ema: dict | No
     for name, state in (("model", model), ("ema", ema)):
         if state is not None:
             weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            safetensors.save_file(weights, unfinished / f"{name}.safetensors", metadata={"format": "pt"})
+            save_file(weights, unfinished / f"{name}.safetensors", metadata={"format": "pt"})
     torch.save(training, unfinished / "training.pt")
     write_json(unfinished / "config.json", {**description, "step": step})
     shutil.rmtree(target, ignore_errors=True)

@@ -4,6 +4,9 @@ import os
 import sys
 from collections.abc import Callable
 
+# What `pip install fastdeit` leaves out. Commands import these inside `main`, so that a missing one is named here.
+EXTRA = {"matplotlib", "nvidia", "PIL", "pyarrow", "rich", "safetensors", "sklearn", "timm", "torchvision", "tyro"}
+
 
 class UserError(Exception):
     """Something the user can put right. The message names the thing and the remedy."""
@@ -17,6 +20,11 @@ def run(main: Callable[[], int | None]) -> None:
     """
     try:
         code = main()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in EXTRA:
+            raise
+        print(f"error: {error.name} is not installed: pip install 'fastdeit[train]' brings it", file=sys.stderr)
+        code = 2
     except (UserError, ValueError) as error:
         if os.environ.get("FASTDEIT_TRACEBACK") == "1" or not (isinstance(error, UserError) or _raised_here(error)):
             raise
@@ -24,16 +32,6 @@ def run(main: Callable[[], int | None]) -> None:
         code = 2
     sys.stdout.flush()
     sys.exit(code)
-
-
-def need(module: str, extra: str = "train"):
-    """Import an optional dependency, or say which pip line brings it."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"{module} is not installed ({error}): pip install 'fastdeit[{extra}]' brings it") from error
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .command import UserError, need
+from .command import UserError
 
 
 @dataclass(kw_only=True)
@@ -212,28 +212,41 @@ def check(config: Config) -> None:
     for flag, rate in rates.items():
         if not 0 <= rate <= 1:
             raise UserError(f"{flag} {rate}: must lie between 0 and 1")
-    for flag, count in {"--batch-size": data.batch_size, "--epochs": optimization.epochs, "--input-size": data.input_size}.items():
+    for flag, count in {
+        "--batch-size": data.batch_size,
+        "--epochs": optimization.epochs,
+        "--input-size": data.input_size,
+    }.items():
         if count < 1:
             raise UserError(f"{flag} {count}: must be at least 1")
     if distillation.distillation_tau <= 0:
         raise UserError(f"--distillation-tau {distillation.distillation_tau}: a temperature must be above 0")
     if data.batch_size % 2 and (data.mixup > 0 or data.cutmix > 0):
-        raise UserError(f"--batch-size {data.batch_size}: mixup and cutmix pair the samples of a batch; use an even size")
+        raise UserError(
+            f"--batch-size {data.batch_size}: mixup and cutmix pair the samples of a batch; use an even size"
+        )
     if not 0 < data.eval_crop_ratio <= 1:
         raise UserError(f"--eval-crop-ratio {data.eval_crop_ratio}: must lie above 0 and up to 1")
 
 
-def parse(arguments: list[str] | None = None, *, recipe: str | None = None, prog: str = "python -m fastdeit.train") -> Config:
+def parse(
+    arguments: list[str] | None = None, *, recipe: str | None = None, prog: str = "python -m fastdeit.train"
+) -> Config:
     """The command line over a recipe's defaults, checked. `recipe` is the one taken when --recipe is not given."""
+    import tyro
+
     from . import recipes
 
-    tyro = need("tyro")
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = _flag(arguments, "recipe") or recipe or ("deit" if _flag(arguments, "data-path") else "demo")
     default = recipes.load(chosen)
     default.run.recipe = chosen
     config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Config], prog=prog, args=arguments, default=default, description=recipes.describe(chosen)
+        tyro.conf.OmitArgPrefixes[Config],
+        prog=prog,
+        args=arguments,
+        default=default,
+        description=recipes.describe(chosen),
     )
     check(config)
     return config

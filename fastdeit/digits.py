@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-from .command import need
-
 VAL_SHARE = 0.2
 SPLIT_SEED = 0
 
@@ -13,17 +11,17 @@ def digits_folder(root: Path = Path("data/digits")) -> Path:
     """Write root/{train,val}/{0..9}/*.png (8 x 8 pixels, grey) unless it is there; return root.
 
     The split is stratified with a fixed seed: 1,437 training and 360 validation images, the same on every machine.
-    Source: sklearn.datasets.load_digits (the test part of the UCI "Optical Recognition of Handwritten Digits" set).
+    Source: sklearn.load_digits (the test part of the UCI "Optical Recognition of Handwritten Digits" set).
     """
     if root.is_dir():
         return root
-    datasets, selection = need("sklearn.datasets"), need("sklearn.model_selection")
-    image_module = need("PIL.Image")
-    images, labels = datasets.load_digits(return_X_y=True)
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")
-    train, val = selection.train_test_split(
-        range(len(labels)), test_size=VAL_SHARE, stratify=labels, random_state=SPLIT_SEED
-    )
+    train, val = train_test_split(range(len(labels)), test_size=VAL_SHARE, stratify=labels, random_state=SPLIT_SEED)
     # Written beside the target and renamed, so that a folder of this name is always a whole one.
     unfinished = root.with_name(root.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -31,6 +29,6 @@ def digits_folder(root: Path = Path("data/digits")) -> Path:
         for member in members:
             folder = unfinished / split / str(labels[member])
             folder.mkdir(parents=True, exist_ok=True)
-            image_module.fromarray(images[member]).save(folder / f"{member:04d}.png")
+            Image.fromarray(images[member]).save(folder / f"{member:04d}.png")
     unfinished.rename(root)
     return root

@@ -1,74 +1,56 @@
-"""Accuracy of each head on labelled images.
+"""Top-1 and top-5 of class head, distillation head and their average, of the weights and of their moving average.
 
-    python -m fastdeit.evaluate CHECKPOINT --data-path DIR
+python -m fastdeit.evaluate CHECKPOINT --data-path DIR
 """
 
-import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from .command import UserError, need, run
-from .student import heads
-
-HEADS = ("cls", "dist", "both")
+from .command import run
 
 
-@torch.inference_mode()
-def accuracy(model: nn.Module, loader, prepare: Callable, place, autocast: Callable = nullcontext) -> dict[str, dict]:
-    """{"cls": {"top1": share, "top5": share, "loss": mean cross entropy}, ...} over all processes' images.
+def main() -> None:
+    import tyro
 
-    A student with a distillation token has three entries: class head, distillation head, and "both": the average of
-    the two logits, which is what the model answers in evaluation (facebookresearch/deit; the paper averages softmax
-    outputs). Padding and unlabelled images do not count. `prepare` turns a batch into the model's input.
-    """
-    was_training = model.training
-    model.eval()
-    sums = None
-    for batch in loader:
-        with autocast():
-            cls_logits, dist_logits = heads(model, prepare(batch))
-        answers = [cls_logits] if dist_logits is None else [cls_logits, dist_logits, (cls_logits + dist_logits) / 2]
-        counts = torch.stack([_counts(logits.float(), batch.labels) for logits in answers])
-        sums = counts if sums is None else sums + counts
-    model.train(was_training)
-    sums = place.sum(sums)
-    return {head: _shares(row.tolist()) for head, row in zip(HEADS, sums)}
+    from . import checkpoint
+    from .accuracy import accuracy
+    from .distributed import join
+    from .inference import load
+    from .student import heads
+    from .tables import accuracy_table
+
+    @dataclass(kw_only=True)
+    class Evaluate:
+        checkpoint: Annotated[Path, tyro.conf.Positional]
+        """A run's folder, or last or best in it."""
+        data_path: Path
+        """DIR/val/CLASS/*."""
+        batch_size: int = 64
+        """Images per process and step."""
+        input_size: int | None = None
+        """Pixels on a side; position embeddings are interpolated. Default: the checkpoint's."""
+        device: str | None = None
+        """cuda, cuda:N or cpu. Default: cuda where present."""
+        json: bool = False
+        """Print JSON in place of a table."""
+
+    arguments = tyro.cli(Evaluate, prog="python -m fastdeit.evaluate", description=__doc__)
+    folder = checkpoint.find(arguments.checkpoint)
+    with join(arguments.device) as place:
+        result = {}
+        for source in ("model", "ema"):
+            if source == "ema" and not (folder / "ema.safetensors").is_file():
+                continue
+            classifier = load(folder, device=place.device, weights=source, input_size=arguments.input_size)
+            loader = classifier.evaluation_loader(arguments.data_path, arguments.batch_size, place)
+            result[source] = accuracy(
+                lambda images, model=classifier.model: heads(model, images), loader, classifier.prepare, place
+            )
+    if place.is_main:
+        print(json.dumps(result, indent=2) if arguments.json else accuracy_table(result))
 
 
-def _counts(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(4,) float64 on the device: right at first, right among five, sum of cross entropies, images."""
-    counted = labels >= 0
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    return torch.stack([best[:, 0].sum(), best.any(1).sum(), loss, counted.sum()]).double()
-
-
-def _shares(row: list[float]) -> dict:
-    right, among_five, loss, images = row
-    if images == 0:
-        raise UserError("there is no labelled image to evaluate on")
-    return {"top1": right / images, "top5": among_five / images, "loss": loss / images}
-
-
-@dataclass(kw_only=True)
-class Evaluate:
-    """Top-1 and top-5 of class head, distillation head and their average, of the weights and of the moving average."""
-
-    checkpoint: "tyro.conf.Positional[Path]"  # noqa: F821
-    """A run's folder, or last or best in it."""
-    data_path: Path
-    """DIR/val/CLASS/*."""
-    batch_size: int = 64
-    """Images per step."""
-    input_size: int | None = None
-    """Pixels on a side. Default: the checkpoint's."""
-    device: str | None = None
-    """cuda, cuda:N or cpu. Default: cuda where present."""
-    json: bool = False
-    """Print JSON in place of a table."""
+if __name__ == "__main__":
+    run(main)

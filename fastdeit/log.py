@@ -48,7 +48,9 @@ class Log:
             for head, value in heads.items()
         )
         width = len(str(epochs))
-        self.say(f"epoch {epoch + 1:{width}d}/{epochs}  {_train_text(figures)}  left {self._left(step)}  top-1 % {percent}")
+        self.say(
+            f"epoch {epoch + 1:{width}d}/{epochs}  {_train_text(figures)}  left {self._left(step)}  top-1 % {percent}"
+        )
 
     def say(self, text: str) -> None:
         self.last_line = time.monotonic()
@@ -82,7 +84,11 @@ class Log:
 def _train_text(figures: dict) -> str:
     if not figures:
         return ""
-    terms = f" (class {figures['class_loss']:.3f}, teacher {figures['teacher_loss']:.3f})" if figures["teacher_loss"] else ""
+    terms = (
+        f" (class {figures['class_loss']:.3f}, teacher {figures['teacher_loss']:.3f})"
+        if figures["teacher_loss"]
+        else ""
+    )
     return (
         f"loss {figures['loss']:.3f}{terms}  lr {figures['lr']:.1e}  {figures['images_per_s']:,.0f} images/s  "
         f"data {100 * figures['data_share']:.0f} %"

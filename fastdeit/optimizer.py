@@ -19,7 +19,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, name: str, *, lr: float, weight_decay: float, eps: float, betas) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, name: str, *, lr: float, weight_decay: float, eps: float, betas
+) -> torch.optim.Optimizer:
     """AdamW (fused on CUDA), LAMB (timm's, for the DeiT III recipes) or SGD with Nesterov momentum."""
     groups = parameter_groups(model, weight_decay)
     on_cuda = next(model.parameters()).is_cuda

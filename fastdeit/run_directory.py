@@ -1,12 +1,12 @@
 """The folder of a run: claimed once, never written over.
 
-    settings.json     every setting, as given to the run
-    metrics.jsonl     one JSON object per line: training figures, and accuracies after each epoch
-    summary.json      the closing table
-    curves.png        losses, accuracies, learning rate
-    first_batch.png   the first augmented batch with its labels
-    bad_files.txt     images that could not be read, with the cause
-    checkpoints/      step-N/ for the steps kept; last and best point to two of them
+settings.json     every setting, as given to the run
+metrics.jsonl     one JSON object per line: training figures, and accuracies after each epoch
+summary.json      the closing table
+curves.png        losses, accuracies, learning rate
+first_batch.png   the first augmented batch with its labels
+bad_files.txt     images that could not be read, with the cause
+checkpoints/      step-N/ for the steps kept; last and best point to two of them
 """
 
 import json

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from . import model as ours
-from .command import UserError, need
+from .command import UserError
 from .config import Config
 from .weights import load_weights
 
@@ -45,10 +45,11 @@ def is_ours(name: str) -> bool:
 
 def build_timm_model(config: Config, num_classes: int) -> nn.Module:
     """A model of timm, with a fresh head for `num_classes`; `--pretrained` loads timm's published weights."""
-    timm = need("timm")
+    import timm
+
     name = config.model.model
     if not timm.is_model(name):
-        raise UserError(f"--model {name}: {ours.unknown_model_message(name)}")
+        return ours.create_model(name)  # raises, with the names that come near
     options = {"num_classes": num_classes, "pretrained": config.model.pretrained}
     if config.model.drop_path:
         options["drop_path_rate"] = config.model.drop_path

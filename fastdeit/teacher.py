@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .command import UserError, need
+from .command import UserError
 from .config import Config
 from .student import build_student, mean_std
 
@@ -72,9 +72,10 @@ def _own_checkpoint(folder: Path, classes: tuple[str, ...]):
 
 def _timm_model(name: str, path: str | None, classes: tuple[str, ...]):
     """A timm model with its published weights, or with those of a checkpoint file. Its head is never replaced."""
+    import timm
+
     from .weights import load_weights
 
-    timm = need("timm")
     if not timm.is_model(name):
         raise UserError(f"--teacher-model {name}: timm has no model of this name; see timm.list_models()")
     if path is None:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,15 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 from fastdeit.kernels import mix_normalize
 
 from . import checkpoint
+from .accuracy import accuracy
 from .config import Config
 from .distributed import Place
-from .evaluate import accuracy
 from .log import Log
 from .model import DeiT
 from .objective import Objective
 from .optimizer import build_optimizer
 from .schedule import learning_rate, scaled_peak
-from .student import mean_std
+from .student import heads, mean_std
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOG_STEPS = 50  # the host waits for the device only this often
@@ -35,7 +36,9 @@ class Trainer:
     (batch, classes) logits to normalised images, or is None.
     """
 
-    def __init__(self, config: Config, place: Place, model: nn.Module, teacher, loaders, classes, folder: Path | None, title=""):
+    def __init__(
+        self, config: Config, place: Place, model: nn.Module, teacher, loaders, classes, folder: Path | None, title=""
+    ):
         self.config, self.place, self.teacher, self.folder, self.classes = config, place, teacher, folder, classes
         self.train_loader, self.val_loader = loaders
         settings, device = config.optimization, place.device
@@ -75,7 +78,9 @@ class Trainer:
             for block in model.blocks if hasattr(model, "blocks") else [model]:
                 block.compile()
         if parallel:
-            return DistributedDataParallel(model, device_ids=[self.place.device.index] if self.place.device.index is not None else None)
+            return DistributedDataParallel(
+                model, device_ids=[self.place.device.index] if self.place.device.index is not None else None
+            )
         return model
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -196,10 +201,18 @@ class Trainer:
 
     def evaluate(self) -> dict[str, dict]:
         """Accuracies on the validation images, of the weights and of their moving average."""
-        sources = {"model": self.model, **({"ema": self.ema} if self.ema is not None else {})}
-        return {
-            name: accuracy(model, self.val_loader, self.prepare, self.place, self._autocast) for name, model in sources.items()
-        }
+        sources = {"model": self.model} if self.ema is None else {"model": self.model, "ema": self.ema}
+        result = {}
+        for name, model in sources.items():
+            model.eval()
+            result[name] = self.accuracy_of(lambda images, model=model: heads(model, images))
+            model.train()
+        return result
+
+    def accuracy_of(self, answer: Callable) -> dict[str, dict]:
+        """Accuracies of `answer` (images -> class logits, distillation logits or None) on the validation images."""
+        with self._autocast():
+            return accuracy(answer, self.val_loader, self.prepare, self.place)
 
     def save(self, result: dict[str, dict]) -> None:
         score = max(head["top1"] for head in result["model"].values())
@@ -211,7 +224,11 @@ class Trainer:
                 step=self.steps_done,
                 model=self.model.state_dict(),
                 ema=self.ema.state_dict() if self.ema is not None else None,
-                training={"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "best": self.best},
+                training={
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "best": self.best,
+                },
                 best=best,
             )
         self.place.barrier()

@@ -11,12 +11,19 @@ from ..config import Config, Data, Distillation, Model, Optimization
 def config() -> Config:
     return Config(
         data=Data(
-            input_size=16, batch_size=64, scale=(0.5, 1.0), hflip=0.0, aa="none", color_jitter=0.0, reprob=0.0,
-            repeated_aug=False, mixup=0.0, cutmix=0.0, eval_crop_ratio=1.0,
+            input_size=16,
+            batch_size=64,
+            scale=(0.5, 1.0),
+            hflip=0.0,
+            aa="none",
+            color_jitter=0.0,
+            reprob=0.0,
+            repeated_aug=False,
+            mixup=0.0,
+            cutmix=0.0,
+            eval_crop_ratio=1.0,
         ),
         model=Model(model="deit_nano_distilled_patch4_16", drop_path=0.0, model_ema_decay=0.99),
-        distillation=Distillation(
-            distillation_type="hard", teacher_model="test_resnet", compare_undistilled=True
-        ),
+        distillation=Distillation(distillation_type="hard", teacher_model="test_resnet", compare_undistilled=True),
         optimization=Optimization(epochs=30, lr=1e-3, unscale_lr=True, warmup_epochs=2),
     )

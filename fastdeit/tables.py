@@ -1,0 +1,38 @@
+"""Tables for the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+NAMES = {
+    "teacher": "teacher",
+    "cls": "class head",
+    "dist": "distillation head",
+    "both": "both heads, averaged",
+    "undistilled": "same student, not distilled",
+}
+
+
+def _render(table: Table) -> str:
+    console = Console(width=100, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def accuracy_table(result: dict[str, dict]) -> str:
+    """`result`: {"model" or "ema": {head: {"top1", "top5", "loss"}}}."""
+    table = Table("weights", "head", "top-1 %", "top-5 %", "loss")
+    for source, heads in result.items():
+        for head, value in heads.items():
+            figures = f"{100 * value['top1']:.2f}", f"{100 * value['top5']:.2f}", f"{value['loss']:.4f}"
+            table.add_row({"model": "trained", "ema": "moving average"}[source], NAMES[head], *figures)
+    return _render(table)
+
+
+def summary_table(summary: dict[str, float]) -> str:
+    """`summary`: top-1 as a fraction for some of the keys of NAMES."""
+    table = Table("", "top-1 %")
+    for key, name in NAMES.items():
+        if key in summary:
+            table.add_row(name, f"{100 * summary[key]:.2f}")
+    return _render(table)

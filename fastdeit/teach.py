@@ -1,0 +1,40 @@
+"""Teachers.
+
+python -m fastdeit.teach fit --data-path DIR --model resnet50      fit one on your own classes
+"""
+
+import sys
+
+from .command import UserError, run
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    commands = {"fit": fit}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return
+    if arguments[0] not in commands:
+        raise UserError(f"teach {arguments[0]}: there is no such command; choose one of {', '.join(commands)}")
+    commands[arguments[0]](arguments[1:])
+
+
+def fit(arguments: list[str]) -> None:
+    """Train a classifier to teach with: any timm model, by default from its published weights with a fresh head."""
+    from .config import parse
+    from .distributed import join
+    from .train import train
+
+    config = parse(arguments, recipe="teacher", prog="python -m fastdeit.teach fit")
+    if config.distillation.distillation_type != "none":
+        raise UserError("a teacher is fitted on the labels alone: leave --distillation-type away")
+    with join(config.run.device) as place:
+        train(config, place)
+        if place.is_main:
+            print(
+                "teach a student with it: python -m fastdeit.train --data-path DIR --distillation-type hard --teacher-path RUN"
+            )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,163 @@
+"""Train a Data-efficient Image Transformer.
+
+python -m fastdeit.train                      handwritten digits: teacher, distilled student, comparison
+python -m fastdeit.train --data-path DIR      your own folder, DIR/train/CLASS/* and DIR/val/CLASS/*
+torchrun --nproc-per-node 8 -m fastdeit.train --data-path DIR
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from .command import run
+
+
+def main() -> None:
+    from .config import parse
+    from .distributed import join
+
+    config = parse()
+    if config.run.print_config:
+        print(json.dumps(config.to_dict(), indent=2))
+        return
+    with join(config.run.device) as place:
+        train(config, place)
+
+
+def train(config, place) -> dict:
+    """One run, from settings to the closing table. Returns the table: top-1 as fractions, see tables.NAMES."""
+    from . import pictures, run_directory, tables
+    from .data import loaders, open_images
+    from .student import build_student, mean_std
+    from .teacher import load_teacher
+    from .trainer import Trainer
+
+    config = with_digits(config, place)
+    indices = open_images(config)
+    classes = indices[0].classes
+    model = build_student(config, len(classes))
+    mean, std = mean_std(model)
+    teacher = None
+    if config.distillation.distillation_type != "none":
+        teacher = load_teacher(config, classes, student_mean=mean, student_std=std, device=place.device)
+
+    folder = place.broadcast(run_directory.claim(config) if place.is_main and not config.run.dry_run else None)
+    own_folder = folder if place.is_main else None
+    trainer = Trainer(
+        config, place, model, teacher, loaders(config, indices, place, own_folder), classes, own_folder, title="student"
+    )
+    if config.run.dry_run:
+        return dry_run(trainer)
+    if place.is_main:
+        pictures.first_batch(trainer, folder / "first_batch.png")
+        trainer.log.say(f"{_sizes(trainer, indices)}\nwriting to {folder}")
+    accuracy = trainer.fit()
+    summary = {head: value["top1"] for head, value in accuracy["model"].items()}
+    if teacher is not None:
+        summary["teacher"] = trainer.accuracy_of(lambda images: (teacher(images), None))["cls"]["top1"]
+    if config.distillation.compare_undistilled:
+        summary["undistilled"] = train_undistilled(config, place, indices, folder)
+    if place.is_main:
+        run_directory.write_json(folder / "summary.json", summary)
+        pictures.curves(folder)
+        similarity = pictures.token_similarity(trainer, folder)
+        print(tables.summary_table(summary))
+        if similarity:
+            print("cosine similarity of class and distillation token, input and after each block:", *similarity)
+        print(f"curves.png, summary.json and the checkpoints last and best are in {folder}")
+    return summary
+
+
+def train_undistilled(config, place, indices, folder: Path) -> float:
+    """The same student without teacher and distillation token, for the same number of steps. Returns its top-1."""
+    from .data import loaders
+    from .student import build_student
+    from .trainer import Trainer
+
+    settings = type(config).from_dict(config.to_dict())
+    settings.distillation.distillation_type = "none"
+    settings.model.model = config.model.model.replace("_distilled", "")
+    classes = indices[0].classes
+    own_folder = folder / "undistilled" if place.is_main else None
+    if own_folder is not None:
+        own_folder.mkdir()
+    trainer = Trainer(
+        settings, place, build_student(settings, len(classes)), None, loaders(settings, indices, place, own_folder),
+        classes, own_folder, title="undistilled",
+    )  # fmt: skip
+    return max(head["top1"] for head in trainer.fit()["model"].values())
+
+
+def with_digits(config, place):
+    """The settings of a run without --data-path: the digits as data, and a teacher fitted on them where one is asked for."""
+    from . import recipes
+    from .digits import digits_folder
+
+    if config.data.data_path is not None:
+        return config
+    config = type(config).from_dict(config.to_dict())
+    config.data.data_path = place.broadcast(digits_folder() if place.is_main else None)
+    if config.distillation.distillation_type == "none" or config.distillation.teacher_path is not None:
+        return config
+    settings = recipes.load("teacher_digits")
+    settings.model.model = config.distillation.teacher_model
+    settings.data.data_path, settings.data.input_size = config.data.data_path, config.data.input_size
+    settings.run.device = config.run.device
+    target = Path("runs") / f"digits-teacher-{settings.model.model}-{settings.data.input_size}px"
+    if not place.broadcast(target.is_dir()):
+        # Fitted under another name, so that a folder of this name is always a finished fit.
+        settings.run.output_dir = target.with_name(target.name + ".unfinished")
+        if place.is_main:
+            shutil.rmtree(settings.run.output_dir, ignore_errors=True)
+            print(f"fitting the teacher {settings.model.model} on the digits, kept in {target} for the next run")
+        train(settings, place)
+        if place.is_main:
+            settings.run.output_dir.rename(target)
+        place.barrier()
+    config.distillation.teacher_path = str(target)
+    return config
+
+
+def dry_run(trainer) -> dict:
+    """Two steps on the first batch, then memory and shapes on the terminal; nothing is written."""
+    import resource
+    import time
+
+    import torch
+
+    trainer.model.train()
+    trainer.train_loader.set_epoch(0)
+    batch = next(iter(trainer.train_loader))
+    losses, seconds = [], []
+    for _ in range(2):
+        start = time.perf_counter()
+        losses.append(trainer.step(batch).tolist()[0])
+        seconds.append(time.perf_counter() - start)
+    on_cuda = trainer.place.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    say = trainer.log.say
+    say(f"device            {trainer.place.device}, {trainer.place.world_size} process(es), {trainer.precision}")
+    say(f"student           {sum(p.numel() for p in trainer.model.parameters()):,} parameters")
+    say(
+        f"first batch       images {tuple(batch.images.shape)} {batch.images.dtype}, labels {tuple(batch.labels.shape)}"
+    )
+    say(f"student's input   {tuple(trainer.prepare(batch).shape)} {trainer.precision}")
+    say(f"two steps         loss {losses[0]:.4f}, {losses[1]:.4f}; {seconds[0]:.2f} s, {seconds[1]:.2f} s")
+    say(f"peak memory       {peak / 2**20:,.0f} MiB {'on the device' if on_cuda else 'of the process'}")
+    trainer.log.close()
+    return {}
+
+
+def _sizes(trainer, indices) -> str:
+    training, validation = indices
+    config = trainer.config
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    return (
+        f"{config.model.model}: {parameters / 1e6:.2f} M parameters, {len(training):,} training and {len(validation):,} "
+        f"validation images of {len(training.classes)} classes, {trainer.total_steps:,} steps of {trainer.global_batch} "
+        f"images, {trainer.place.device}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
