@@ -73,6 +73,13 @@ class Index:
         """The encoded bytes, (bytes,) uint8; read-only for shards. Raises OSError if the file has vanished."""
         return self.reader.encoded(i)
 
+    def take(self, positions: np.ndarray) -> "Index":
+        """An index of these images alone, in this order, with the same classes; `bad` is empty."""
+        positions = np.asarray(positions)
+        records = self.records.take(positions)
+        reader = type(self.reader)(self.reader.root, records)
+        return Index(self.classes, self.labels[positions], records.heights, records.widths, (), records, reader)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of classes, names below the root, encoded sizes and labels. Equal after copying or touching."""

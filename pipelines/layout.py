@@ -34,6 +34,18 @@ def list_split(path: str, split: str) -> Listing:
     raise ValueError(f"{path} has no split '{split}': {_EXPECTED.format(split=split)}; it holds {_contents(path)}")
 
 
+def splits(path: str) -> list[str]:
+    """Which of the splits train and val there are; val under any of its names."""
+    if not os.path.isdir(path):
+        return []
+    named = {split: (split, *_OTHER_NAMES.get(split, ())) for split in ("train", "val")}
+    return [split for split, names in named.items() if any(_holds(Path(path), name) for name in names)]
+
+
+def _holds(path: Path, split: str) -> bool:
+    return (path / split).is_dir() or any(_matches(path, patterns, split) for patterns in (_TAR, _PARQUET))
+
+
 def _candidates(path: Path, split: str) -> list[Listing]:
     shards = [
         _list_shards(kind, path, files)

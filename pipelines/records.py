@@ -1,7 +1,7 @@
 """What is passed between the parts of an index: the files that make up a data set, and what was read from them."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -52,3 +52,21 @@ class Records:
     shards: tuple[str, ...] = ()  # relative to the root; none for plain files
     shard_ids: np.ndarray | None = None  # (n,) int32
     positions: np.ndarray | None = None  # (n,) int64: byte offset in a tar, row in a Parquet file
+
+    def take(self, rows: np.ndarray) -> "Records":
+        """These rows alone; the bad files are not theirs."""
+
+        def taken(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[rows]
+
+        return replace(
+            self,
+            names=Names.pack(self.names[i] for i in rows),
+            sizes=self.sizes[rows],
+            labels=self.labels[rows],
+            heights=self.heights[rows],
+            widths=self.widths[rows],
+            bad=(),
+            shard_ids=taken(self.shard_ids),
+            positions=taken(self.positions),
+        )

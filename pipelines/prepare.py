@@ -1,0 +1,200 @@
+"""Re-encode a data set once, so that large photos, slow disks and many small files stop mattering.
+
+    python -m fastdeit.pipelines.prepare DIR OUT
+
+DIR is any data set that open_index reads (class folders, WebDataset, Parquet; train, val or both). OUT receives
+WebDataset shards (train-000000.tar ...), classes.txt and bad_files.txt, and is then used in DIR's place. Images keep
+their order and labels; bad ones are named and left out.
+
+It may be killed at any instant: the same command goes on with the shards that are missing. A shard is written under
+another name and renamed when it is complete, and its bytes depend only on the images and the settings.
+"""
+
+import json
+import logging
+import multiprocessing as mp
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import tyro
+
+from . import reencode
+from .bad_files import BadFiles, TooManyBadFiles
+from .index import Index, open_index
+from .layout import list_split, splits
+from .progress import show_progress
+
+SETTINGS = "prepare.json"
+FORMAT = 1  # raise it when the same settings give other shards
+
+
+class Shard(NamedTuple):
+    """A run of images that becomes one file."""
+
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def temporary(self) -> Path:
+        return self.file.with_name(f".{self.file.name}.tmp")
+
+
+def prepare(
+    dir: Annotated[str, tyro.conf.arg(metavar="DIR")],
+    out: Annotated[str, tyro.conf.arg(metavar="OUT")],
+    /,
+    size: int = 288,
+    quality: int = 92,
+    workers: int | None = None,
+    images_per_shard: int = 1000,
+    max_bad: float = 0.01,
+) -> None:
+    """Re-encode the images of DIR to a shorter side, into WebDataset shards in OUT. After a stop, run it again.
+
+    Args:
+        dir: The data set: DIR/train/CLASS/*.jpg (and val), tar shards or Parquet files.
+        out: A new folder for the shards, or one that this command has begun.
+        size: Pixels of the shorter side; smaller images are not scaled up. 288 serves training at 224.
+        quality: Of the JPEGs, 1 to 95.
+        workers: Processes; one a core if not given.
+        images_per_shard: Images in a tar file.
+        max_bad: Stop if more than this share of the images cannot be read.
+    """
+    _check(size, quality, workers, images_per_shard)
+    indexes = _open_splits(dir)
+    root = Path(out)
+    settings = {"format": FORMAT, "size": size, "quality": quality, "images_per_shard": images_per_shard}
+    _begin(root, settings | {split: index.fingerprint for split, index in indexes.items()}, dir)
+    classes = next(iter(indexes.values())).classes
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    for split, index in indexes.items():
+        bad_files = BadFiles.of(index, limit=max_bad, path=root / "bad_files.txt")
+        _write_split(index, _shards(root, split, len(index), images_per_shard), size, quality, workers, bad_files)
+    _report(root, indexes)
+
+
+def _check(size: int, quality: int, workers: int | None, images_per_shard: int) -> None:
+    for name, value in (("size", size), ("images_per_shard", images_per_shard), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 1 <= quality <= 95:
+        raise ValueError(f"quality goes from 1 to 95 (above, files grow and nothing is gained), got {quality}")
+
+
+def _open_splits(source: str) -> dict[str, Index]:
+    found = splits(source)
+    if not found:
+        list_split(source, "train")  # raises, with what was expected
+    indexes: dict[str, Index] = {}
+    for split in found:
+        classes = indexes["train"].classes if "train" in indexes else None
+        indexes[split] = open_index(source, split, classes=classes)
+    return indexes
+
+
+def _begin(root: Path, settings: dict, source: str) -> None:
+    """Make OUT, or see to it that it was begun with the same images and settings."""
+    file = root / SETTINGS
+    if file.exists():
+        begun = json.loads(file.read_text())
+        other = [name for name in settings.keys() | begun.keys() if settings.get(name) != begun.get(name)]
+        if other:
+            raise ValueError(
+                f"{root} was begun with other images or settings ({', '.join(sorted(other))}) than {source} has now: "
+                "delete it or choose another folder"
+            )
+        return
+    if root.exists() and any(name != f".{SETTINGS}.tmp" for name in os.listdir(root)):
+        raise ValueError(f"{root} is not empty and was not made by this command: choose another folder")
+    root.mkdir(parents=True, exist_ok=True)
+    temporary = root / f".{SETTINGS}.tmp"
+    temporary.write_text(json.dumps(settings, indent=1))
+    os.replace(temporary, file)
+
+
+def _shards(root: Path, split: str, total: int, images_per_shard: int) -> list[Shard]:
+    return [
+        Shard(root / f"{split}-{number:06d}.tar", start, min(start + images_per_shard, total))
+        for number, start in enumerate(range(0, total, images_per_shard))
+    ]
+
+
+def _write_split(
+    index: Index, shards: list[Shard], size: int, quality: int, workers: int | None, bad_files: BadFiles
+) -> None:
+    missing = [shard for shard in shards if not shard.file.exists()]
+    if not missing:
+        return
+    finished = len(index) - sum(shard.stop - shard.start for shard in missing)
+    workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
+    what = f"{shards[0].file.name.partition('-')[0]} images"
+    with _pool(workers) as (pool, images_done), show_progress(what, len(index), finished) as progress:
+        jobs = {
+            pool.submit(
+                reencode.write_shard,
+                index.take(np.arange(shard.start, shard.stop)),
+                shard.start,
+                shard.temporary,
+                size,
+                quality,
+            ): shard
+            for shard in missing
+        }
+        pending = set(jobs)
+        while pending:
+            ready, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            progress.update(finished + images_done.value)
+            for job in ready:
+                # Named before the shard counts as written: a stop in between repeats both.
+                for name, cause in job.result():
+                    bad_files.report(name, cause)
+                os.replace(jobs[job].temporary, jobs[job].file)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator:
+    """Worker processes and the number of images they have done; an error here stops them in the middle of a shard."""
+    context = mp.get_context("forkserver")  # no fork of a process with threads, no import of it all in each worker
+    context.set_forkserver_preload([reencode.__name__])
+    images_done, stop = context.Value("q", 0), context.Event()
+    pool = ProcessPoolExecutor(workers, context, reencode.start_worker, (images_done, stop))
+    try:
+        yield pool, images_done
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _report(root: Path, indexes: dict[str, Index]) -> None:
+    """Open what was written, as its reader will."""
+    for split, index in indexes.items():
+        written = open_index(root, split, classes=index.classes)
+        bad = len(index) + len(index.bad) - len(written)
+        left_out = f", {bad} bad ones left out ({root / 'bad_files.txt'})" if bad else ""
+        print(f"{split}: {len(written):,} images of {len(index.classes)} classes in {root}{left_out}")
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s")
+    try:
+        tyro.cli(prepare, prog="python -m fastdeit.pipelines.prepare")
+    except (ValueError, TooManyBadFiles) as error:
+        sys.exit(f"error: {error}")
+    except BrokenProcessPool:
+        sys.exit("error: a worker was killed, for want of memory perhaps: run the command again, with fewer --workers")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""One image made small, one shard of such images, and the worker process that writes it."""
+
+import io
+import multiprocessing as mp
+import os
+import signal
+import tarfile
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from .index import Index
+from .records import BadFile
+
+# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as that leaves this many times the size asked for;
+# Pillow's own thumbnail() uses the same margin. Measured on noisy photos, 1200 x 1600 and 3000 x 4000 to 288: 2.0 and
+# 3.4 times as fast as a full decode, 1.3 levels of mean difference.
+DECODE_MARGIN = 2
+_COPIED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+class Small(NamedTuple):
+    encoded: bytes
+    extension: str
+
+
+def shrink(encoded: bytes, size: int, quality: int) -> Small:
+    """An RGB JPEG whose shorter side is `size` pixels, bicubic with antialiasing.
+
+    An image that is not larger is never scaled up; if it is a grey or RGB JPEG, PNG or WebP its bytes stay as they
+    are, for a second lossy encoding would cost quality and save nothing. Any other PNG of that size becomes an RGB
+    PNG. Every image is decoded, so what comes out can be read. EXIF data is dropped when an image is encoded anew;
+    its rotation is not applied either way.
+
+    Raises OSError, SyntaxError, ValueError or Image.DecompressionBombError, as Pillow does, for what is no image or
+    is truncated.
+    """
+    with Image.open(io.BytesIO(encoded)) as image:
+        width, height = image.size
+        target = _target(width, height, size)
+        image.draft("RGB", (DECODE_MARGIN * target[0], DECODE_MARGIN * target[1]))
+        image.load()
+        fits = target == (width, height)
+        if fits and image.mode in ("RGB", "L") and image.format in _COPIED:
+            return Small(encoded, _COPIED[image.format])
+        lossless = fits and image.format == "PNG"
+        small = image.convert("RGB")
+    if small.size != target:
+        small = small.resize(target, Image.Resampling.BICUBIC)
+    return _encode(small, quality, lossless)
+
+
+def _encode(image: Image.Image, quality: int, lossless: bool) -> Small:
+    stream = io.BytesIO()
+    if lossless:
+        image.save(stream, "PNG")
+    else:
+        image.save(stream, "JPEG", quality=quality, comment=b"")
+    return Small(stream.getvalue(), "png" if lossless else "jpg")
+
+
+def _target(width: int, height: int, size: int) -> tuple[int, int]:
+    shorter = min(width, height)
+    if shorter <= size:
+        return width, height
+    return max(1, round(width * size / shorter)), max(1, round(height * size / shorter))
+
+
+class Stopped(Exception):
+    """The command that started this worker has met an error or was interrupted."""
+
+
+def start_worker(images_done, stop) -> None:
+    """Initialise a worker: `images_done` counts images over all of them, the event `stop` ends them."""
+    global _images_done, _stop
+    _images_done, _stop = images_done, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of Ctrl-C and decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+_images_done = _stop = None
+
+
+def _die_with_parent() -> None:
+    mp.parent_process().join()  # killed, it could not tell us to stop
+    os._exit(1)
+
+
+def _count_image() -> None:
+    if _stop is not None:
+        if _stop.is_set():
+            raise Stopped
+        with _images_done.get_lock():
+            _images_done.value += 1
+
+
+def write_shard(index: Index, first: int, path: Path, size: int, quality: int) -> list[BadFile]:
+    """Write all images of `index` that can be read to the tar `path`; returns those that cannot.
+
+    first: number of the first image, which goes into its name. The bytes depend on nothing but the images and the
+    arguments.
+    """
+    bad = []
+    with open(path, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            for i in range(len(index)):
+                try:
+                    members = _members(index, i, first + i, size, quality)
+                except Exception as error:  # Pillow's decoders raise whatever they run into
+                    bad.append(BadFile(index.name(i), str(error) or type(error).__name__))
+                else:
+                    for name, contents in members:
+                        _add(tar, name, contents)
+                _count_image()
+        file.flush()
+        os.fsync(file.fileno())
+    return bad
+
+
+def _members(index: Index, i: int, number: int, size: int, quality: int) -> list[tuple[str, bytes]]:
+    small = shrink(index.encoded(i).tobytes(), size, quality)
+    stem = os.path.splitext(os.path.basename(index.records.names[i]))[0]
+    key = f"{number:08d}-{stem.replace('.', '_')}"  # WebDataset cuts a key at its first dot
+    return [(f"{key}.{small.extension}", small.encoded), (f"{key}.cls", str(index.labels[i]).encode())]
+
+
+def _add(tar: tarfile.TarFile, name: str, contents: bytes) -> None:
+    info = tarfile.TarInfo(name)  # no time, no owner: the same bytes whenever it is written
+    info.size = len(contents)
+    tar.addfile(info, io.BytesIO(contents))
