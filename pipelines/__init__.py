@@ -1,16 +1,20 @@
 """From image files to batches on the device. Knows images only: nothing of models, losses or the trainer."""
 
 from .augmentation import Augmentation
+from .bad_files import BadFiles, TooManyBadFiles
+from .batch import Batch
 from .index import Index, open_files, open_folder, open_index
-from .loader import Batch, Loader, eval_loader, train_loader
+from .loader import Loader, eval_loader, train_loader
 from .mixing import Mix
 
 __all__ = [
     "Augmentation",
+    "BadFiles",
     "Batch",
     "Index",
     "Loader",
     "Mix",
+    "TooManyBadFiles",
     "eval_loader",
     "open_files",
     "open_folder",

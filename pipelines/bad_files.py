@@ -38,7 +38,7 @@ class BadFiles:
         self.total, self.limit = total, limit
         self.path = None if path is None else Path(path)
         self.causes: dict[str, str] = {}  # by name, in the order they were met
-        self._listed = self._read_names()
+        self.listed = self._read_names()  # in the file at `path`, by this run or an earlier part of it
         self._lock = threading.Lock()
 
     @classmethod
@@ -66,8 +66,8 @@ class BadFiles:
     def _take_in(self, name: str, cause: str) -> None:
         self.causes[name] = cause = " ".join(cause.split())  # one line, whatever a decoder had to say
         self._log(name, cause)
-        if self.path is not None and name not in self._listed:
-            self._listed.add(name)
+        if self.path is not None and name not in self.listed:
+            self.listed.add(name)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(f"{name}\t{cause}\n")

@@ -1,7 +1,10 @@
-"""From encoded images to pixels, in DALI.
+"""From encoded images to pixels, in DALI: one definition for the GPU and for the CPU.
+
+    read -> decode the window -> resize -> crop -> flip -> one operation a layer     see crop.Geometry, operations.py
 
 Nothing here is random: which window, which flip, which operations come in with each batch, drawn on the host, so the
-pixels of a sample do not depend on the batch around it, on threads or on processes.
+pixels of a sample do not depend on the batch around it, on threads or on processes. On the CPU only the first two
+stations are used in earnest (cpu.py does the rest faster), the others in tests.
 """
 
 from collections.abc import Callable
@@ -9,9 +12,12 @@ from collections.abc import Callable
 import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
-from nvidia.dali import Pipeline
+from nvidia.dali import pipeline_def
 
-from .plan import Plan
+from .augmentation import Views
+from .crop import PADDING
+from .dali_operations import layer
+from .operations import GEOMETRIC, Operation, affine_matrices
 
 
 class DecodeError(Exception):
@@ -21,18 +27,16 @@ class DecodeError(Exception):
 class Graph:
     """A DALI pipeline that is handed its inputs batch by batch and runs ahead of whoever collects them."""
 
-    def __init__(
-        self, define: Callable[[], tuple], inputs: Callable[[Plan], dict], batch_size: int, num_threads: int, device_id
-    ):
-        # Batches queue up by being submitted; DALI's own queue would want the first few all at once.
-        self.pipeline = Pipeline(batch_size, num_threads, device_id, prefetch_queue_depth=1)
-        with self.pipeline:
-            self.pipeline.set_outputs(*define())
+    def __init__(self, define: Callable[[], tuple], batch_size: int, num_threads: int, device_id: int | None):
+        # Batches queue up by being submitted; with a queue of its own DALI would want the first few all at once.
+        build = pipeline_def(define, enable_conditionals=True)
+        self.pipeline = build(
+            batch_size=batch_size, num_threads=num_threads, device_id=device_id, prefetch_queue_depth=1
+        )
         self.pipeline.build()
-        self.inputs = inputs
 
-    def submit(self, plan: Plan) -> None:
-        for name, value in self.inputs(plan).items():
+    def submit(self, inputs: dict[str, np.ndarray | list[np.ndarray]]) -> None:
+        for name, value in inputs.items():
             self.pipeline.feed_input(name, value)
         self.pipeline.schedule_run()
 
@@ -44,38 +48,113 @@ class Graph:
             raise DecodeError(str(error)) from error
 
 
-def encoded_images(from_files: bool):
-    """Encoded bytes, from files that DALI reads itself or as they come from the shards of the index."""
-    source = fn.external_source(name="source", dtype=types.UINT8, ndim=1)
-    return fn.io.file.read(source) if from_files else source
+def window_graph(index, batch_size: int, num_threads: int) -> Graph:
+    """Decoding alone, on the CPU: one uint8 HWC image a sample, each of its own size. Inputs: `window_inputs`."""
+    from_files = index.path(0) is not None
+
+    def define():
+        return _decoded_windows(from_files, "cpu")
+
+    return Graph(define, batch_size, num_threads, None)
 
 
-def decoded_windows(encoded, device: str):
-    """uint8 HWC; only the window is decoded. EXIF rotation is not applied, as in Pillow and timm."""
+def window_inputs(index, indices: np.ndarray, window: np.ndarray) -> dict:
+    window = window.astype(np.int32)
+    return {"source": _sources(index, indices), "start": window[:, :2].copy(), "shape": window[:, 2:].copy()}
+
+
+def view_graph(
+    index,
+    batch_size: int,
+    num_threads: int,
+    device_id: int | None,
+    *,
+    size: int,
+    layers: tuple[frozenset[Operation], ...] = (),
+    crop: str = "window",
+    fill: tuple[int, int, int] = (0, 0, 0),
+) -> Graph:
+    """Whole views, (size, size, 3) uint8 a sample, on the GPU `device_id` or, with None, on the CPU. Inputs:
+    `view_inputs`.
+
+    layers: the operations that may come first, second, ... (Augmentation.layers)
+    crop: "window" where the resized window is the view, "centre" where a part of it is, "padded" where that part may
+        reach beyond the border
+    """
+    from_files, device = index.path(0) is not None, "cpu" if device_id is None else "gpu"
+
+    def define():
+        image = _decoded_windows(from_files, "cpu" if device == "cpu" else "mixed")
+        image = _resized(image)
+        if crop == "padded":
+            image = _reflected(_reflected(image, axis=0), axis=1)
+        if crop != "window":
+            corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
+            image = fn.slice(image, corner, (size, size), axes=[0, 1])
+        image = fn.flip(image, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
+        for number, possible in enumerate(layers):
+            op = fn.external_source(name=f"op{number}", dtype=types.INT32, ndim=0)
+            arg = fn.external_source(name=f"arg{number}", dtype=types.FLOAT, ndim=0)
+            matrix = None
+            if not possible.isdisjoint(GEOMETRIC):
+                matrix = fn.external_source(name=f"matrix{number}", dtype=types.FLOAT, ndim=2)
+            image = layer(image, op, arg, matrix, possible, fill, device)
+        return image
+
+    return Graph(define, batch_size, num_threads, device_id)
+
+
+def view_inputs(index, indices: np.ndarray, views: Views, size: int, layers, crop: str) -> dict:
+    inputs = window_inputs(index, indices, views.geometry.window)
+    inputs["resized"] = views.geometry.resized.astype(np.float32)
+    if crop != "window":
+        inputs["corner"] = (views.geometry.corner + (PADDING if crop == "padded" else 0)).astype(np.int32)
+    inputs["flip"] = views.flip.astype(np.int32)
+    for number, possible in enumerate(layers):
+        op, arg = views.ops[:, number], np.ascontiguousarray(views.args[:, number])
+        inputs[f"op{number}"] = np.where(np.isin(op, GEOMETRIC), np.int32(Operation.ROTATE), op)
+        inputs[f"arg{number}"] = arg
+        if not possible.isdisjoint(GEOMETRIC):
+            inputs[f"matrix{number}"] = affine_matrices(op, arg, size)
+    return inputs
+
+
+def _sources(index, indices: np.ndarray) -> list[np.ndarray]:
+    if index.path(0) is not None:
+        return [np.frombuffer(index.path(i).encode("utf-8", "surrogateescape"), np.uint8) for i in indices.tolist()]
+    return [_encoded(index, i) for i in indices.tolist()]
+
+
+def _encoded(index, i: int) -> np.ndarray:
+    try:
+        return index.encoded(i)
+    except OSError:
+        return np.zeros(1, np.uint8)  # fails to decode, which is where bad images are dealt with
+
+
+def _decoded_windows(from_files: bool, device: str):
+    """uint8 HWC. EXIF rotation is not applied, as in Pillow and timm."""
+    encoded = fn.external_source(name="source", dtype=types.UINT8, ndim=1)
+    if from_files:
+        encoded = fn.io.file.read(encoded)
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-    return fn.decoders.image_slice(encoded, start, shape, axes=[0, 1], device=device, adjust_orientation=False)
-
-
-def window_inputs(index, plan: Plan) -> dict:
-    """What `encoded_images` and `decoded_windows` ask for."""
-    window = plan.views.geometry.window.astype(np.int32)
-    return {"source": _sources(index, plan), "start": window[:, :2].copy(), "shape": window[:, 2:].copy()}
-
-
-def _sources(index, plan: Plan) -> list[np.ndarray]:
-    if index.path(0) is None:
-        return [index.encoded(int(i)) for i in plan.indices]
-    return [np.frombuffer(index.path(int(i)).encode("utf-8", "surrogateescape"), np.uint8) for i in plan.indices]
-
-
-def window_graph(index, batch_size: int, num_threads: int) -> Graph:
-    """Decoding alone, on the CPU: outputs one uint8 HWC image a sample, each of its own size."""
-    from_files = index.path(0) is not None
-    return Graph(
-        lambda: (decoded_windows(encoded_images(from_files), "cpu"),),
-        lambda plan: window_inputs(index, plan),
-        batch_size,
-        num_threads,
-        None,
+    # Without fancy upsampling the GPU's decoder repeats chroma values where libjpeg interpolates them.
+    upsampling = {} if device == "cpu" else {"jpeg_fancy_upsampling": True}
+    return fn.decoders.image_slice(
+        encoded, start, shape, axes=[0, 1], device=device, adjust_orientation=False, **upsampling
     )
+
+
+def _resized(image):
+    size = fn.external_source(name="resized", dtype=types.FLOAT, ndim=1)
+    return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False)
+
+
+def _reflected(image, axis: int):
+    """PADDING pixels of reflection (without the border pixel itself) before and after, along one axis."""
+    flips = {"vertical" if axis == 0 else "horizontal": 1, "vertical" if axis == 1 else "horizontal": 0}
+    length = fn.cast(image.shape(device="cpu")[axis], dtype=types.INT32)
+    before = fn.slice(image, [1], [PADDING], axes=[axis])
+    after = fn.slice(image, length - (PADDING + 1), [PADDING], axes=[axis])
+    return fn.cat(fn.flip(before, **flips), image, fn.flip(after, **flips), axis=axis)

@@ -32,12 +32,12 @@ OPERATIONS = {
 }
 
 
-def apply(pixels_HWC: np.ndarray, ops: np.ndarray, args: np.ndarray, fill: tuple[int, int, int]) -> None:
-    """Carry out `ops` with `args`, both (layers,), one after the other on a square uint8 image, in place."""
+def apply(pixels_HWC: np.ndarray, ops: list[int], args: list[float], fill: tuple[int, int, int]) -> np.ndarray:
+    """A square uint8 image after `ops` with `args`, one after the other; a new array."""
     image = Image.fromarray(pixels_HWC)
-    for op, arg in zip(ops.tolist(), args.tolist()):
+    for op, arg in zip(ops, args):
         if op in GEOMETRIC:
             image = _affine(image, op, arg, fill)
         elif op != Operation.IDENTITY:
             image = OPERATIONS[op](image, arg)
-    pixels_HWC[:] = np.asarray(image)
+    return np.asarray(image)
