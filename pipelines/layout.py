@@ -1,5 +1,6 @@
 """Which files under a data set's folder belong to a split: class folders, tar shards or Parquet files."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from . import folder
 from .records import Listing
+
+log = logging.getLogger(__name__)
 
 # Other names under which a validation split is found, tried in this order if there is no 'val'.
 _OTHER_NAMES = {"val": ("validation", "valid", "test")}
@@ -30,6 +33,8 @@ def list_split(path: str, split: str) -> Listing:
         raise ValueError(f"there is no folder {path}: give the folder that holds {split}/")
     for name in (split, *_OTHER_NAMES.get(split, ())):
         if found := _candidates(Path(path), name):
+            if name != split:
+                log.info("%s: '%s' serves as the split '%s'", path, name, split)
             return _the_only(found, path, name)
     raise ValueError(f"{path} has no split '{split}': {_EXPECTED.format(split=split)}; it holds {_contents(path)}")
 

@@ -54,7 +54,7 @@ def prepare(
     size: int = 288,
     quality: int = 92,
     workers: int | None = None,
-    images_per_shard: int = 1000,
+    images_per_shard: int = 2500,
     max_bad: float = 0.01,
 ) -> None:
     """Re-encode the images of DIR to a shorter side, into WebDataset shards in OUT. After a stop, run it again.

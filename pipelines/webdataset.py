@@ -10,8 +10,10 @@ named by the lines of classes.txt (or classnames.txt) in the data set's folder; 
 import json
 import mmap
 import os
+import resource
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -133,16 +135,26 @@ def _label(read: Callable[[int, int], bytes], parts: dict[str, Member]) -> int |
 
 
 class WebDatasetReader:
-    """Encoded images as slices of memory-mapped shards."""
+    """Encoded images as slices of memory-mapped shards, which must not be rewritten while they are in use."""
 
     def __init__(self, root: str, records: Records):
         self.root = root
         self.absolute_root = os.path.abspath(root)
         self.records = records
-        self.maps: dict[int, mmap.mmap] = {}
+        self._keep_maps()
+
+    def _keep_maps(self) -> None:
+        # A map holds a file open: half of what the process may open, the latest used ones. An image keeps its map
+        # alive, so one that is dropped here goes when its last image does.
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._map = lru_cache(None if limit == resource.RLIM_INFINITY else max(1, limit // 2))(self._open)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"maps": {}}
+        return {name: self.__dict__[name] for name in ("root", "absolute_root", "records")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self._keep_maps()
 
     def name(self, i: int) -> str:
         records = self.records
@@ -159,8 +171,6 @@ class WebDatasetReader:
             raise OSError(f"{self.name(i)}: the shard was cut after it was indexed")
         return np.frombuffer(shard, np.uint8, size, offset)
 
-    def _map(self, shard_id: int) -> mmap.mmap:
-        if shard_id not in self.maps:
-            with open(os.path.join(self.absolute_root, self.records.shards[shard_id]), "rb") as file:
-                self.maps[shard_id] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self.maps[shard_id]
+    def _open(self, shard_id: int) -> mmap.mmap:
+        with open(os.path.join(self.absolute_root, self.records.shards[shard_id]), "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

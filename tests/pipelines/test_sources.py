@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastdeit.pipelines import parquet as parquet_module
+from fastdeit.pipelines import webdataset
 from fastdeit.pipelines.index import open_index
 from fastdeit.pipelines.tar_headers import BadTar, members
 
@@ -153,6 +155,18 @@ def test_a_shard_cut_after_indexing_raises_oserror(tars):
     (tars / "train-000001.tar").write_bytes((tars / "train-000001.tar").read_bytes()[:600])
     with pytest.raises(OSError, match="cut after it was indexed"):
         index.encoded(5)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
+    for shard in range(12):
+        write_tar(tmp_path / f"train-{shard:02d}.tar", labelled(["0"], [0], [IMAGES[shard % 6]]))
+    monkeypatch.setattr(webdataset.resource, "getrlimit", lambda which: (8, 8))
+    index = open_index(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    held = [index.encoded(i % 12) for i in range(24)]
+    assert all(image.tobytes() == IMAGES[i % 6] for i, image in enumerate(held))
+    del held
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
 
 
 def test_two_layouts_of_one_split_are_refused(tars):
