@@ -151,7 +151,7 @@ def write_timm(trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
         "label_names": list(trained.classes),
         "model_args": arguments,
         "pretrained_cfg": {
-            **{key: model.pretrained_cfg[key] for key in ("first_conv", "classifier")},
+            **{key: model.pretrained_cfg[key] for key in ("first_conv", "classifier") if key in model.pretrained_cfg},
             "input_size": [3, *trained.input_size],
             "fixed_input_size": isinstance(model, DeiT),
             "interpolation": "bicubic",
