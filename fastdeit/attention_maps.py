@@ -1,0 +1,90 @@
+"""What the class and distillation tokens look at: attention maps, rollout, and pictures of both.
+
+Fused kernels never form the attention matrix, so it is computed here again, block by block, in plain PyTorch.
+Shapes: B batch, N tokens, H heads, L depth, T prefix tokens (class, and distillation if there is one).
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .model import DeiT
+
+TOKENS = ("class token", "distillation token")
+
+
+@torch.no_grad()
+def attention_maps(model: DeiT, images: Tensor) -> Tensor:
+    """Attention of the prefix tokens to each patch, (B, L, H, T, rows, columns) float32.
+
+    Rows of the softmax: what is missing from a sum of 1 went to the prefix tokens themselves.
+    """
+    prefix = model.num_prefix_tokens
+    maps = [attention_BHNN[:, :, :prefix, prefix:] for attention_BHNN in _attention(model, images)]
+    return torch.stack(maps, dim=1).unflatten(-1, model.grid_size)
+
+
+@torch.no_grad()
+def attention_rollout(model: DeiT, images: Tensor) -> Tensor:
+    """How much of each patch reaches the prefix tokens through all blocks, (B, T, rows, columns) float32.
+
+    Abnar and Zuidema, "Quantifying Attention Flow in Transformers" (arXiv 2005.00928), section 3.1: the product over
+    the blocks of (A + I) / 2, with A the attention averaged over the heads; the I is the residual connection.
+    """
+    rollout_BNN = None
+    for attention_BHNN in _attention(model, images):
+        mean_BNN = attention_BHNN.mean(1)
+        step_BNN = (mean_BNN + torch.eye(mean_BNN.shape[-1], device=mean_BNN.device)) / 2
+        rollout_BNN = step_BNN if rollout_BNN is None else step_BNN @ rollout_BNN
+    prefix = model.num_prefix_tokens
+    return rollout_BNN[:, :prefix, prefix:].unflatten(-1, model.grid_size)
+
+
+def _attention(model: DeiT, images: Tensor) -> Iterator[Tensor]:
+    """The softmax of each block in turn, (B, H, N, N) float32."""
+    assert not model.training, "stochastic depth would leave out blocks"
+    x_BND = model.embed(images)
+    for block in model.blocks:
+        qkv = block.attn.qkv(block.norm1(x_BND)).unflatten(-1, (3, block.attn.heads, -1))
+        q_BHNK, k_BHNK, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        scores_BHNN = q_BHNK.float() @ k_BHNK.float().transpose(-1, -2) / q_BHNK.shape[-1] ** 0.5
+        yield scores_BHNN.softmax(-1)
+        x_BND = block(x_BND)
+
+
+def draw_attention(
+    model: DeiT, images: Tensor, mean: Sequence[float], std: Sequence[float], paths: Sequence[Path]
+) -> None:
+    """One PNG an image: the image, where each prefix token looks in the last block (mean of the heads), its rollout.
+
+    images: normalised by mean and std, as the model takes them. Each map is scaled by its own maximum.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    last_BTRC = attention_maps(model, images)[:, -1].mean(1)
+    rollout_BTRC = attention_rollout(model, images)
+    shift, scale = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (mean, std))
+    pixels = (images.float() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    tokens = TOKENS[: model.num_prefix_tokens]
+    titles = [f"{token},\nlast block" for token in tokens] + [f"{token},\nrollout" for token in tokens]
+    for i, path in enumerate(paths):
+        maps_TRC = torch.cat([last_BTRC[i], rollout_BTRC[i]])
+        heat = F.interpolate(maps_TRC[None], model.img_size, mode="bilinear", align_corners=False)[0]
+        heat = (heat / heat.amax((1, 2), keepdim=True)).cpu().numpy()
+        figure, axes = plt.subplots(1, 1 + len(heat), figsize=(2.4 * (1 + len(heat)), 3), layout="constrained")
+        for axis, title, overlay in zip(axes, ["image\n", *titles], [None, *heat]):
+            axis.set_title(title, fontsize=9)
+            axis.axis("off")
+            if overlay is None:
+                axis.imshow(pixels[i], interpolation="nearest")
+            else:  # on the image without its colours, which would mix with the map's
+                axis.imshow(pixels[i].mean(-1), interpolation="nearest", cmap="gray", vmin=0, vmax=1)
+                axis.imshow(overlay, cmap="inferno", alpha=0.8 * overlay, vmin=0, vmax=1)
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
