@@ -45,7 +45,7 @@ def save(run: Path, description: dict, *, step: int, model: dict, ema: dict | No
     another name and renamed, and the two names are replaced in one move each, so at every moment they lead to a whole
     checkpoint.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as to_bytes
 
     target = run / "checkpoints" / f"step-{step:08d}"
     unfinished = target.with_name(target.name + ".unfinished")
@@ -54,7 +54,8 @@ def save(run: Path, description: dict, *, step: int, model: dict, ema: dict | No
     for name, state in (("model", model), ("ema", ema)):
         if state is not None:
             weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            save_file(weights, unfinished / f"{name}.safetensors", metadata={"format": "pt"})
+            # Not save_file: it leaves the file readable for its owner alone.
+            (unfinished / f"{name}.safetensors").write_bytes(to_bytes(weights, metadata={"format": "pt"}))
     torch.save(training, unfinished / "training.pt")
     write_json(unfinished / "config.json", {**description, "step": step})
     shutil.rmtree(target, ignore_errors=True)

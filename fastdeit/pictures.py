@@ -55,10 +55,11 @@ def curves(folder: Path) -> None:
     evaluations = [record for record in records if record["kind"] == "eval"]
     figure, (loss, top1, lr) = plt.subplots(1, 3, figsize=(15, 4))
     steps = [record["step"] for record in training]
-    for key, name in (("loss", "loss"), ("class_loss", "class term"), ("teacher_loss", "teacher term")):
-        values = [record[key] for record in training]
-        if any(values):
-            loss.plot(steps, values, label=name, linewidth=1.2)
+    terms = [("loss", "loss")]
+    if any(record["teacher_loss"] for record in training):
+        terms += [("class_loss", "class term"), ("teacher_loss", "teacher term")]
+    for key, name in terms:
+        loss.plot(steps, [record[key] for record in training], label=name, linewidth=1.2)
     loss.set(title="training loss", xlabel="step")
     names = {"cls": "class head", "dist": "distillation head", "both": "both, averaged"}
     for source, style in (("model", "-"), ("ema", "--")):

@@ -1,12 +1,12 @@
 """The teacher: frozen, in evaluation mode, in half precision on a GPU; it only answers."""
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import checkpoint
 from .command import UserError
 from .config import Config
 from .student import build_student, mean_std
@@ -42,8 +42,8 @@ class Teacher:
 def load_teacher(config: Config, classes: tuple[str, ...], *, student_mean, student_std, device) -> Teacher:
     """The teacher that --teacher-model and --teacher-path name, refused unless its classes are the data's."""
     path, name = config.distillation.teacher_path, config.distillation.teacher_model
-    if path is not None and (Path(path) / "config.json").is_file():
-        model, input_size, mean, std = _own_checkpoint(Path(path), classes)
+    if path is not None and Path(path).is_dir():
+        model, input_size, mean, std = _own_checkpoint(checkpoint.find(path), classes)
     else:
         model, input_size, mean, std = _timm_model(name, path, classes)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -57,7 +57,7 @@ def _own_checkpoint(folder: Path, classes: tuple[str, ...]):
     """A checkpoint folder of ours: config.json holds the model, its input and the names of its classes."""
     from .weights import load_weights
 
-    saved = json.loads((folder / "config.json").read_text())
+    saved = checkpoint.description(folder)
     if tuple(saved["classes"]) != classes:
         raise UserError(
             f"the teacher {folder} was fitted on {_few(saved['classes'])}, the data has {_few(classes)}: fit one on this "

@@ -162,6 +162,7 @@ class Trainer:
                 self.save(result)
         finally:
             self.log.close()
+            gc.unfreeze()
         return result
 
     def train_epoch(self, epoch: int) -> dict:

@@ -1,0 +1,48 @@
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdeit import command
+
+COLORS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
+
+
+def write_folder(root, *, train=12, val=4, size=20, colors=COLORS):
+    """An image folder of noisy one-coloured squares: root/{train,val}/COLOR/N.png. Easy to tell apart."""
+    noise = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for name, color in colors.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(np.array(color) + noise.normal(0, 25, (size, size, 3)), 0, 255).astype("uint8")
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("colors"))
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """Run a command in this process: cli(main, *arguments) -> (exit code, stdout, stderr)."""
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            command.run(main)
+        captured = capfd.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+# A nano student on 16 x 16 pixels: an epoch of the colours takes well under a second.
+SMALL = (
+    "--recipe demo --input-size 16 --batch-size 12 --epochs 2 --warmup-epochs 0 --num-workers 1 "
+    "--distillation-type none --no-compare-undistilled"
+).split()

@@ -1,0 +1,173 @@
+"""The commands on a small folder: what they write, and what bad input gets."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from fastdeit import evaluate, predict, teach, train
+
+from .conftest import COLORS, SMALL, write_folder
+
+
+@pytest.fixture(scope="module")
+def run(colors, tmp_path_factory):
+    """A finished run on the colours."""
+    from fastdeit.config import parse
+    from fastdeit.distributed import join
+
+    folder = tmp_path_factory.mktemp("runs") / "colors"
+    config = parse([*SMALL, "--data-path", str(colors), "--output-dir", str(folder), "--epochs", "3"])
+    with join("cpu") as place:
+        train.train(config, place)
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_says(run):
+    for name in ("settings.json", "summary.json", "metrics.jsonl", "curves.png", "first_batch.png", "token_similarity.png"):
+        assert (run / name).stat().st_size > 0, name
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["kind"] == "eval"] == [0, 1, 2]
+    assert {"loss", "lr", "images_per_s", "data_share"} <= lines[0].keys()
+    assert json.loads((run / "summary.json").read_text()).keys() == {"cls", "dist", "both"}
+    for link in ("last", "best"):
+        assert {path.name for path in (run / link).iterdir()} == {
+            "config.json", "model.safetensors", "ema.safetensors", "training.pt",
+        }  # fmt: skip
+
+
+def test_timm_loads_the_checkpoint(run):
+    import timm
+    import torch
+
+    from fastdeit.inference import load
+
+    theirs = timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=16, patch_size=4, embed_dim=128, depth=6, num_heads=4, num_classes=3
+    )
+    theirs.load_state_dict(load_file(run / "last" / "model.safetensors"), strict=True)
+    images = torch.randn(2, 3, 16, 16)
+    ours = load(run, device="cpu").model
+    torch.testing.assert_close(ours(images), theirs.eval()(images), atol=1e-5, rtol=1e-5)
+
+
+def test_evaluate_agrees_with_the_run(run, colors, cli):
+    code, out, _ = cli(evaluate.main, run, "--data-path", colors, "--json", "--device", "cpu")
+    assert code == 0
+    result = json.loads(out)
+    summary = json.loads((run / "summary.json").read_text())
+    assert {head: value["top1"] for head, value in result["model"].items()} == pytest.approx(summary)
+    assert result["ema"].keys() == {"cls", "dist", "both"}
+    code, out, _ = cli(evaluate.main, run, "--data-path", colors, "--device", "cpu")
+    assert code == 0 and "both heads, averaged" in out
+
+
+def test_predict(run, colors, cli):
+    images = sorted((colors / "val" / "red").iterdir())
+    code, out, _ = cli(predict.main, run, *images, "--json", "--top", "2", "--device", "cpu")
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["image"] for line in lines] == [str(path) for path in images]
+    for line in lines:
+        first, second = line["classes"]
+        assert first["class"] in COLORS and 1 >= first["probability"] >= second["probability"] >= 0
+
+
+def test_dry_run_writes_nothing(colors, tmp_path, cli):
+    target = tmp_path / "run"
+    code, out, _ = cli(train.main, *SMALL, "--data-path", colors, "--output-dir", target, "--dry-run")
+    assert code == 0 and not target.exists()
+    for words in ("(12, 16, 16, 3)", "peak memory", "two steps"):
+        assert words in out, words
+
+
+def test_fit_a_teacher_and_learn_from_it(colors, tmp_path, cli):
+    fitted, student = tmp_path / "teacher", tmp_path / "student"
+    options = "--input-size 32 --batch-size 12 --epochs 2 --warmup-epochs 0 --no-pretrained --num-workers 1".split()
+    code, _, err = cli(
+        teach.main, "fit", "--data-path", colors, "--model", "test_resnet", "--output-dir", fitted, *options
+    )
+    assert code == 0, err
+    assert set(json.loads((fitted / "summary.json").read_text())) == {"cls"}
+    code, _, err = cli(
+        train.main, *SMALL, "--data-path", colors, "--output-dir", student, "--distillation-type", "hard",
+        "--teacher-path", fitted,
+    )  # fmt: skip
+    assert code == 0, err
+    assert set(json.loads((student / "summary.json").read_text())) == {"teacher", "cls", "dist", "both"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one sentence that names the thing and the remedy, exit code 2, nothing overwritten.
+
+
+def refused(cli, main, *arguments, words):
+    code, _, err = cli(main, *arguments)
+    assert code == 2, err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in err
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+def test_a_wrong_path(cli, tmp_path):
+    refused(cli, train.main, *SMALL, "--data-path", tmp_path / "absent", words=["absent"])
+
+
+def test_an_empty_folder(cli, tmp_path):
+    refused(cli, train.main, *SMALL, "--data-path", tmp_path, words=[str(tmp_path)])
+
+
+def test_a_class_missing_in_val(cli, tmp_path):
+    root = write_folder(tmp_path / "data", train=4, val=2)
+    shutil.rmtree(root / "val" / "green")
+    refused(cli, train.main, *SMALL, "--data-path", root, words=["green"])
+
+
+def test_an_unknown_model(cli, colors):
+    refused(cli, train.main, *SMALL, "--data-path", colors, "--model", "deit_tinny_patch16_224", words=["deit_tiny_patch16_224"])
+
+
+def test_a_checkpoint_that_is_none(cli, colors, tmp_path):
+    refused(cli, evaluate.main, tmp_path, "--data-path", colors, words=[str(tmp_path), "checkpoint"])
+
+
+def test_a_checkpoint_of_other_classes(cli, run, tmp_path):
+    root = write_folder(tmp_path / "data", train=2, val=2, colors={"cat": (9, 9, 9), "dog": (200, 200, 200)})
+    refused(cli, evaluate.main, run, "--data-path", root, words=["cat"])
+
+
+def test_a_teacher_of_other_classes(cli, run, tmp_path):
+    root = write_folder(tmp_path / "data", train=12, val=2, colors={"cat": (9, 9, 9), "dog": (200, 200, 200)})
+    refused(
+        cli, train.main, *SMALL, "--data-path", root, "--distillation-type", "hard", "--teacher-path", run,
+        words=["3 classes", "2 classes", "teach fit"],
+    )  # fmt: skip
+
+
+def test_an_image_predict_cannot_read(cli, run, tmp_path):
+    (tmp_path / "text.jpg").write_text("this is no image")
+    refused(cli, predict.main, run, tmp_path / "text.jpg", words=["text.jpg"])
+    refused(cli, predict.main, run, tmp_path / "absent.jpg", words=["absent.jpg"])
+
+
+def test_a_batch_larger_than_the_data(cli, colors):
+    refused(cli, train.main, *SMALL, "--data-path", colors, "--batch-size", 64, "--dry-run", words=["36", "64"])
+
+
+def test_a_folder_that_holds_another_run(cli, run, colors):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    refused(cli, train.main, *SMALL, "--data-path", colors, "--output-dir", run, words=["another run", "--resume"])
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_teacher_without_weights(cli, colors):
+    refused(
+        cli, train.main, *SMALL, "--data-path", colors, "--distillation-type", "hard", "--teacher-model", "test_resnet",
+        words=["test_resnet"],
+    )  # fmt: skip
+
+
+def test_unknown_teach_command(cli):
+    refused(cli, teach.main, "learn", words=["fit"])

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from fastdeit import recipes
+from fastdeit.command import UserError
+from fastdeit.config import Config, parse
+from fastdeit.train import main
+
+# facebookresearch/deit main.py; those of its flags this project has must keep their names and defaults.
+ORIGINAL = {
+    "batch_size": 64, "epochs": 300, "input_size": 224, "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.99996,
+    "opt": "adamw", "opt_eps": 1e-8, "weight_decay": 0.05, "lr": 5e-4, "warmup_lr": 1e-6, "min_lr": 1e-5,
+    "warmup_epochs": 5, "color_jitter": 0.3, "aa": "rand-m9-mstd0.5-inc1", "smoothing": 0.1, "repeated_aug": True,
+    "reprob": 0.25, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch",
+    "teacher_model": "regnety_160", "distillation_type": "none", "distillation_alpha": 0.5, "distillation_tau": 1.0,
+    "seed": 0, "eval_crop_ratio": 0.875, "src": False, "bce_loss": False, "unscale_lr": False,
+}  # fmt: skip
+
+
+def flat(config):
+    return {key: value for group in config.to_dict().values() for key, value in group.items()}
+
+
+def test_names_and_defaults_are_those_of_the_original():
+    ours = flat(Config())
+    assert {key: ours.get(key, "missing") for key in ORIGINAL} == ORIGINAL
+
+
+def test_an_existing_command_line_carries_over():
+    config = parse(
+        "--model deit_tiny_patch16_224 --batch-size 256 --data-path /imagenet --output_dir /out --no-repeated-aug "
+        "--distillation-type hard --teacher-path t.pth --lr 1e-3".split()
+    )
+    assert config.run.recipe == "deit"
+    assert (config.data.batch_size, config.data.repeated_aug, config.optimization.lr) == (256, False, 1e-3)
+    assert (config.distillation.distillation_type, str(config.run.output_dir)) == ("hard", "/out")
+
+
+def test_json_round_trip():
+    config = recipes.load("demo")
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_settings_of_another_version_are_refused_by_name():
+    saved = Config().to_dict()
+    saved["data"]["crop_colour"] = 1
+    with pytest.raises(UserError, match=r"data\.crop_colour"):
+        Config.from_dict(saved)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_is_whole(name):
+    config = parse(["--recipe", name])
+    assert config.run.recipe == name
+    assert "python -m fastdeit" in recipes.describe(name)
+
+
+def test_print_config_prints_json_and_runs_nothing(cli):
+    code, out, _ = cli(main, "--print-config", "--epochs", "7")
+    assert code == 0
+    assert json.loads(out)["optimization"]["epochs"] == 7
+
+
+def test_help_is_grouped_and_states_units_and_defaults(cli):
+    code, out, _ = cli(main, "--help")
+    assert code == 0
+    for text in ("data options", "optimization options", "--distillation-tau", "Pixels on a side", "(default: 30)"):
+        assert text in out, text
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--batch-size", "0"], "--batch-size"),
+        (["--epochs", "0"], "--epochs"),
+        (["--drop-path", "1.5"], "--drop-path"),
+        (["--distillation-alpha", "2"], "--distillation-alpha"),
+        (["--distillation-tau", "0"], "--distillation-tau"),
+        (["--batch-size", "7", "--mixup", "0.8"], "even size"),
+        (["--recipe", "nonsense"], "choose one of"),
+    ],
+)
+def test_impossible_values_are_refused_in_a_sentence(cli, arguments, words):
+    code, _, err = cli(main, *arguments)
+    assert code == 2
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from fastdeit.command import UserError
+from fastdeit.model import create_model
+from fastdeit.optimizer import build_optimizer, parameter_groups
+
+
+def test_biases_norms_tokens_and_positions_are_not_decayed():
+    model = create_model("deit_nano_distilled_patch4_16", num_classes=10)
+    decayed, plain = parameter_groups(model, 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.05 and plain["weight_decay"] == 0
+    undecayed = {names[id(parameter)] for parameter in plain["params"]}
+    assert {"cls_token", "dist_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias", "head.bias"} <= undecayed
+    assert {names[id(parameter)] for parameter in decayed["params"]} == {
+        name for name, parameter in model.named_parameters() if name.endswith("weight") and parameter.ndim > 1
+    }
+
+
+@pytest.mark.parametrize("name, kind", [("adamw", "AdamW"), ("lamb", "Lamb"), ("sgd", "SGD")])
+def test_every_optimizer_moves_the_weights(name, kind):
+    model = create_model("deit_nano_patch4_16", num_classes=3)
+    optimizer = build_optimizer(model, name, lr=1e-2, weight_decay=0.05, eps=1e-8, betas=(0.9, 0.999))
+    assert type(optimizer).__name__ == kind
+    before = model.head.weight.detach().clone()
+    torch.manual_seed(0)
+    model(torch.randn(2, 3, 16, 16)).logsumexp(1).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model.head.weight)
+
+
+def test_unknown_optimizer():
+    with pytest.raises(UserError, match="choose adamw"):
+        build_optimizer(create_model("deit_nano_patch4_16"), "adam", lr=1, weight_decay=0, eps=1, betas=(0.9, 0.9))
