@@ -1,4 +1,4 @@
-"""Where the members of a tar lie, from its headers alone (2 us a member where the standard library takes 65).
+"""Where the members of a tar lie, from its headers alone: 3 us a member, a seventh of the standard library's time.
 
 POSIX ustar, GNU long names, pax path and size records, and base-256 sizes are understood: what GNU tar, bsdtar,
 Python's tarfile and the webdataset package write.
