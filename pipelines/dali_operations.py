@@ -1,10 +1,9 @@
 """The operations as DALI graphs, for views made on a GPU (and, for tests, on the CPU).
 
 Images are uint8 HWC, `arg` is a float32 scalar a sample. Against Pillow with the same argument: exact for invert,
-posterize, solarize, solarize_add, color, contrast and brightness; within a level for auto_contrast; sharpness differs
-in the one-pixel border, which Pillow leaves alone; equalize rounds differently (a level on average, up to 5); the
-geometric operations interpolate linearly, because DALI has no cubic warp; blur is a true Gaussian, Pillow's one of
-three boxes.
+posterize, solarize, solarize_add, color, contrast and brightness; for sharpness too, but for the border of one pixel,
+which Pillow leaves alone; within a level for auto_contrast and equalize. The geometric operations interpolate linearly,
+because DALI has no cubic warp; blur is a true Gaussian, Pillow's one of three boxes. The tests state the bounds.
 """
 
 import numpy as np
@@ -47,12 +46,13 @@ def auto_contrast(image, arg):
     return truncated(flat * floats(image) + (1.0 - flat) * stretched + 1e-4)
 
 
-def equalize(image, arg):
-    return fn.equalize(image)
-
-
 def invert(image, arg):
     return types.Constant(255, dtype=types.UINT8) - image
+
+
+def equalize(image, arg):
+    # DALI counts the pixels up to a value, Pillow those below it: the same, seen from the other end.
+    return invert(fn.equalize(invert(image, arg)), arg)
 
 
 def posterize(image, arg):

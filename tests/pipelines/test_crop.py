@@ -1,0 +1,86 @@
+"""Crops against torchvision's: the same distribution in training, the same pixels in evaluation."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torchvision import transforms
+
+from fastdeit.pipelines import crop
+from fastdeit.pipelines.draws import Draws
+
+N = 20_000
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def draws(n, seed=0):
+    return Draws(seed, 0, np.arange(n), np.zeros(n))
+
+
+def theirs(height, width, n=N):
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    return np.array([transforms.RandomResizedCrop.get_params(image, SCALE, RATIO) for _ in range(n)])
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (500, 200), (300, 330)])
+def test_random_resized_crop_is_distributed_as_torchvisions(height, width):
+    ours = crop.random_resized_crop(draws(N), np.full(N, height), np.full(N, width), 224, SCALE, RATIO).window
+    reference = theirs(height, width)
+    top, left, h, w = ours.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+
+    def views_of(windows):
+        y, x, h, w = windows.T
+        room_y, room_x = np.maximum(height - h, 1), np.maximum(width - w, 1)
+        return {"area": h * w, "aspect": w / h, "height": h, "width": w, "y": y / room_y, "x": x / room_x}
+
+    for name, values in views_of(ours).items():
+        assert stats.ks_2samp(values, views_of(reference)[name]).pvalue > 0.01, name
+
+
+@pytest.mark.parametrize("height, width", [(20, 2000), (2000, 20)])
+def test_fallback_is_torchvisions(height, width):
+    """Windows of these ratios fit so seldom that ten tries often fail."""
+    ours = crop.random_resized_crop(draws(2000), np.full(2000, height), np.full(2000, width), 224, (0.5, 1.0), RATIO)
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    expected = transforms.RandomResizedCrop.get_params(image, [0.5, 1.0], list(RATIO))
+    assert {tuple(window) for window in ours.window.tolist()} == {expected}
+
+
+def test_images_of_different_sizes_do_not_disturb_each_other():
+    random = np.random.default_rng(0)
+    heights, widths = random.integers(8, 600, 64), random.integers(8, 600, 64)
+    together = crop.random_resized_crop(draws(64), heights, widths, 224, SCALE, RATIO)
+    for i in range(64):
+        one = Draws(0, 0, np.array([i]), np.array([0]))
+        alone = crop.random_resized_crop(one, heights[i : i + 1], widths[i : i + 1], 224, SCALE, RATIO)
+        assert np.array_equal(alone.window[0], together.window[i])
+
+
+def test_simple_random_crop_reaches_every_corner_and_no_further():
+    heights, widths = np.full(N, 300), np.full(N, 451)
+    geometry = crop.simple_random_crop(draws(N), heights, widths, 224)
+    assert np.unique(geometry.resized, axis=0).tolist() == [[224, 336]]
+    top, left = geometry.corner.T
+    assert (top.min(), top.max(), left.min(), left.max()) == (-4, 4, -4, 336 + 4 - 224)
+    assert stats.chisquare(np.bincount(top + 4)).pvalue > 0.01
+    assert stats.chisquare(np.bincount(left + 4)).pvalue > 0.01
+
+
+def test_evaluation_crop_is_torchvisions():
+    random = np.random.default_rng(0)
+    for size, crop_pct in [(224, 0.875), (224, 1.0), (16, 0.9), (384, 1.0), (192, 0.95)]:
+        sizes = random.integers(9, 700, (40, 2))
+        geometry = crop.evaluation_crop(sizes[:, 0], sizes[:, 1], size, crop_pct)
+        resize = transforms.Resize(int(size / crop_pct))
+        for (height, width), resized, corner in zip(
+            sizes.tolist(), geometry.resized.tolist(), geometry.corner.tolist()
+        ):
+            image = resize(Image.new("L", (width, height)))
+            assert [image.height, image.width] == resized
+            ys, xs = np.mgrid[: image.height, : image.width].astype(np.float32)
+            centre = transforms.CenterCrop(size)(torch.from_numpy(np.stack([ys, xs])))
+            assert centre.shape == (2, size, size) and centre[:, 0, 0].tolist() == corner
