@@ -13,17 +13,6 @@ ranks, and all ranks take the same number of steps.
 
 import numpy as np
 
-# Philox's counter holds four words and runs through the first: the last one keeps these draws apart from those of
-# other purposes (crops, mixing, replacements) that share the key.
-ORDER_STREAM = 1
-
-
-def generator(seed: int, epoch: int, stream: int = ORDER_STREAM) -> np.random.Generator:
-    """A counter-based generator for one purpose (`stream`) in one epoch; seed and epoch in [0, 2**64)."""
-    if seed < 0 or epoch < 0:
-        raise ValueError(f"seed and epoch must not be negative, got seed={seed}, epoch={epoch}")
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, stream]))
-
 
 def epoch_order(
     n: int, *, seed: int, epoch: int, repeats: int = 1, shuffle: bool = True, global_batch: int | None = None
@@ -37,10 +26,10 @@ def epoch_order(
         GPUs, or on a single GPU in one batch. Here no batch of up to this size ever holds an image twice, and
         the copies fall into consecutive batches, where the optimiser's momentum still averages over them.
         None: as far apart as the epoch allows, which suits any batch size but loses that averaging.
-        An epoch with fewer than r * (G + r) distinct images has to put them closer, evenly spaced.
+        With fewer than about G distinct images in the epoch they stand closer, evenly spaced.
     """
     _check_order(n, repeats)
-    images = generator(seed, epoch).permutation(n) if shuffle else np.arange(n)
+    images = _permutation(n, seed, epoch) if shuffle else np.arange(n)
     if repeats == 1:
         return images.astype(np.int64, copy=False), np.zeros(n, np.int64)
     images = images[: -(-n // repeats)]
@@ -50,6 +39,14 @@ def epoch_order(
     rows = np.stack([np.roll(images, copy * shift) for copy in range(repeats)], axis=1)
     copies = np.broadcast_to(np.arange(repeats), rows.shape)
     return rows.reshape(-1)[:n].astype(np.int64, copy=False), copies.reshape(-1)[:n].astype(np.int64)
+
+
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """0..n-1 shuffled. By sorting raw Philox words, whose stream NumPy promises to keep, unlike that of permutation():
+    a run must be resumed in the same order by another version."""
+    if seed < 0 or epoch < 0:
+        raise ValueError(f"seed and epoch must not be negative, got seed={seed}, epoch={epoch}")
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n), kind="stable")
 
 
 def _check_order(n: int, repeats: int) -> None:
