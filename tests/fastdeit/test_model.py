@@ -337,9 +337,21 @@ def test_compiles_without_a_break(per_block):
     for mine, eager in zip(compiled(images, drop_path_noise=noise), expected, strict=True):
         torch.testing.assert_close(mine, eager)
     assert len(graphs) == 1, "one graph for the model, or one that all blocks share"
-    if per_block:
-        return
-    compiled(images)  # drawing the noise inside is another graph, not a break
+
+
+def test_compiles_with_checkpointing():
+    torch._dynamo.reset()
+    model = create_model(NANO, num_classes=5, drop_path=0.3).train()
+    model.set_grad_checkpointing()
+    del model.blocks[2:]
+    images, noise = torch.randn(4, 3, 16, 16), torch.rand(4, 6, 2)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for run in (model, compiled):
+        model.zero_grad(set_to_none=True)
+        sum(out.square().sum() for out in run(images, drop_path_noise=noise)).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 def test_sdpa_is_attention():
