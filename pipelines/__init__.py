@@ -6,6 +6,7 @@ from .batch import Batch
 from .index import Index, open_files, open_folder, open_index
 from .loader import Loader, eval_loader, train_loader
 from .mixing import Mix
+from .synthetic import SyntheticIndex
 
 __all__ = [
     "Augmentation",
@@ -14,6 +15,7 @@ __all__ = [
     "Index",
     "Loader",
     "Mix",
+    "SyntheticIndex",
     "TooManyBadFiles",
     "eval_loader",
     "open_files",

@@ -20,6 +20,7 @@ from .augmentation import Augmentation
 from .bad_files import BadFiles
 from .batch import Batch, batch_of
 from .plan import EvaluationPlans, TrainPlans
+from .synthetic import ResidentViews, SyntheticIndex
 
 
 def train_loader(
@@ -37,7 +38,7 @@ def train_loader(
 ) -> "Loader":
     """Shuffled, augmented batches, with what to mix and to erase; the incomplete last batch is dropped.
 
-    index: from open_index, open_folder or open_files
+    index: from open_index, open_folder or open_files, or SyntheticIndex() for images that cost nothing
     batch_size: samples of this process in a step; even, if mixup or cutmix is on
     input_size: height and width of the views
     augmentation: the DeiT recipe if None
@@ -110,6 +111,8 @@ class Loader:
         self.start = self.position = 0
 
     def _views(self, num_threads: int, augmentation: Augmentation | None):
+        if isinstance(self.index, SyntheticIndex):
+            return ResidentViews(self.plans.batch_size, self.plans.size, self.device)
         what = (self.index, self.plans.batch_size, self.plans.size, num_threads)
         if self.device.type == "cuda":
             from .gpu import GpuViews

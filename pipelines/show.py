@@ -1,0 +1,126 @@
+"""A picture of what training sees.
+
+    python -m fastdeit.pipelines.show DIR OUT.png [--aa rand-m9-mstd0.5-inc1]
+
+From the top: an image and each operation of RandAugment at magnitude 9; views of it as --aa makes them; a batch as the
+model gets it, erased and mixed, with the labels it is asked for.
+"""
+
+import argparse
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from . import pillow
+from .augmentation import Augmentation
+from .index import open_index
+from .loader import eval_loader, train_loader
+from .operations import Operation
+from .rand_augment import OPERATIONS, RandAugment
+
+COLUMNS, SIZE = 8, 224
+MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])  # ImageNet's
+
+
+def operations(image: np.ndarray, fill) -> list[tuple[str, np.ndarray]]:
+    """The image, then each operation of RandAugment at magnitude 9, the signed ones in the positive direction."""
+    ops = np.array(OPERATIONS)
+    args = RandAugment.parse("rand-m9-inc1").arguments(ops, np.full(len(ops), 9.0), np.ones(len(ops)))
+    cells = [("the image", image)]
+    for op, arg in zip(ops.tolist(), args.tolist()):
+        name = Operation(op).name.lower().replace("_", " ")
+        cells.append((f"{name} {arg:.3g}" if arg else name, pillow.apply(image, [op], [arg], fill)))
+    return cells
+
+
+def views(index, i: int, augmentation: Augmentation, count: int) -> list[tuple[str, np.ndarray]]:
+    """Views of image i as training sees them over the epochs."""
+    only = replace(augmentation, repeats=1, mixup=0.0, cutmix=0.0)
+    loader = train_loader(_One(index, i), batch_size=1, augmentation=only, input_size=SIZE)
+    cells = []
+    for epoch in range(count):
+        loader.set_epoch(epoch)
+        cells += [(f"{augmentation.aa}, epoch {epoch}", batch.images[0].numpy()) for batch in loader]
+    return cells
+
+
+class _One:
+    """An index of one image of another index."""
+
+    bad = ()
+
+    def __init__(self, index, i: int):
+        self.index, self.i = index, i
+        self.labels, self.heights, self.widths = (a[i : i + 1] for a in (index.labels, index.heights, index.widths))
+
+    def __len__(self) -> int:
+        return 1
+
+    def name(self, _) -> str:
+        return self.index.name(self.i)
+
+    def path(self, _) -> str | None:
+        return self.index.path(self.i)
+
+    def encoded(self, _) -> np.ndarray:
+        return self.index.encoded(self.i)
+
+
+def batch(index, augmentation: Augmentation, count: int) -> list[tuple[str, np.ndarray]]:
+    """A batch after erasing and mixing, elementwise so that every kind is seen."""
+    loader = train_loader(
+        index, batch_size=count, augmentation=replace(augmentation, mixup_mode="elem", reprob=0.5), input_size=SIZE
+    )
+    images, labels, _, mix = next(iter(loader))
+    pixels = [_erased(*sample) for sample in zip(images.numpy(), mix.erase_box.tolist(), mix.erase_seed.tolist())]
+    cells = []
+    for own, partner, lam, box in zip(range(count), mix.partner.tolist(), mix.lam.tolist(), mix.box.tolist()):
+        y0, x0, y1, x1 = box
+        mixed = pixels[own].copy() if y1 else lam * pixels[own] + (1 - lam) * pixels[partner]
+        mixed[y0:y1, x0:x1] = pixels[partner][y0:y1, x0:x1]
+        names = [index.classes[labels[k]] if labels[k] >= 0 else "?" for k in (own, partner)]
+        cells.append((f"{lam:.2f} {names[0]} + {1 - lam:.2f} {names[1]}", mixed))
+    return cells
+
+
+def _erased(image: np.ndarray, box: list[int], seed: int) -> np.ndarray:
+    """float; the erased pixels are normal noise in normalised units, as the kernel makes it (with other numbers)."""
+    image = image.astype(np.float64)
+    y0, x0, y1, x1 = box
+    image[y0:y1, x0:x1] = np.random.default_rng(seed).normal(MEAN, STD, (y1 - y0, x1 - x0, 3))
+    return image
+
+
+def draw(cells: list[tuple[str, np.ndarray]], path: str) -> None:
+    rows = -(-len(cells) // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(1.7 * COLUMNS, 1.9 * rows), layout="constrained")
+    for axis, (title, image) in zip(axes.flat, cells):
+        axis.imshow(np.clip(image, 0, 255).astype(np.uint8))
+        axis.set_title(title, fontsize=7)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dir", help="a data set, as open_index takes it")
+    parser.add_argument("out", help="the picture to write")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--image", type=int, default=0, help="which image to show the operations on")
+    parser.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="none, rand-... or 3aug")
+    arguments = parser.parse_args()
+    index = open_index(arguments.dir, arguments.split)
+    augmentation = Augmentation(aa=arguments.aa, repeats=1)
+    one = _One(index, arguments.image)
+    image = next(iter(eval_loader(one, batch_size=1, input_size=SIZE))).images[0].numpy()
+    cells = operations(image, augmentation.fill)
+    for aa in (arguments.aa, "3aug"):
+        cells += views(index, arguments.image, replace(augmentation, aa=aa), COLUMNS)
+    cells += batch(index, augmentation, 2 * COLUMNS)
+    draw(cells, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

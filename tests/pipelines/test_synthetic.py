@@ -1,0 +1,26 @@
+import torch
+
+from fastdeit.pipelines import Augmentation, SyntheticIndex, eval_loader, show, train_loader
+
+
+def test_synthetic_batches_are_resident_and_mixed_like_real_ones(photos):
+    index = SyntheticIndex(images=96, classes=10)
+    loader = train_loader(index, batch_size=16, input_size=32, seed=5)
+    first, *rest = list(loader)
+    assert len(rest) == 5 and first.images.shape == (16, 32, 32, 3)
+    assert all(batch.images.data_ptr() == first.images.data_ptr() for batch in rest)
+    assert (first.labels == first.indices % 10).all()
+    real = next(iter(train_loader(photos, batch_size=16, input_size=32, seed=5)))  # as many images, so the same draws
+    assert torch.equal(real.indices, first.indices)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first.mix, real.mix))
+    assert sum((batch.indices >= 0).sum() for batch in eval_loader(index, batch_size=40)) == 96
+
+
+def test_show_draws_a_picture(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out.png"
+    root = photos.path(0).rsplit("/train/", 1)[0]
+    monkeypatch.setattr("sys.argv", ["show", root, str(out), "--aa", "rand-m5"])
+    show.main()
+    assert out.stat().st_size > 50_000
+    cells = show.batch(photos, Augmentation(), 8)
+    assert len(cells) == 8 and all(image.shape == (224, 224, 3) for _, image in cells)
