@@ -5,7 +5,9 @@ Each operation is a folder: `api.py` (the public function, its checks and its re
 imported at the first call that needs it.
 """
 
+from .add_layer_norm.api import add_layer_norm
+from .bias_gelu.api import bias_gelu
 from .distillation_loss.api import distillation_loss
 from .mix_normalize.api import mix_normalize
 
-__all__ = ["distillation_loss", "mix_normalize"]
+__all__ = ["add_layer_norm", "bias_gelu", "distillation_loss", "mix_normalize"]
