@@ -47,8 +47,12 @@ def pixel_noise(seed: int, y0: int, x0: int, y1: int, x1: int, device: torch.dev
     words = philox(
         (groups.expand(shape), rows[:, None].expand(shape), zeros, zeros), (seed & LOW_32, (seed >> 32) & LOW_32)
     )
-    uniforms = torch.stack(words, dim=-1).bitwise_right_shift_(9).float().add_(0.5).mul_(2.0**-23)
-    radius, angle = uniforms[..., 0::2].log().mul_(-2).sqrt_(), uniforms[..., 1::2] * (2 * math.pi)
-    normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)
+    u0, u1, u2, u3 = (word.bitwise_right_shift_(9).float().add_(0.5).mul_(2.0**-23) for word in words)
+    normals = torch.stack((*_box_muller(u0, u1), *_box_muller(u2, u3)), dim=-1).flatten(1)
     start = first_col - 4 * (first_col // 4)
     return normals[:, start : start + last_col - first_col]
+
+
+def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    radius, angle = u.log().mul_(-2).sqrt_(), v * (2 * math.pi)
+    return radius * angle.cos(), radius * angle.sin()
