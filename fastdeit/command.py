@@ -5,7 +5,9 @@ import sys
 from collections.abc import Callable
 
 # What `pip install fastdeit` leaves out. Commands import these inside `main`, so that a missing one is named here.
-EXTRA = {"matplotlib", "nvidia", "PIL", "pyarrow", "rich", "safetensors", "sklearn", "timm", "torchvision", "tyro"}
+EXTRA = {
+    "matplotlib", "nvidia", "PIL", "pyarrow", "rich", "safetensors", "scipy", "sklearn", "timm", "torchvision", "tyro",
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -15,28 +17,37 @@ class UserError(Exception):
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit with its code.
 
-    A `UserError`, and a `ValueError` raised by a line of this package, is printed as one sentence (exit code 2).
-    Everything else is a defect and keeps its traceback. FASTDEIT_TRACEBACK=1 shows the traceback always.
+    An exception type of this package (`UserError`, `TooManyBadFiles`, ...) and a `ValueError` raised by a line of it
+    end in one sentence and exit code 2. Everything else is a defect and keeps its traceback; FASTDEIT_TRACEBACK=1 shows
+    it always.
     """
     try:
         code = main()
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in EXTRA:
+    except Exception as error:
+        message = None if os.environ.get("FASTDEIT_TRACEBACK") == "1" else _sentence(error)
+        if message is None:
             raise
-        print(f"error: {error.name} is not installed: pip install 'fastdeit[train]' brings it", file=sys.stderr)
-        code = 2
-    except (UserError, ValueError) as error:
-        if os.environ.get("FASTDEIT_TRACEBACK") == "1" or not (isinstance(error, UserError) or _raised_here(error)):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
     sys.exit(code)
 
 
-def _raised_here(error: BaseException) -> bool:
+def _sentence(error: Exception) -> str | None:
+    """What to tell the user, or None for a defect."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRA:
+        return f"{error.name} is not installed: pip install 'fastdeit[train]' brings it"
+    if _is_ours(type(error).__module__) or (isinstance(error, ValueError) and _is_ours(_raising_module(error))):
+        return " ".join(str(error).split())
+    return None
+
+
+def _is_ours(module: str) -> bool:
+    return module == "__main__" or module.split(".")[0] == "fastdeit"
+
+
+def _raising_module(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-    return module == "__main__" or module.split(".")[0] == "fastdeit"
+    return trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""

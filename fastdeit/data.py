@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastdeit.pipelines import Augmentation, eval_loader, open_index, train_loader
+from fastdeit.pipelines import Augmentation, BadFiles, eval_loader, open_index, train_loader
 
 from .config import Config
 from .distributed import Place
@@ -10,14 +10,24 @@ from .distributed import Place
 REPEATS = 3  # repeated augmentation, as in the DeiT recipe
 
 
-def open_images(config: Config):
-    """(training index, validation index) of --data-path; the validation images carry the training classes' labels."""
-    training = open_index(config.data.data_path, "train")
-    return training, open_index(config.data.data_path, "val", classes=training.classes)
+def open_images(config: Config, place: Place):
+    """(training index, validation index) of --data-path; the validation images carry the training classes' labels.
+
+    The list of files with their sizes is kept beside the runs, in index-cache, and read again while the files stay.
+    """
+    runs = config.run.output_dir.parent if config.run.output_dir is not None else Path("runs")
+    cache = None if config.run.dry_run else runs / "index-cache"
+    if not place.is_main:
+        place.barrier()  # rank 0 reads the headers and writes the cache, the others read that
+    training = open_index(config.data.data_path, "train", cache_dir=cache)
+    validation = open_index(config.data.data_path, "val", classes=training.classes, cache_dir=cache)
+    if place.is_main:
+        place.barrier()
+    return training, validation
 
 
 def loaders(config: Config, indices, place: Place, folder: Path | None):
-    """(training loader, validation loader) for this process."""
+    """(training loader, validation loader) for this process. `folder`: the run's, for bad_files.txt, or None."""
     data, (training, validation) = config.data, indices
     augmentation = Augmentation(
         scale=data.scale, ratio=data.ratio, hflip=data.hflip, src=data.src, aa=data.aa, color_jitter=data.color_jitter,
@@ -29,7 +39,11 @@ def loaders(config: Config, indices, place: Place, folder: Path | None):
         "batch_size": data.batch_size, "input_size": data.input_size, "device": str(place.device), "rank": place.rank,
         "world_size": place.world_size, "num_threads": data.num_workers,
     }  # fmt: skip
+    bad_files = [
+        BadFiles.of(index, limit=data.max_bad, path=folder and folder / "bad_files.txt")
+        for index in (training, validation)
+    ]
     return (
-        train_loader(training, augmentation=augmentation, seed=config.run.seed, **shared),
-        eval_loader(validation, crop_pct=data.eval_crop_ratio, **shared),
+        train_loader(training, augmentation=augmentation, seed=config.run.seed, bad_files=bad_files[0], **shared),
+        eval_loader(validation, crop_pct=data.eval_crop_ratio, bad_files=bad_files[1], **shared),
     )

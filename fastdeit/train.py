@@ -33,7 +33,7 @@ def train(config, place) -> dict:
     from .trainer import Trainer
 
     config = with_digits(config, place)
-    indices = open_images(config)
+    indices = open_images(config, place)
     classes = indices[0].classes
     model = build_student(config, len(classes))
     mean, std = mean_std(model)

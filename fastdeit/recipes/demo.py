@@ -13,7 +13,7 @@ def config() -> Config:
         data=Data(
             input_size=16,
             batch_size=64,
-            scale=(0.5, 1.0),
+            scale=(0.8, 1.0),
             hflip=0.0,
             aa="none",
             color_jitter=0.0,

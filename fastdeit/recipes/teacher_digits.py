@@ -11,7 +11,7 @@ from ..config import Config, Data, Model, Optimization
 def config() -> Config:
     return Config(
         data=Data(
-            input_size=16, batch_size=64, scale=(0.5, 1.0), hflip=0.0, aa="none", color_jitter=0.0, reprob=0.0,
+            input_size=16, batch_size=64, scale=(0.8, 1.0), hflip=0.0, aa="none", color_jitter=0.0, reprob=0.0,
             repeated_aug=False, mixup=0.0, cutmix=0.0, eval_crop_ratio=1.0,
         ),
         model=Model(model="test_resnet", drop_path=0.0, model_ema=False),

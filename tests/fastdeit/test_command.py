@@ -1,0 +1,58 @@
+import json
+
+import pytest
+
+from fastdeit import command
+from fastdeit.command import UserError
+from fastdeit.model import create_model
+from fastdeit.pipelines import TooManyBadFiles
+
+
+def stop(capfd, action):
+    with pytest.raises(SystemExit) as exit:
+        command.run(action)
+    return exit.value.code, capfd.readouterr().err
+
+
+def raising(error):
+    def action():
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize("error", [UserError("no such\nfolder"), TooManyBadFiles("no such folder")])
+def test_our_errors_are_one_sentence(capfd, error):
+    assert stop(capfd, raising(error)) == (2, "error: no such folder\n")
+
+
+def test_a_value_error_of_ours_is_one_sentence(capfd):
+    code, err = stop(capfd, lambda: create_model("deit_nano_patch4_16", img_size=15))
+    assert code == 2 and err.startswith("error: images of 15 x 15") and err.count("\n") == 1
+
+
+def test_a_missing_package_is_named_with_the_pip_line(capfd):
+    code, err = stop(capfd, raising(ModuleNotFoundError("No module named 'timm'", name="timm.models")))
+    assert (code, err) == (2, "error: timm.models is not installed: pip install 'fastdeit[train]' brings it\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), ModuleNotFoundError("x", name="left_pad")])
+def test_a_defect_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        command.run(raising(error))
+
+
+def test_a_value_error_of_another_package_is_a_defect():
+    with pytest.raises(ValueError):
+        command.run(lambda: json.loads("{"))
+
+
+def test_the_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("FASTDEIT_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        command.run(raising(UserError("x")))
+
+
+def test_exit_code_of_main(capfd):
+    assert stop(capfd, lambda: None)[0] in (0, None)
+    assert stop(capfd, lambda: 3)[0] == 3
