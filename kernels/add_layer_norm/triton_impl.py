@@ -16,7 +16,9 @@ from torch import Tensor
 
 # Backward's programs. A constant, not the number of multiprocessors: the weights' gradients are the same on every GPU.
 PROGRAMS = 512
-TILE = 1024  # numbers of one tensor that a program holds at a time; a row may be longer
+# Numbers of one tensor that a program holds at a time. Forward takes single rows: with several in a tile, the compiler
+# passes results through shared memory. Backward has few programs, which need more in flight.
+FORWARD_TILE, BACKWARD_TILE = 1, 1024
 
 
 @triton.jit
@@ -68,6 +70,8 @@ def add_layer_norm_backward_kernel(
     first = tl.program_id(0) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     weight = _load_row_vector(weight_ptr, channel, C)
+    if gamma_ptr is not None:
+        gamma = _load_row_vector(gamma_ptr, channel, C)
     d_weight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     d_bias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     d_gamma = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -100,7 +104,7 @@ def add_layer_norm_backward_kernel(
         if gamma_ptr is not None:
             x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
             d_gamma += x * dx
-            dx *= _load_row_vector(gamma_ptr, channel, C)
+            dx *= gamma
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
     programs = tl.num_programs(0)
@@ -110,11 +114,11 @@ def add_layer_norm_backward_kernel(
     tl.store(partial_ptrs + 2 * programs * C, tl.sum(d_gamma, 0)[None, :], mask=channel < C)
 
 
-def _tile(C: int) -> dict[str, int]:
-    """Rows and columns of a tile and the warps for it: 8 numbers a thread up to 2,048 channels."""
+def _tile(C: int, numbers: int) -> dict[str, int]:
+    """Rows and columns of a tile of about so many numbers, one row at least, and warps for 8 numbers a thread."""
     columns = triton.next_power_of_2(C)
-    rows = max(1, TILE // columns)
-    return {"BLOCK_R": rows, "BLOCK_C": columns, "num_warps": min(16, max(4, rows * columns // 256))}
+    rows = max(1, numbers // columns)
+    return {"BLOCK_R": rows, "BLOCK_C": columns, "num_warps": max(1, min(16, rows * columns // 256))}
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -135,7 +139,7 @@ def add_layer_norm_triton(
     normed, new_residual = torch.empty_like(x), torch.empty_like(residual)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if x.numel():
-        tile = _tile(C)
+        tile = _tile(C, FORWARD_TILE)
         with torch.cuda.device_of(x):
             add_layer_norm_forward_kernel[(triton.cdiv(rows, tile["BLOCK_R"]),)](
                 x, residual, *vectors, normed, new_residual, mean, rstd, rows, rows // x.shape[0], eps,
@@ -162,7 +166,7 @@ def add_layer_norm_backward_triton(
     dx, d_residual = torch.empty_like(x), torch.empty_like(new_residual)
     if x.numel() == 0:
         return dx, d_residual, x.new_zeros((3, C), dtype=torch.float32)
-    tile = _tile(C)
+    tile = _tile(C, BACKWARD_TILE)
     row_blocks = triton.cdiv(rows, tile["BLOCK_R"])
     blocks_per_program = triton.cdiv(row_blocks, PROGRAMS)
     programs = triton.cdiv(row_blocks, blocks_per_program)
