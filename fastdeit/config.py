@@ -19,7 +19,7 @@ class Run:
     """What is run, where it writes."""
 
     recipe: str | None = None
-    """Defaults to start from: a name in fastdeit/recipes. Without it: demo if no --data-path is given, else deit."""
+    """Defaults to start from: a name in fastdeit/recipes. Without it: demo if no --data-path is given, else deit_small."""
     output_dir: Path | None = None
     """Folder of this run. Default: runs/RECIPE-DATE-TIME."""
     resume: str | None = None
@@ -116,9 +116,16 @@ class Distillation:
     distillation_reduction: Literal["batchmean", "numel"] = "batchmean"
     """Soft distillation: mean over the batch, or (numel) over batch * classes as in the original code."""
     teacher_model: str = "regnety_160"
-    """timm model name, or a run's folder with --teacher-path."""
+    """timm model name (its published weights), local-dir:FOLDER or hf-hub:NAME as timm has them."""
     teacher_path: str | None = None
-    """The teacher's weights: a folder written by fastdeit, or a checkpoint file. Default: timm's published weights."""
+    """The teacher as a run's folder (--teacher-model is then not needed), or a checkpoint file of --teacher-model."""
+    teacher_classes: str | None = None
+    """File that says which of the teacher's classes stand for the data's, by name or index: JSON {"cat": 281, ...}, or one
+    line for each of the data's classes. Default: both have the same classes."""
+    teacher_input_size: int | None = None
+    """Pixels on a side at which the teacher looks. Default: the size it was trained for."""
+    teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """The teacher's weights and arithmetic. Default: fp16 on CUDA, fp32 on the CPU."""
     compare_undistilled: bool = False
     """Train the same student a second time without teacher and distillation token, and put it in the table."""
 
@@ -238,7 +245,7 @@ def parse(
     from . import recipes
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    chosen = _flag(arguments, "recipe") or recipe or ("deit" if _flag(arguments, "data-path") else "demo")
+    chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
     default = recipes.load(chosen)
     default.run.recipe = chosen
     config = tyro.cli(

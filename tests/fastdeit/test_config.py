@@ -32,7 +32,7 @@ def test_an_existing_command_line_carries_over():
         "--model deit_tiny_patch16_224 --batch-size 256 --data-path /imagenet --output_dir /out --no-repeated-aug "
         "--distillation-type hard --teacher-path t.pth --lr 1e-3".split()
     )
-    assert config.run.recipe == "deit"
+    assert config.run.recipe == "deit_small"
     assert (config.data.batch_size, config.data.repeated_aug, config.optimization.lr) == (256, False, 1e-3)
     assert (config.distillation.distillation_type, str(config.run.output_dir)) == ("hard", "/out")
 
