@@ -1,0 +1,243 @@
+"""One command for a machine with a GPU: are the kernels right there, are they clean, and how fast are they?
+
+python benchmarks/gpu_checks.py [--minutes 9] [--only tests sanitizer benchmarks] [--log runs/gpu_checks.log]
+
+tests        pytest -m gpu of every file in tests/kernels, side by side
+sanitizer    compute-sanitizer memcheck and racecheck over one small call of every operation, forward and backward
+benchmarks   the benchmarks of the kernels, one after another with the GPU to themselves
+
+Everything is printed as it comes and the table last. What does not fit into the minutes is stopped or left out, and the
+table says so. Exits with 0 when all that ran has passed.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve()
+# Those that are there are run, in this order, each with its limit in minutes.
+BENCHMARKS = {
+    "attention.py": 4.0,
+    "distillation_loss.py": 1.5,
+    "attention_distillation_loss.py": 1.5,
+    "pointwise.py": 2.0,
+}
+SANITIZER_TOOLS = ("memcheck", "racecheck")
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: list[str]
+    minutes: float
+    env: dict[str, str] = field(default_factory=dict)
+
+
+class Console:
+    """Prints to the screen and to the log, one block at a time."""
+
+    def __init__(self, log: Path):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log, self.lock = log.open("w"), threading.Lock()
+
+    def print(self, text: str) -> None:
+        with self.lock:
+            print(text, flush=True)
+            self.log.write(text + "\n")
+            self.log.flush()
+
+
+def run(step: Step, deadline: float, console: Console, stream: bool) -> tuple[str, str, float]:
+    """(name, what became of it, seconds). With stream, lines are printed as they come, otherwise when it has ended."""
+    started = time.monotonic()
+    seconds = min(60 * step.minutes, deadline - started)
+    if seconds < 5:
+        return step.name, "left out: no time", 0.0
+    process = subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | step.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    stopped = threading.Event()
+
+    def stop():
+        stopped.set()
+        os.killpg(process.pid, signal.SIGKILL)  # its own session, so its children and nothing else
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    if stream:
+        console.print(f"==== {step.name}: {' '.join(step.command)}")
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if stream:
+            console.print(lines[-1])
+    code = process.wait()
+    timer.cancel()
+    if not stream:
+        console.print("\n".join([f"==== {step.name}: {' '.join(step.command)}", *lines]))
+    if stopped.is_set():
+        end = f"stopped after {seconds:.0f} s"
+    elif any("Device not supported" in line for line in lines):
+        end = "left out: not on this machine"  # compute-sanitizer, in some virtual machines
+    else:
+        end = "passed" if code == 0 else f"FAILED (exit {code})"
+    return step.name, end, time.monotonic() - started
+
+
+def test_steps() -> list[Step]:
+    files = [path for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    return [
+        Step(f"test {path.stem}", [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", *workers, str(path)], 5.0)
+        for path in files
+    ]
+
+
+def sanitizer_steps() -> list[Step]:
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        return []
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # an allocation each, or reads past one's end land in a neighbour
+    flags = ["--error-exitcode", "9"]
+    call = [sys.executable, str(HERE), "--exercise"]
+    return [
+        Step(f"{check} {operation}", [tool, "--tool", check, *flags, *call, operation], 3.0, env)
+        for operation in exercises()
+        for check in SANITIZER_TOOLS
+    ]
+
+
+def benchmark_steps() -> list[Step]:
+    present = {name: minutes for name, minutes in BENCHMARKS.items() if (HERE.parent / name).exists()}
+    return [Step(name, [sys.executable, str(HERE.parent / name)], minutes) for name, minutes in present.items()]
+
+
+def exercises() -> dict:
+    """One small call of each operation, by its name: odd sizes, so that every kind of edge is passed."""
+    import torch
+
+    from fastdeit import kernels
+
+    def tensor(*shape, dtype=torch.bfloat16):
+        return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
+
+    def attention():
+        for tokens, head_dim in ((17, 64), (197, 32), (600, 64)):
+            kernels.attention_qkvpacked(tensor(1, tokens, 3, 2, head_dim)).float().sum().backward()
+            kernels.attention(*(tensor(1, tokens, 2, head_dim) for _ in range(3))).float().sum().backward()
+
+    def distillation_loss():
+        labels = torch.tensor([3, -100, 16], device="cuda")
+        for kind in ("hard", "soft"):
+            heads, teacher = (tensor(3, 17), tensor(3, 17)), tensor(3, 17).detach()
+            mix = (labels.flip(0), torch.rand(3, device="cuda"))
+            kernels.distillation_loss(*heads, labels, teacher, kind=kind, smoothing=0.1, mix=mix).backward()
+
+    def attention_distillation_loss():
+        student, teacher = [tensor(1, 18, 2, 32) for _ in range(2)], [tensor(1, 18, 2, 64).detach() for _ in range(2)]
+        kernels.attention_distillation_loss(*student, *teacher).backward()
+
+    def add_layer_norm():
+        for channels in (17, 192, 768):
+            x, residual, vectors = tensor(3, 5, channels), tensor(3, 5, channels), [tensor(channels) for _ in range(3)]
+            outputs = kernels.add_layer_norm(
+                x, residual, *vectors[:2], layer_scale=vectors[2], drop_path_scale=torch.rand(3, device="cuda")
+            )
+            sum(output.float().sum() for output in outputs).backward()
+
+    def bias_gelu():
+        for channels in (17, 768):
+            kernels.bias_gelu(tensor(3, 5, channels), tensor(channels)).float().sum().backward()
+
+    def mix_normalize():
+        for B, H, W in ((4, 33, 29), (4, 64, 32)):
+            box = torch.tensor([[0, 0, 0, 0], [3, 4, 20, 29], [0, 0, H, W], [0, 0, 0, 0]], dtype=torch.int32).cuda()
+            kernels.mix_normalize(
+                torch.randint(0, 256, (B, H, W, 3), dtype=torch.uint8).cuda(),
+                (0.5, 0.5, 0.5),
+                (0.2, 0.2, 0.2),
+                partner=torch.tensor([3, 2, 1, 0]).cuda(),
+                lam=torch.rand(B).cuda(),
+                box=box,
+                erase_box=box.flip(0).contiguous(),
+                erase_seed=torch.arange(B).cuda(),
+            )
+
+    named = (attention, distillation_loss, attention_distillation_loss, add_layer_norm, bias_gelu, mix_normalize)
+    return {function.__name__: function for function in named if hasattr(kernels, function.__name__)}
+
+
+def describe_machine() -> str:
+    import torch
+    import triton
+
+    query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    smi = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    return (
+        f"{smi.stdout.strip()}; python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton.__version__}"
+    )
+
+
+def check(minutes: float, only: list[str], log: Path) -> int:
+    deadline, console = time.monotonic() + 60 * minutes, Console(log)
+    console.print(describe_machine())
+    results = []
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for chosen, steps in (("tests", test_steps), ("sanitizer", sanitizer_steps)):
+            if chosen in only:
+                planned = steps()
+                results += list(pool.map(lambda step: run(step, deadline, console, stream=False), planned))
+                if not planned:
+                    results.append((chosen, "left out: compute-sanitizer was not found", 0.0))
+    if "benchmarks" in only:
+        results += [run(step, deadline, console, stream=True) for step in benchmark_steps()]
+    console.print("\n".join(["==== summary", *(f"{name:42s} {end:28s} {s:6.0f} s" for name, end, s in results)]))
+    return int(any(end.startswith("FAILED") for _, end, _ in results))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = ["tests", "sanitizer", "benchmarks"]
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it")
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--log", type=Path, default=ROOT / "runs" / "gpu_checks.log")
+    parser.add_argument("--exercise", help="run one operation's small call and nothing else (what the sanitizer runs)")
+    arguments = parser.parse_args()
+
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu_checks needs a CUDA device, and PyTorch finds none", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("fastdeit") is None or importlib.util.find_spec("fastdeit.kernels") is None:
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
+        subprocess.run(install, check=True)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    if arguments.exercise:
+        exercises()[arguments.exercise]()
+        torch.cuda.synchronize()
+        return 0
+    return check(arguments.minutes, arguments.only, arguments.log)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
