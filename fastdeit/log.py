@@ -30,8 +30,8 @@ class Log:
             self.task = self.bar.add_task(title, total=total_steps)
             self.bar.start()
 
-    def train(self, *, step: int, epoch: int, **figures: float) -> None:
-        """Figures of the steps since the last call: losses, lr, images_per_s, data_share."""
+    def train(self, *, step: int, epoch: int, **figures) -> None:
+        """Figures of the steps since the last call: losses, lr, images_per_s, data_share, seconds by phase."""
         self._write({"kind": "train", "step": step, "epoch": epoch, **figures})
         text = _train_text(figures)
         if self.bar is not None:
@@ -39,9 +39,14 @@ class Log:
         elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
             self.say(f"  step {step}/{self.total_steps}  {text}  left {self._left(step)}")
 
-    def evaluated(self, *, step: int, epoch: int, epochs: int, figures: dict, accuracy: dict[str, dict]) -> None:
-        """Accuracies after an epoch: {"model": {"cls": top-1, ...}, "ema": {...}}, beside the last training figures."""
-        self._write({"kind": "eval", "step": step, "epoch": epoch, **accuracy})
+    def evaluated(
+        self, *, step: int, epoch: int, epochs: int, figures: dict, seconds: float, accuracy: dict[str, dict]
+    ) -> None:
+        """Accuracies after an epoch: {"model": {"cls": top-1, ...}, "ema": {...}}, beside the last training figures and
+        the seconds the evaluation took."""
+        self._write(
+            {"kind": "eval", "step": step, "epoch": epoch, "seconds": {"evaluation": round(seconds, 4)}, **accuracy}
+        )
         percent = "  ".join(
             f"{'ema ' if source == 'ema' else ''}{head} {100 * value:.2f}"
             for source, heads in accuracy.items()
@@ -68,7 +73,7 @@ class Log:
         if self.first_step is None:
             self.first_step, self.started = record["step"], time.monotonic()
         if self.lines is not None:
-            self.lines.write(json.dumps(record) + "\n")
+            self.lines.write(json.dumps(record | {"time": round(time.time(), 2)}) + "\n")
         if self.tensorboard is not None:
             for name, value in _flat(record):
                 self.tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])

@@ -24,6 +24,7 @@ from .objective import Objective
 from .optimizer import build_optimizer
 from .schedule import learning_rate, scaled_peak
 from .student import heads, mean_std
+from .timer import PhaseTimer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOG_STEPS = 50  # the host waits for the device only this often
@@ -60,6 +61,7 @@ class Trainer:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.forward = self._parallel_and_compiled()
+        self.timer = PhaseTimer(device)
 
         self.steps_per_epoch = len(self.train_loader)
         self.total_steps = settings.epochs * self.steps_per_epoch
@@ -88,13 +90,21 @@ class Trainer:
 
     def step(self, batch) -> torch.Tensor:
         """Train on one batch. Returns a detached (3,) tensor on the device: loss, class term, teacher term."""
+        enter = self.timer.enter
+        enter("prepare")
         images = self.prepare(batch)
+        enter("teacher")
         answers = self.teacher(images) if self.teacher is not None else None
+        enter("forward")
         with self._autocast():
             outputs = self.forward(images, **self._randomness())
+        enter("loss")
         loss, terms = self.objective(outputs, batch.labels, batch.mix, answers)
+        enter("backward")
         self.scaler.scale(loss).backward()
+        enter("optimizer")
         self._update()
+        self.timer.stop()
         return torch.cat([loss.detach().view(1), terms])
 
     def prepare(self, batch) -> torch.Tensor:
@@ -153,10 +163,13 @@ class Trainer:
         try:
             for epoch in range(self.steps_done // self.steps_per_epoch, self.config.optimization.epochs):
                 figures = self.train_epoch(epoch)
+                since = time.perf_counter()
                 result = self.evaluate()
+                seconds = time.perf_counter() - since
                 if self.place.is_main:
                     self.log.evaluated(
                         step=self.steps_done, epoch=epoch, epochs=self.config.optimization.epochs, figures=figures,
+                        seconds=seconds,
                         accuracy={source: {head: value["top1"] for head, value in heads.items()} for source, heads in result.items()},
                     )  # fmt: skip
                 self.save(result)
@@ -176,9 +189,11 @@ class Trainer:
         batches = iter(self.train_loader)
         while True:
             before = time.perf_counter()
+            self.timer.enter("data")
             batch = next(batches, None)
             waited += time.perf_counter() - before
             if batch is None:
+                self.timer.stop()
                 break
             losses = self.step(batch)
             sums, steps = losses if sums is None else sums + losses, steps + 1
@@ -198,6 +213,7 @@ class Trainer:
         return {
             "loss": loss, "class_loss": class_loss, "teacher_loss": teacher_loss, "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": steps * self.global_batch / seconds, "data_share": waited / seconds,
+            "seconds": {phase: round(value, 4) for phase, value in self.timer.read().items()},
         }  # fmt: skip
 
     def evaluate(self) -> dict[str, dict]:
