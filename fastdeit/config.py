@@ -120,8 +120,8 @@ class Distillation:
     teacher_path: str | None = None
     """The teacher as a run's folder (--teacher-model is then not needed), or a checkpoint file of --teacher-model."""
     teacher_classes: str | None = None
-    """File that says which of the teacher's classes stand for the data's, by name or index: JSON {"cat": 281, ...}, or one
-    line for each of the data's classes. Default: both have the same classes."""
+    """File that says which of the teacher's classes stand for the data's, by name or index: JSON {"cat": 281, ...}, or
+    a line for each of the data's classes. Default: both have the same classes."""
     teacher_input_size: int | None = None
     """Pixels on a side at which the teacher looks. Default: the size it was trained for."""
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None

@@ -5,6 +5,7 @@ python -m fastdeit.train --data-path DIR      your own folder, DIR/train/CLASS/*
 torchrun --nproc-per-node 8 -m fastdeit.train --data-path DIR
 """
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -39,13 +40,16 @@ def train(config, place) -> dict:
     mean, std = mean_std(model)
     teacher = None
     if config.distillation.distillation_type != "none":
-        teacher = load_teacher(config, classes, student_mean=mean, student_std=std, device=place.device)
+        teacher = load_teacher(config, classes, student_mean=mean, student_std=std, place=place)
 
     folder = place.broadcast(run_directory.claim(config) if place.is_main and not config.run.dry_run else None)
     own_folder = folder if place.is_main else None
     trainer = Trainer(
         config, place, model, teacher, loaders(config, indices, place, own_folder), classes, own_folder, title="student"
     )
+    if teacher is not None:
+        for sentence in teacher.check(first_views(trainer)):
+            trainer.log.say(sentence)
     if config.run.dry_run:
         return dry_run(trainer)
     if place.is_main:
@@ -66,6 +70,14 @@ def train(config, place) -> dict:
             print("cosine similarity of class and distillation token, input and after each block:", *similarity)
         print(f"curves.png, summary.json and the checkpoints last and best are in {folder}")
     return summary
+
+
+def first_views(trainer, images: int = 512):
+    """The first training images as student and teacher see them, batch by batch."""
+    trainer.train_loader.set_epoch(0)
+    for batch in itertools.islice(trainer.train_loader, -(-images // trainer.config.data.batch_size)):
+        yield trainer.prepare(batch)
+    trainer.train_loader.set_epoch(0)
 
 
 def train_undistilled(config, place, indices, folder: Path) -> float:

@@ -1,3 +1,4 @@
+import os
 import sys
 
 import numpy as np
@@ -5,6 +6,8 @@ import pytest
 from PIL import Image
 
 from fastdeit import command
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for published weights should not wait for a network
 
 COLORS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 

@@ -1,0 +1,82 @@
+"""BatchNorm folded into the convolution before it: what a frozen network need not compute.
+
+    gamma * (conv(x, W) + b - mean) / sqrt(var + eps) + beta  ==  conv(x, s * W) + (b - mean) * s + beta
+    where s = gamma / sqrt(var + eps)
+
+Which BatchNorm follows which convolution is seen in one forward pass, not guessed from names, so any of timm's networks
+will do. The folded network must answer as the given one did, or it is not used.
+"""
+
+import copy
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+TOLERANCE = (
+    1e-4  # of the norm of the answers; float32 rounding through timm's deepest networks stays below a hundredth of it
+)
+
+
+@torch.no_grad()
+def fold_batchnorm(model: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
+    """A copy of `model` (in eval mode) with its BatchNorms folded, and how many they are.
+
+    `images` (batch, 3, height, width) are any it can take. (model itself, 0) where there is nothing to fold, or where
+    the copy answers otherwise: a convolution whose output is also used without the BatchNorm only looks foldable.
+    """
+    folded = copy.deepcopy(model)
+    pairs = _pairs(folded, images)
+    for conv, norm in pairs:
+        _fold(folded, conv, norm)
+    expected, answers = model(images), folded(images)
+    if not pairs or not (answers - expected).norm() <= TOLERANCE * expected.norm():
+        return model, 0
+    return folded, len(pairs)
+
+
+def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
+    """Names of (convolution, BatchNorm) where the one's output was the other's input, each called once."""
+    outputs: dict[int, tuple[str, Tensor]] = {}  # by id; holding the tensors keeps the ids apart
+    pairs, calls, hooks = [], Counter(), []
+
+    def after_conv(name):
+        def hook(module, inputs, output):
+            calls[name] += 1
+            outputs[id(output)] = (name, output)
+
+        return hook
+
+    def before_norm(name):
+        def hook(module, inputs):
+            calls[name] += 1
+            if id(inputs[0]) in outputs:
+                pairs.append((outputs[id(inputs[0])][0], name))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if _is_plain_conv(module):
+            hooks.append(module.register_forward_hook(after_conv(name)))
+        elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            hooks.append(module.register_forward_pre_hook(before_norm(name)))
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
+
+
+def _is_plain_conv(module: nn.Module) -> bool:
+    # Subclasses may do something to the weight in forward (weight standardisation); timm's Conv2dSame only pads.
+    return type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
+
+
+def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
+    conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    # timm's BatchNormAct2d holds the activation too.
+    activation = getattr(norm, "act", None)
+    model.set_submodule(norm_name, activation if isinstance(activation, nn.Module) else nn.Identity())
