@@ -16,6 +16,8 @@ from .crop import PADDING
 from .decode import window_graph, window_inputs
 from .plan import Plan
 
+PYTORCH_GRAIN = 32768  # elements up to which PyTorch keeps an operation in one thread (at::internal::GRAIN_SIZE)
+
 
 class CpuViews:
     """Submit plans, collect their images in the same order; decoding runs ahead of the collecting."""
@@ -51,8 +53,19 @@ class CpuViews:
     def _finish(self, rows) -> None:
         for image, window, resized, corner, flip, ops, args in rows:
             view = resized_view(torch.from_numpy(np.asarray(window)), resized, corner, self.size)
-            view = (view.flip(1) if flip else view).numpy()
-            image[:] = pillow.apply(view, ops, args, self.fill) if any(ops) else view
+            image[:] = view.numpy()
+            if flip:
+                mirror(image)
+            if any(ops):
+                image[:] = pillow.apply(image, ops, args, self.fill)
+
+
+def mirror(image: np.ndarray) -> None:
+    """Left to right, in place. In pieces so small that PyTorch does not call its own threads to help, which would be
+    waiting for a core that ours are using."""
+    rows = max(1, PYTORCH_GRAIN // image[0].size)
+    for part in torch.from_numpy(image).split(rows):
+        part.copy_(part.flip(1))
 
 
 def resized_view(window: torch.Tensor, resized: list[int], corner: list[int], size: int) -> torch.Tensor:

@@ -1,0 +1,279 @@
+"""The loader feeds more images a second than its peers, and more for each second of CPU time.
+
+python benchmarks/pipeline.py [--data-path DIR] [--device cpu] [--rounds 5]
+
+A training epoch of random resized crops of 224 (bicubic), flipped, with and without RandAugment, in shuffled batches of
+uint8; nothing else runs, so this is the most that a trainer can get. Ours beside
+
+    timm            its own loader, PIL in worker processes; the same rand-m9-mstd0.5-inc1
+    torchvision v2  decode_jpeg and uint8 tensors in worker processes; its RandAugment is another one: 14 operations,
+                    always applied, nearest interpolation
+    DALI            readers.file, random crop decoding and DALI's resize, all random numbers DALI's own; its RandAugment
+                    is another one: about a third of timm's magnitudes, always applied
+
+all with as many worker processes or threads as there are cores. Interleaved, an epoch each a round, medians, in wall
+time and in CPU time of all threads and processes (which other work on the machine disturbs less). Without --data-path:
+400 JPEGs of 500 x 375 cut from two photographs, about the size of ImageNet's; all in the page cache.
+
+On a GPU also: what decoding alone takes, for shares of it given to the hardware decoder and numbers of CPU threads, and
+with chroma interpolated as libjpeg does (ours) or repeated. Writes records/DEVICE/pipeline.csv and .png.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from fastdeit.pipelines import Augmentation, open_index, train_loader
+
+SIZE, RAND_AUGMENT = 224, "rand-m9-mstd0.5-inc1"
+CORES = len(os.sched_getaffinity(0))
+Epoch = Callable[[], Iterable[int]]  # one epoch; gives the number of images of each batch
+
+
+def make_images(root: Path, images: int) -> None:
+    from sklearn.datasets import load_sample_images
+
+    random = np.random.default_rng(0)
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    for number in range(images):
+        left, top = int(random.integers(140)), int(random.integers(52))
+        folder = root / "train" / str(number % 4)
+        folder.mkdir(parents=True, exist_ok=True)
+        photos[number % 2].crop((left, top, left + 500, top + 375)).save(folder / f"{number}.jpg", quality=95)
+
+
+def ours(index, batch_size: int, device: str, rand_augment: bool) -> Epoch:
+    augmentation = Augmentation(
+        aa=RAND_AUGMENT if rand_augment else "none", color_jitter=0, repeats=1, mixup=0, cutmix=0, reprob=0
+    )
+    loader = train_loader(index, batch_size=batch_size, input_size=SIZE, augmentation=augmentation, device=device)
+
+    def epoch():
+        loader.set_epoch(epoch.number)
+        epoch.number += 1
+        for batch in loader:
+            yield len(batch.labels)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    epoch.number = 0
+    return epoch
+
+
+def timm(root: Path, batch_size: int, device: str, rand_augment: bool) -> Epoch:
+    from timm.data import auto_augment, create_dataset, create_loader
+
+    def posterize(image, bits, **_):  # Pillow 13 refuses 0 bits, which timm asks for at the highest magnitude
+        return ImageOps.posterize(image, max(1, bits))
+
+    for name in ("Posterize", "PosterizeIncreasing"):
+        auto_augment.NAME_TO_OP[name] = posterize
+    loader = create_loader(
+        create_dataset("", str(root), split="train"),
+        input_size=(3, SIZE, SIZE),
+        batch_size=batch_size,
+        is_training=True,
+        auto_augment=RAND_AUGMENT if rand_augment else None,
+        color_jitter=None,
+        interpolation="bicubic",
+        num_workers=CORES,
+        device=torch.device(device),
+    )
+    if device == "cpu":
+        loader = loader.loader  # uint8 as ours: without the normalising on top
+    return lambda: (len(labels) for _, labels in loader)
+
+
+def torchvision(root: Path, batch_size: int, device: str, rand_augment: bool) -> Epoch:
+    from torchvision.datasets import ImageFolder
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    from torchvision.transforms import v2
+
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(SIZE, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+            *([v2.RandAugment()] if rand_augment else []),
+        ]
+    )
+    images = ImageFolder(
+        root / "train", transform, loader=lambda path: decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
+    )
+    loader = torch.utils.data.DataLoader(
+        images,
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=CORES,
+        persistent_workers=True,
+        pin_memory=device != "cpu",
+    )
+
+    def epoch():
+        for batch, labels in loader:
+            batch.to(device, non_blocking=True)
+            yield len(labels)
+
+    return epoch
+
+
+def dali(root: Path, batch_size: int, device: str, rand_augment: bool) -> Epoch:
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.auto_aug import rand_augment as auto_rand_augment
+
+    gpu = device != "cpu"
+
+    @pipeline_def(
+        batch_size=batch_size, num_threads=CORES, device_id=0 if gpu else None, enable_conditionals=True, seed=0
+    )
+    def graph():
+        encoded, labels = fn.readers.file(file_root=str(root / "train"), random_shuffle=True, name="reader")
+        images = fn.decoders.image_random_crop(encoded, device="mixed" if gpu else "cpu", random_area=[0.08, 1.0])
+        images = fn.resize(images, size=[SIZE, SIZE], interp_type=types.INTERP_CUBIC, antialias=True)
+        images = fn.flip(images, horizontal=fn.random.coin_flip())
+        if rand_augment:
+            images = auto_rand_augment.rand_augment(images, n=2, m=9)
+        return images, labels
+
+    pipeline = graph()
+    pipeline.build()
+    steps = pipeline.epoch_size("reader") // batch_size
+
+    def epoch():
+        for _ in range(steps):
+            images, labels = pipeline.run()
+            torch.from_dlpack(images.as_tensor())
+            yield len(labels)
+
+    return epoch
+
+
+def cpu_seconds() -> float:
+    """CPU time so far of this process and its children, dead or alive."""
+    total = sum(os.times()[:4])
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            fields = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()
+            total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def settle() -> None:
+    """Wait for what a contestant prefetches for its next epoch: it is to count for it, and not to slow the next one."""
+    before, now = -1.0, cpu_seconds()
+    while now - before > 0.01:
+        time.sleep(0.1)
+        before, now = now, cpu_seconds()
+
+
+def measure(contestants: dict[str, Epoch], rounds: int) -> dict[str, tuple[float, float]]:
+    """Images a second and images a CPU-second, medians of the rounds; each first runs an epoch to warm up."""
+    speeds = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name, epoch in contestants.items():
+            wall, cpu = time.perf_counter(), cpu_seconds()
+            images = sum(epoch())
+            wall = time.perf_counter() - wall
+            settle()
+            cpu = cpu_seconds() - cpu
+            if number:
+                speeds[name].append((images / wall, images / cpu))
+    return {name: tuple(map(statistics.median, zip(*runs))) for name, runs in speeds.items()}
+
+
+def contestants(root: Path, batch_size: int, device: str) -> dict[str, Epoch]:
+    index = open_index(root)
+    runs = {}
+    for rand_augment in (False, True):
+        for peer in ("ours", "timm", "torchvision v2", "DALI"):
+            make = {"timm": timm, "torchvision v2": torchvision, "DALI": dali}.get(peer)
+            name = f"{peer}, RandAugment" if rand_augment else peer
+            where = index if make is None else root
+            runs[name] = (make or ours)(where, batch_size, device, rand_augment)
+    return runs
+
+
+def decoders(root: Path, batch_size: int) -> dict[str, Epoch]:
+    """Decoding alone, of random crops, on the GPU."""
+    runs = {}
+    for load in (0.0, 0.5, 0.65, 0.8, 1.0):
+        for threads in sorted({4, 8, CORES}):
+            runs[f"decode, hw_decoder_load {load}, {threads} threads"] = _decoder(root, batch_size, threads, load, True)
+    runs["decode, hw_decoder_load 0.65, chroma repeated"] = _decoder(root, batch_size, CORES, 0.65, False)
+    return runs
+
+
+def _decoder(root: Path, batch_size: int, threads: int, load: float, fancy: bool) -> Epoch:
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=0, seed=0)
+    def graph():
+        encoded, labels = fn.readers.file(file_root=str(root / "train"), random_shuffle=True, name="reader")
+        images = fn.decoders.image_random_crop(
+            encoded, device="mixed", random_area=[0.08, 1.0], hw_decoder_load=load, jpeg_fancy_upsampling=fancy
+        )
+        return images, labels
+
+    pipeline = graph()
+    pipeline.build()
+    steps = pipeline.epoch_size("reader") // batch_size
+    return lambda: (len(pipeline.run()[1]) for _ in range(steps))
+
+
+def report(speeds: dict[str, tuple[float, float]], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "pipeline.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["what", "cores", "images_per_s", "images_per_cpu_s", "cpu_ratio_to_timm"])
+        for name, (wall, cpu) in speeds.items():
+            ratio = cpu / speeds["timm, RandAugment" if "RandAugment" in name else "timm"][1]
+            print(f"{name:46}{wall:8.0f} images/s{cpu:8.0f} per CPU-second{ratio:6.2f} x timm")
+            writer.writerow([name, CORES, f"{wall:.1f}", f"{cpu:.1f}", f"{ratio:.3f}"])
+    draw(speeds, folder / "pipeline.png")
+
+
+def draw(speeds: dict[str, tuple[float, float]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    names = list(speeds)[::-1]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(names) + 1), sharey=True, layout="constrained")
+    for axis, column, title in zip(axes, (0, 1), (f"images/s, {CORES} cores", "images per CPU-second")):
+        values = [speeds[name][column] for name in names]
+        bars = axis.barh(names, values, color=["C1" if name.startswith("ours") else "C0" for name in names])
+        axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+        axis.set_title(title)
+        axis.margins(x=0.12)
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", type=Path, help="a folder DIR/train/CLASS of JPEGs")
+    parser.add_argument("--images", type=int, default=400, help="how many to make without --data-path")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        root = arguments.data_path or Path(folder)
+        if arguments.data_path is None:
+            make_images(root, arguments.images)
+        runs = contestants(root, arguments.batch_size, arguments.device)
+        if arguments.device == "cuda":
+            runs |= decoders(root, arguments.batch_size)
+        speeds = measure(runs, arguments.rounds)
+    report(speeds, Path(__file__).parent / "records" / device.replace(" ", "-").lower())
+
+
+if __name__ == "__main__":
+    main()
