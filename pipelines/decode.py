@@ -90,7 +90,7 @@ def view_graph(
             image = _reflected(_reflected(image, axis=0), axis=1)
         if crop != "window":
             corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
-            image = fn.slice(image, corner, (size, size), axes=[0, 1])
+            image = fn.slice(image, start=corner, shape=(size, size), axes=[0, 1])
         image = fn.flip(image, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
         for number, possible in enumerate(layers):
             op = fn.external_source(name=f"op{number}", dtype=types.INT32, ndim=0)
@@ -155,6 +155,6 @@ def _reflected(image, axis: int):
     """PADDING pixels of reflection (without the border pixel itself) before and after, along one axis."""
     flips = {"vertical" if axis == 0 else "horizontal": 1, "vertical" if axis == 1 else "horizontal": 0}
     length = fn.cast(image.shape(device="cpu")[axis], dtype=types.INT32)
-    before = fn.slice(image, [1], [PADDING], axes=[axis])
-    after = fn.slice(image, length - (PADDING + 1), [PADDING], axes=[axis])
+    before = fn.slice(image, start=[1], shape=[PADDING], axes=[axis])
+    after = fn.slice(image, start=length - (PADDING + 1), shape=[PADDING], axes=[axis])
     return fn.cat(fn.flip(before, **flips), image, fn.flip(after, **flips), axis=axis)
