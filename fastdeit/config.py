@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from . import trackers
 from .command import UserError
 
 
@@ -30,6 +31,8 @@ class Run:
     """Seed of everything random: weights, order, augmentation, mixing, drop path."""
     device: str | None = None
     """cuda, cuda:N or cpu. Default: cuda where present."""
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] | None = None
+    """Where the figures of metrics.jsonl also go. Default: tensorboard where installed."""
     dry_run: bool = False
     """Build everything, take two steps, report memory and the first batch's shapes, write nothing."""
     print_config: bool = False
@@ -207,6 +210,7 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse values no run can work with."""
+    trackers.check(config.run.tracker)
     data, optimization, distillation = config.data, config.optimization, config.distillation
     rates = {
         "--drop-path": config.model.drop_path,

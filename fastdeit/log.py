@@ -1,26 +1,31 @@
-"""What a person sees of a run, and what stays of it: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+"""What a person sees of a run, and what stays of it: a progress bar or plain lines, metrics.jsonl, a tracker."""
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .trackers import Tracker
+
 PLAIN_LINE_SECONDS = 30  # without a terminal: at most one line in this time between two epochs
 
 
 class Log:
-    """The voice of a run. Only rank 0 has one that speaks (`folder` None and `quiet` on the others)."""
+    """The voice of a run. Only rank 0 has one that speaks (`folder` and `tracker` None and `quiet` on the others)."""
 
-    def __init__(self, folder: Path | None, *, total_steps: int, title: str, quiet: bool = False):
+    def __init__(
+        self, folder: Path | None, *, total_steps: int, title: str, quiet: bool = False, tracker: Tracker | None = None
+    ):
         self.quiet, self.total_steps, self.title = quiet, total_steps, title
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
         self.started = self.last_line = time.monotonic()
         self.first_step: int | None = None
         self.lines = (folder / "metrics.jsonl").open("a", buffering=1) if folder else None
-        self.tensorboard = _tensorboard(folder)
+        self.tracker = tracker
         self.bar = self.task = None
         if self.console.is_terminal and not quiet:
             self.bar = Progress(
@@ -66,17 +71,24 @@ class Log:
             self.bar.stop()
         if self.lines is not None:
             self.lines.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self._track(lambda tracker: tracker.close())
 
     def _write(self, record: dict) -> None:
         if self.first_step is None:
             self.first_step, self.started = record["step"], time.monotonic()
         if self.lines is not None:
             self.lines.write(json.dumps(record | {"time": round(time.time(), 2)}) + "\n")
-        if self.tensorboard is not None:
-            for name, value in _flat(record):
-                self.tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        figures = {f"{record['kind']}/{name}": value for name, value in _flat(record)}
+        self._track(lambda tracker: tracker.log(record["step"], figures))
+
+    def _track(self, action: Callable[[Tracker], None]) -> None:
+        if self.tracker is None:
+            return
+        try:
+            action(self.tracker)
+        except Exception as error:  # a service that has gone away must not take the training with it
+            self.tracker = None
+            self.say(f"tracking has stopped, training goes on; metrics.jsonl has everything ({error!r})")
 
     def _left(self, step: int) -> str:
         done = step - (self.first_step or 0)
@@ -106,13 +118,3 @@ def _flat(record: dict, prefix: str = ""):
             yield from _flat(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)) and key != "step":
             yield prefix + key, value
-
-
-def _tensorboard(folder: Path | None):
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder / "tensorboard")

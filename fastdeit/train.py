@@ -114,7 +114,7 @@ def with_digits(config, place):
     settings = recipes.load("teacher_digits")
     settings.model.model = config.distillation.teacher_model
     settings.data.data_path, settings.data.input_size = config.data.data_path, config.data.input_size
-    settings.run.device = config.run.device
+    settings.run.device, settings.run.tracker = config.run.device, config.run.tracker
     target = Path("runs") / f"digits-teacher-{settings.model.model}-{settings.data.input_size}px"
     if not place.broadcast(target.is_dir()):
         # Fitted under another name, so that a folder of this name is always a finished fit.

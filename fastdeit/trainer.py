@@ -25,6 +25,7 @@ from .optimizer import build_optimizer
 from .schedule import learning_rate, scaled_peak
 from .student import heads, mean_std
 from .timer import PhaseTimer
+from .trackers import open_tracker
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOG_STEPS = 50  # the host waits for the device only this often
@@ -68,7 +69,8 @@ class Trainer:
         self.warmup_steps = round(settings.warmup_epochs * self.steps_per_epoch)
         self.steps_done = 0
         self.best = -1.0
-        self.log = Log(folder, total_steps=self.total_steps, title=title, quiet=not place.is_main)
+        tracker = open_tracker(config.run.tracker, folder, config.to_dict()) if folder is not None else None
+        self.log = Log(folder, total_steps=self.total_steps, title=title, quiet=not place.is_main, tracker=tracker)
 
     def _parallel_and_compiled(self):
         """The model as the step calls it. Blocks are compiled one by one under several processes, so that the exchange of
