@@ -1,24 +1,28 @@
 """Checkpoints: a folder each, whole or not there at all.
 
 checkpoints/step-00000660/
-    config.json           what the model is (enough to build it again), its classes, the settings, the step
+    config.json           what the model is (enough to build it again), its classes, the settings, the progress
     model.safetensors     weights under timm's names; timm and `load_weights` read the file as it is
     ema.safetensors       the moving average's weights, if one is kept
     training.pt           optimizer, gradient scaler: what only the trainer needs; loads with weights_only=True
 last -> checkpoints/step-00000660
 best -> checkpoints/step-00000528
+
+A checkpoint is written under the name step-N.unfinished, flushed to the disk and renamed; then `last` is moved to it,
+then older ones go. So at any instant the links lead to whole checkpoints, and what a kill leaves is known by its name.
 """
 
+import io
 import json
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from . import durable
 from .command import UserError
 from .config import Config
-from .run_directory import write_json
 
 
 def describe(model, config: Config, classes: tuple[str, ...], mean, std) -> dict:
@@ -38,32 +42,106 @@ def describe(model, config: Config, classes: tuple[str, ...], mean, std) -> dict
     }
 
 
-def save(run: Path, description: dict, *, step: int, model: dict, ema: dict | None, training: dict, best: bool) -> Path:
-    """Write one checkpoint; `last`, and `best` when it is, then point to it. Older ones nothing points to are removed.
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
 
-    `model` and `ema` are state dicts, `training` anything `torch.save` writes without code. The folder is written under
-    another name and renamed, and the two names are replaced in one move each, so at every moment they lead to a whole
-    checkpoint.
+
+def save(
+    run: Path, description: dict, *, step: int, model: dict, ema: dict | None, training: dict, best: bool = False,
+    keep: bool = False, keep_count: int | None = None,
+) -> Path:  # fmt: skip
+    """Write one checkpoint; `last`, and `best` when it is, then point to it. Others that nothing needs are removed.
+
+    `model` and `ema` are state dicts, `training` anything `torch.save` writes without code. keep: leave this one when
+    `last` has moved on; keep_count: but only the newest so many of those. Raises OSError (the disk is full); the run
+    then stands as before the call.
     """
     from safetensors.torch import save as to_bytes
 
-    target = run / "checkpoints" / f"step-{step:08d}"
-    unfinished = target.with_name(target.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for name, state in (("model", model), ("ema", ema)):
-        if state is not None:
-            weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            # Not save_file: it leaves the file readable for its owner alone.
-            (unfinished / f"{name}.safetensors").write_bytes(to_bytes(weights, metadata={"format": "pt"}))
-    torch.save(training, unfinished / "training.pt")
-    write_json(unfinished / "config.json", {**description, "step": step})
-    shutil.rmtree(target, ignore_errors=True)
-    unfinished.rename(target)
+    target = folder_of(run, step)
+    if not target.is_dir():  # a step that is repeated ends in the same weights
+        unfinished = target.with_name(target.name + durable.UNFINISHED)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            for name, state in (("model", model), ("ema", ema)):
+                if state is not None:
+                    weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+                    # Not save_file: it leaves the file readable for its owner alone.
+                    content = to_bytes(weights, metadata={"format": "pt"})
+                    durable.write(unfinished / f"{name}.safetensors", lambda file, content=content: file.write(content))
+            content = io.BytesIO()  # torch.save straight into a file tells of a full disk in other words
+            torch.save(training, content)
+            durable.write(unfinished / "training.pt", lambda file: file.write(content.getbuffer()))
+            durable.replace_json(unfinished / "config.json", {**description, "step": step, "keep": keep})
+        except OSError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        unfinished.rename(target)
+        durable.flush_folder(target.parent)
     for link in ("last", "best") if best else ("last",):
-        _point(run / link, target)
-    _remove_unused(run)
+        durable.point(run / link, target)
+    remove_unused(run, keep_count)
     return target
+
+
+def note(run: Path, step: int, additions: dict, *, best: bool, keep_count: int | None = None) -> None:
+    """Add to the description of a checkpoint what was learnt after it was written: its accuracies."""
+    folder = folder_of(run, step)
+    if not folder.is_dir():  # it could not be written; that was said
+        return
+    durable.replace_json(folder / "config.json", {**description(folder), **additions})
+    if best:
+        durable.point(run / "best", folder)
+        remove_unused(run, keep_count)
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def remove_unused(run: Path, keep_count: int | None = None) -> None:
+    """Remove the checkpoints that neither a link nor `keep` holds, and what was left unfinished."""
+    linked = {(run / link).resolve() for link in ("last", "best")}
+    kept = [folder for folder in _finished(run) if folder not in linked and _is_kept(folder)]
+    kept = set(kept if keep_count is None else kept[:keep_count]) | linked
+    for folder in _finished(run):
+        if folder not in kept:
+            # Renamed first, so that a half removed one is never taken for a checkpoint.
+            shutil.rmtree(folder.rename(folder.with_name(folder.name + durable.UNFINISHED)), ignore_errors=True)
+
+
+def remove_after(run: Path, last: Path) -> None:
+    """Remove checkpoints newer than `last`: they cannot be read, or `last` would not have been chosen."""
+    for folder in _finished(run):
+        if folder > last.resolve():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(run: Path) -> None:
+    """Remove what an earlier process was writing, or removing, when it was killed."""
+    for leftover in [*run.glob("*" + durable.UNFINISHED), *(run / "checkpoints").glob("*" + durable.UNFINISHED)]:
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _finished(run: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    folders = (folder.resolve() for folder in (run / "checkpoints").glob("step-*"))
+    return sorted((folder for folder in folders if folder.suffix != durable.UNFINISHED), reverse=True)
+
+
+def _is_kept(folder: Path) -> bool:
+    try:
+        return bool(description(folder).get("keep"))
+    except (OSError, ValueError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
 
 
 def find(source: str | Path) -> Path:
@@ -80,18 +158,47 @@ def description(folder: Path) -> dict:
 
 
 def training_state(folder: Path) -> dict:
-    return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+    """Optimizer and scaler. Raises UserError for a file that is damaged, or that holds more than data."""
+    path = folder / "training.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the unpickler stumble anywhere
+        raise UserError(
+            f"{path} is refused: it is damaged or holds code, which a checkpoint never does ({_first_line(error)})"
+        ) from error
 
 
-def _point(link: Path, target: Path) -> None:
-    new = link.with_name(link.name + ".unfinished")
-    new.unlink(missing_ok=True)
-    new.symlink_to(target.relative_to(link.parent))
-    os.replace(new, link)
+def read(folder: Path) -> dict:
+    """All of a checkpoint: {"description", "model", "ema" (or None), "training"}. Raises UserError if a part is bad."""
+    from .weights import read_state_dict
+
+    try:
+        return {
+            "description": description(folder),
+            "model": read_state_dict(folder / "model.safetensors"),
+            "ema": read_state_dict(folder / "ema.safetensors") if (folder / "ema.safetensors").exists() else None,
+            "training": training_state(folder),
+        }
+    except (OSError, ValueError) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read: {_first_line(error)}") from error
 
 
-def _remove_unused(run: Path) -> None:
-    kept = {(run / link).resolve() for link in ("last", "best")}
-    for folder in (run / "checkpoints").iterdir():
-        if folder.resolve() not in kept:
-            shutil.rmtree(folder)
+def read_newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict] | None:
+    """(folder, content) of the newest checkpoint that can be read, None where there is none at all.
+
+    One that cannot be read is named; the one before it then takes its place. Raises UserError if none is left.
+    """
+    failures = []
+    for folder in _finished(run):
+        try:
+            return folder, read(folder)
+        except UserError as error:
+            failures.append(str(error))
+            say(f"{error}; trying the one before")
+    if failures:
+        raise UserError(f"no checkpoint of {run} can be read: {failures[0]}")
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [error.__class__.__name__])[0]

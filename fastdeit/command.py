@@ -24,7 +24,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except Exception as error:
-        message = None if os.environ.get("FASTDEIT_TRACEBACK") == "1" else _sentence(error)
+        message = in_words(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -33,8 +33,10 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def _sentence(error: Exception) -> str | None:
+def in_words(error: Exception) -> str | None:
     """What to tell the user, or None for a defect."""
+    if os.environ.get("FASTDEIT_TRACEBACK") == "1":
+        return None
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRA:
         return f"{error.name} is not installed: pip install 'fastdeit[train]' brings it"
     if _is_ours(type(error).__module__) or (isinstance(error, ValueError) and _is_ours(_raising_module(error))):

@@ -24,9 +24,18 @@ class Run:
     output_dir: Path | None = None
     """Folder of this run. Default: runs/RECIPE-DATE-TIME."""
     resume: str | None = None
-    """Folder of a run to continue."""
+    """Folder of a run to go on with, at the very step it had saved. auto: the same command again goes on with
+    --output-dir where there is one, and starts it elsewhere."""
     eval: bool = False
     """Only evaluate --resume or --finetune on the validation images."""
+    checkpoint_minutes: float = 10
+    """Minutes between checkpoints within an epoch; one is written after each epoch anyway."""
+    keep_epochs: int = 0
+    """Keep the checkpoint of every so many epochs, beside last and best. 0: none."""
+    keep_count: int | None = None
+    """The newest so many of those. Default: all."""
+    skip_nonfinite: int = 0
+    """Leave out up to so many steps whose loss or gradient is not finite, then stop."""
     seed: int = 0
     """Seed of everything random: weights, order, augmentation, mixing, drop path."""
     device: str | None = None
@@ -48,7 +57,7 @@ class Data:
     input_size: int = 224
     """Pixels on a side."""
     batch_size: int = 64
-    """Images per process and step."""
+    """Images per process that go through the model at once; --accumulate multiplies what a step sees."""
     num_workers: int | None = None
     """Threads that read and decode. Default: the processor's cores, shared between the processes of this machine."""
     scale: tuple[float, float] = (0.08, 1.0)
@@ -139,6 +148,8 @@ class Optimization:
 
     epochs: int = 300
     """Passes over the training images."""
+    accumulate: int = 1
+    """Batches of --batch-size per process whose gradients add up to one step."""
     opt: Literal["adamw", "lamb", "sgd"] = "adamw"
     """Optimizer."""
     lr: float = 5e-4
@@ -175,6 +186,10 @@ class Speed:
     """Autocast type of the student's step. Default: bf16 on CUDA, fp32 on the CPU."""
     attention: Literal["fused", "sdpa", "xformers"] = "sdpa"
     """fused: fastdeit's Triton kernel. sdpa: PyTorch's. xformers: its memory-efficient attention (CUDA)."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes, ddp: each holds all weights. fsdp: each holds a share of weights and optimizer."""
+    deterministic: bool = False
+    """Take only algorithms that give the same bits each time. The CPU does anyway; a GPU is slower for it."""
 
 
 @dataclass(kw_only=True)
@@ -227,15 +242,26 @@ def check(config: Config) -> None:
         "--batch-size": data.batch_size,
         "--epochs": optimization.epochs,
         "--input-size": data.input_size,
+        "--accumulate": optimization.accumulate,
     }.items():
         if count < 1:
             raise UserError(f"{flag} {count}: must be at least 1")
+    for flag, count in {
+        "--checkpoint-minutes": config.run.checkpoint_minutes,
+        "--keep-epochs": config.run.keep_epochs,
+        "--keep-count": config.run.keep_count or 0,
+        "--skip-nonfinite": config.run.skip_nonfinite,
+    }.items():
+        if count < 0:
+            raise UserError(f"{flag} {count}: must not be negative")
     if distillation.distillation_tau <= 0:
         raise UserError(f"--distillation-tau {distillation.distillation_tau}: a temperature must be above 0")
     if data.batch_size % 2 and (data.mixup > 0 or data.cutmix > 0):
         raise UserError(
             f"--batch-size {data.batch_size}: mixup and cutmix pair the samples of a batch; use an even size"
         )
+    if config.speed.sharding == "fsdp" and config.speed.precision == "fp16":
+        raise UserError("--sharding fsdp goes with --precision bf16 or fp32: it does not know the loss scaling of fp16")
     if not 0 < data.eval_crop_ratio <= 1:
         raise UserError(f"--eval-crop-ratio {data.eval_crop_ratio}: must lie above 0 and up to 1")
 
@@ -246,18 +272,22 @@ def parse(
     """The command line over a recipe's defaults, checked. `recipe` is the one taken when --recipe is not given."""
     import tyro
 
-    from . import recipes
+    from . import recipes, resume
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
-    default = recipes.load(chosen)
-    default.run.recipe = chosen
+    resumed = Path(_flag(arguments, "resume") or "auto")
+    if (resumed / "settings.json").is_file():
+        default = resume.saved_settings(resumed)
+    else:
+        chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
+        default = recipes.load(chosen)
+        default.run.recipe = chosen
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[Config],
         prog=prog,
         args=arguments,
         default=default,
-        description=recipes.describe(chosen),
+        description=recipes.describe(default.run.recipe),
     )
     check(config)
     return config

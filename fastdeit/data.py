@@ -36,7 +36,7 @@ def loaders(config: Config, indices, place: Place, folder: Path | None):
         repeats=REPEATS if data.repeated_aug else 1,
     )  # fmt: skip
     shared = {
-        "batch_size": data.batch_size, "input_size": data.input_size, "device": str(place.device), "rank": place.rank,
+        "input_size": data.input_size, "device": str(place.device), "rank": place.rank,
         "world_size": place.world_size, "num_threads": data.num_workers,
     }  # fmt: skip
     bad_files = [
@@ -44,6 +44,15 @@ def loaders(config: Config, indices, place: Place, folder: Path | None):
         for index in (training, validation)
     ]
     return (
-        train_loader(training, augmentation=augmentation, seed=config.run.seed, bad_files=bad_files[0], **shared),
-        eval_loader(validation, crop_pct=data.eval_crop_ratio, bad_files=bad_files[1], **shared),
+        train_loader(
+            training,
+            batch_size=data.batch_size * config.optimization.accumulate,
+            augmentation=augmentation,
+            seed=config.run.seed,
+            bad_files=bad_files[0],
+            **shared,
+        ),
+        eval_loader(
+            validation, batch_size=data.batch_size, crop_pct=data.eval_crop_ratio, bad_files=bad_files[1], **shared
+        ),
     )

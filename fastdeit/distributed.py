@@ -1,13 +1,17 @@
 """Where this process stands among the others, and the few exchanges the trainer needs."""
 
 import os
+import socket
+import sys
+import traceback
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from .command import UserError
+from .command import UserError, in_words
+from .signals import Stop
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class Place:
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    stop: Stop = field(default_factory=Stop)  # what signals have told this process
 
     @property
     def is_main(self) -> bool:
@@ -33,6 +38,14 @@ class Place:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def gather(self, value) -> list:
+        """Every rank's Python object, by rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def broadcast(self, value):
         """Rank 0's Python object, on every rank."""
@@ -59,13 +72,36 @@ def pick_device(name: str | None) -> torch.device:
 
 @contextmanager
 def join(device_name: str | None):
-    """This process's `Place`. Under torchrun (WORLD_SIZE in the environment) it joins the process group."""
+    """This process's `Place`, listening for signals. Under torchrun (WORLD_SIZE is set) it joins the others."""
     device = pick_device(device_name)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield Place(device)
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Place(device, dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    with Stop() as stop:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            yield Place(device, stop=stop)
+            return
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        place = Place(device, dist.get_rank(), dist.get_world_size(), stop)
+        try:
+            yield place
+        except Exception as error:
+            _die(place, error)
+        finally:
+            dist.destroy_process_group()
+
+
+def _die(place: Place, error: Exception) -> None:
+    """Name the rank and the cause, and end at once: the other ranks wait for this one in some exchange, and so would
+    taking the process group down in order."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)  # for torchrun's closing report
+    sentence = in_words(error)
+    lost = isinstance(error, dist.DistError) or "closed by peer" in str(error)
+    print(
+        f"rank {place.rank} of {place.world_size} on {socket.gethostname()} ({place.device}) ends"
+        + (", having lost another rank, whose message tells the cause" if lost else "")
+        + f": {sentence or traceback.format_exc()}",
+        file=sys.stderr,
+    )
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(1 if sentence is None else 2)

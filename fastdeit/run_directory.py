@@ -1,4 +1,4 @@
-"""The folder of a run: claimed once, never written over.
+"""The folder of a run: claimed once, never written over; opened again by --resume.
 
 settings.json     every setting, as given to the run
 metrics.jsonl     one JSON object per line: training figures, and accuracies after each epoch
@@ -6,15 +6,50 @@ summary.json      the closing table
 curves.png        losses, accuracies, learning rate
 first_batch.png   the first augmented batch with its labels
 bad_files.txt     images that could not be read, with the cause
+nonfinite.jsonl   steps whose loss or gradient was not finite, with their files
 checkpoints/      step-N/ for the steps kept; last and best point to two of them
 """
 
+import fcntl
 import json
 import time
 from pathlib import Path
 
+from . import durable, resume
 from .command import UserError
 from .config import Config
+
+_held = []  # open files with the locks of this process
+
+
+def open_folder(config: Config) -> Path:
+    """The run's folder, locked for this process: the one --resume means, else a new one."""
+    folder = to_resume(config)
+    if folder is None:
+        return claim(config)
+    _lock(folder)
+    return folder
+
+
+def to_resume(config: Config) -> Path | None:
+    """The folder of a started run that --resume means, its settings compared with these; None for a run that begins."""
+    if config.run.resume is None:
+        return None
+    if config.run.resume == "auto" and config.run.output_dir is None:
+        raise UserError("--resume auto looks for the run in --output-dir: give one, the same each time")
+    folder = config.run.output_dir if config.run.resume == "auto" else Path(config.run.resume)
+    if config.run.resume == "auto" and not (folder / "settings.json").exists():
+        return None
+    resume.check_unchanged(config, folder)
+    return folder
+
+
+def summary_of_finished(config: Config) -> dict | None:
+    """The closing table of the run that --resume means, if it has come to its end."""
+    folder = to_resume(config)
+    if folder is None or not (folder / "summary.json").is_file():
+        return None
+    return json.loads((folder / "summary.json").read_text())
 
 
 def claim(config: Config) -> Path:
@@ -25,16 +60,30 @@ def claim(config: Config) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         holder = "another run" if (folder / "settings.json").is_file() else "other files"
         raise UserError(
-            f"--output-dir {folder} holds {holder}, which is left untouched: choose another folder, or go on with a run "
-            f"by --resume {folder}"
+            f"--output-dir {folder} holds {holder}, which is left untouched: choose another folder, or go on with a "
+            f"run by --resume {folder}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", config.to_dict())
+    _lock(folder)
     return folder
 
 
 def write_json(path: Path, content) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    durable.replace_json(path, content)
+
+
+def _lock(folder: Path) -> None:
+    """Keep a second process from writing into the same run: a job that was queued again while the first still lives.
+    The lock ends with the process, however it ends."""
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process is at work on the run in {folder}; wait for it, or end it") from None
+    except OSError:
+        pass  # a file system without locks
+    _held.append(file)
 
 
 def _fresh(parent: Path, name: str) -> Path:

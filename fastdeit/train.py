@@ -27,13 +27,19 @@ def main() -> None:
 
 def train(config, place) -> dict:
     """One run, from settings to the closing table. Returns the table: top-1 as fractions, see tables.NAMES."""
-    from . import pictures, run_directory, tables
+    from . import pictures, resume, run_directory, tables
     from .data import loaders, open_images
     from .student import build_student, mean_std
     from .teacher import load_teacher
-    from .trainer import Trainer
+    from .trainer import Trainer, deterministic
 
+    if config.speed.deterministic:
+        deterministic()
     config = with_digits(config, place)
+    if (summary := run_directory.summary_of_finished(config)) is not None:
+        if place.is_main:
+            print(f"{tables.summary_table(summary)}\n{run_directory.to_resume(config)} is finished")
+        return summary
     indices = open_images(config, place)
     classes = indices[0].classes
     model = build_student(config, len(classes))
@@ -42,7 +48,10 @@ def train(config, place) -> dict:
     if config.distillation.distillation_type != "none":
         teacher = load_teacher(config, classes, student_mean=mean, student_std=std, place=place)
 
-    folder = place.broadcast(run_directory.claim(config) if place.is_main and not config.run.dry_run else None)
+    folder = saved = None
+    if not config.run.dry_run:
+        folder = place.broadcast(run_directory.open_folder(config) if place.is_main else None)
+        saved = resume.start(folder, place)
     own_folder = folder if place.is_main else None
     trainer = Trainer(
         config, place, model, teacher, loaders(config, indices, place, own_folder), classes, own_folder, title="student"
@@ -53,8 +62,11 @@ def train(config, place) -> dict:
     if config.run.dry_run:
         return dry_run(trainer)
     if place.is_main:
-        pictures.first_batch(trainer, folder / "first_batch.png")
+        if not (folder / "first_batch.png").exists():
+            pictures.first_batch(trainer, folder / "first_batch.png")
         trainer.log.say(f"{_sizes(trainer, indices)}\nwriting to {folder}")
+    trainer.load(saved)
+    del saved
     accuracy = trainer.fit()
     summary = {head: value["top1"] for head, value in accuracy["model"].items()}
     if teacher is not None:
@@ -82,6 +94,7 @@ def first_views(trainer, images: int = 512):
 
 def train_undistilled(config, place, indices, folder: Path) -> float:
     """The same student without teacher and distillation token, for the same number of steps. Returns its top-1."""
+    from . import resume
     from .data import loaders
     from .student import build_student
     from .trainer import Trainer
@@ -90,13 +103,16 @@ def train_undistilled(config, place, indices, folder: Path) -> float:
     settings.distillation.distillation_type = "none"
     settings.model.model = config.model.model.replace("_distilled", "")
     classes = indices[0].classes
-    own_folder = folder / "undistilled" if place.is_main else None
+    folder = folder / "undistilled"
+    own_folder = folder if place.is_main else None
     if own_folder is not None:
-        own_folder.mkdir()
+        own_folder.mkdir(exist_ok=True)
+    saved = resume.start(folder, place)
     trainer = Trainer(
         settings, place, build_student(settings, len(classes)), None, loaders(settings, indices, place, own_folder),
         classes, own_folder, title="undistilled",
     )  # fmt: skip
+    trainer.load(saved)
     return max(head["top1"] for head in trainer.fit()["model"].values())
 
 

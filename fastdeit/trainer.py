@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,22 +11,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastdeit.kernels import mix_normalize
 
-from . import checkpoint
+from . import checkpoint, parallel, resume
+from .accumulation import split
 from .accuracy import accuracy
 from .config import Config
 from .distributed import Place
+from .keeper import Keeper
 from .log import Log
 from .model import DeiT
+from .nonfinite import TERMS, Guard
 from .objective import Objective
 from .optimizer import build_optimizer
 from .schedule import learning_rate, scaled_peak
 from .student import heads, mean_std
 from .timer import PhaseTimer
 from .trackers import open_tracker
+from .update import Update
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOG_STEPS = 50  # the host waits for the device only this often
@@ -53,45 +57,58 @@ class Trainer:
         if config.distillation.distillation_type == "none" and hasattr(model, "set_distilled_training"):
             model.set_distilled_training(False)  # with labels only, both heads learn them through their average
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.model.model_ema else None
+        if config.speed.compile:
+            parallel.compile_model(model, place)
+        self.forward = parallel.spread(model, self.ema, config.speed.sharding, place)
         self.objective = Objective.from_config(config)
-        self.global_batch = config.data.batch_size * place.world_size
+        self.global_batch = config.data.batch_size * settings.accumulate * place.world_size
         self.peak_lr = scaled_peak(settings.lr, self.global_batch, scale=not settings.unscale_lr)
         self.optimizer = build_optimizer(
             model, settings.opt, lr=self.peak_lr, weight_decay=settings.weight_decay, eps=settings.opt_eps,
             betas=settings.opt_betas,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.forward = self._parallel_and_compiled()
+        self.guard = Guard(device, config.run.skip_nonfinite)
+        self.update = Update(model, self.ema, self.optimizer, self.scaler, self.guard, config)
         self.timer = PhaseTimer(device)
 
         self.steps_per_epoch = len(self.train_loader)
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.warmup_steps = round(settings.warmup_epochs * self.steps_per_epoch)
-        self.steps_done = 0
-        self.best = -1.0
-        tracker = open_tracker(config.run.tracker, folder, config.to_dict()) if folder is not None else None
+        tracker = open_tracker(config.run.tracker, folder, config.to_dict()) if folder else None
         self.log = Log(folder, total_steps=self.total_steps, title=title, quiet=not place.is_main, tracker=tracker)
+        self.keeper = Keeper(self)
 
-    def _parallel_and_compiled(self):
-        """The model as the step calls it. Blocks are compiled one by one under several processes, so that the exchange of
-        gradients overlaps with the backward pass; a single process gains from compiling the whole."""
-        model, parallel = self.model, self.place.world_size > 1
-        if self.config.speed.compile and not parallel:
-            model.compile()
-        elif self.config.speed.compile:
-            for block in model.blocks if hasattr(model, "blocks") else [model]:
-                block.compile()
-        if parallel:
-            return DistributedDataParallel(
-                model, device_ids=[self.place.device.index] if self.place.device.index is not None else None
-            )
-        return model
+        # Where the run stands; with weights, moving average, optimizer and scaler all that a checkpoint holds.
+        self.steps_done = self.epochs_evaluated = 0
+        self.best = -1.0
+        self.accuracies: dict[str, dict] = {}
+        self.sums = torch.zeros(len(TERMS) + 1, device=device)  # losses and steps since the last line of the log
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step
 
     def step(self, batch) -> torch.Tensor:
-        """Train on one batch. Returns a detached (3,) tensor on the device: loss, class term, teacher term."""
+        """Train on one batch. Returns a detached (3,) tensor on the device: loss, class term, teacher term, the means
+        over all processes."""
+        parts = split(batch, self.config.optimization.accumulate)
+        randomness = self._randomness(len(parts))
+        self.update.begin()
+        own_losses = 0
+        for i, part in enumerate(parts):
+            with parallel.without_exchange(self.forward, last=i == len(parts) - 1):
+                own_losses = own_losses + self._learn(part, randomness[i], share=1 / len(parts))
+        self.timer.enter("optimizer")
+        losses = self.keeper.exchange(batch, own_losses)
+        hold = self.update.apply(self.steps_done, self.lr(), losses, own_losses)
+        self.sums += torch.where(hold > 0, 0, torch.cat([losses, torch.ones_like(losses[:1])]))
+        self.steps_done += 1
+        self.keeper.after_step()
+        self.timer.stop()
+        return losses
+
+    def _learn(self, batch, randomness: dict, share: float) -> torch.Tensor:
+        """Add a share of the step's gradient. Returns that share of its losses, (3,), detached."""
         enter = self.timer.enter
         enter("prepare")
         images = self.prepare(batch)
@@ -99,15 +116,12 @@ class Trainer:
         answers = self.teacher(images) if self.teacher is not None else None
         enter("forward")
         with self._autocast():
-            outputs = self.forward(images, **self._randomness())
+            outputs = self.forward(images, **randomness)
         enter("loss")
         loss, terms = self.objective(outputs, batch.labels, batch.mix, answers)
         enter("backward")
-        self.scaler.scale(loss).backward()
-        enter("optimizer")
-        self._update()
-        self.timer.stop()
-        return torch.cat([loss.detach().view(1), terms])
+        self.scaler.scale(loss * share).backward()
+        return torch.cat([loss.detach().view(1), terms]) * share
 
     def prepare(self, batch) -> torch.Tensor:
         """The batch's images as the model sees them: normalised, erased, mixed, (batch, 3, height, width)."""
@@ -119,35 +133,20 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.place.device.type, self.precision)
 
-    def _randomness(self) -> dict:
-        """The step's random numbers, a pure function of (seed, step): the same on any number of processes."""
+    def _randomness(self, parts: int) -> list[dict]:
+        """The step's random numbers for each part of this process's batch, a pure function of (seed, step): the same on
+        any number of processes."""
         seed = int(np.random.SeedSequence([self.config.run.seed, self.steps_done]).generate_state(1, np.uint64)[0] >> 1)
         if not isinstance(self.model, DeiT):
             torch.manual_seed(seed + self.place.rank)  # a model of timm draws for itself
-            return {}
+            return [{}] * parts
         if self.model.drop_path == 0:
-            return {}
+            return [{}] * parts
         generator = torch.Generator(self.place.device).manual_seed(seed)
         shape = (self.global_batch, len(self.model.blocks), 2)
         noise = torch.rand(shape, generator=generator, device=self.place.device)
-        return {"drop_path_noise": noise.chunk(self.place.world_size)[self.place.rank]}
-
-    def _update(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr()
-        if self.config.optimization.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimization.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            weight = 1 - self.config.model.model_ema_decay
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), weight)
-                for average, buffer in zip(self.ema.buffers(), self.model.buffers()):
-                    average.copy_(buffer)
-        self.steps_done += 1
+        own = noise.chunk(self.place.world_size)[self.place.rank]
+        return [{"drop_path_noise": part} for part in own.chunk(parts)]
 
     def lr(self) -> float:
         settings = self.config.optimization
@@ -161,33 +160,41 @@ class Trainer:
 
     def fit(self) -> dict[str, dict]:
         """Train to the last epoch. Returns the last accuracies: {"model": {"cls": ..., ...}, "ema": {...}}."""
-        result = {}
         try:
-            for epoch in range(self.steps_done // self.steps_per_epoch, self.config.optimization.epochs):
-                figures = self.train_epoch(epoch)
-                since = time.perf_counter()
-                result = self.evaluate()
-                seconds = time.perf_counter() - since
-                if self.place.is_main:
-                    self.log.evaluated(
-                        step=self.steps_done, epoch=epoch, epochs=self.config.optimization.epochs, figures=figures,
-                        seconds=seconds,
-                        accuracy={source: {head: value["top1"] for head, value in heads.items()} for source, heads in result.items()},
-                    )  # fmt: skip
-                self.save(result)
+            with self.keeper:
+                for epoch in range(self.epochs_evaluated, self.config.optimization.epochs):
+                    figures = self.train_epoch(epoch)
+                    self.keeper.save()  # before the evaluation, so that a signal may end that at once
+                    since = time.perf_counter()
+                    self.accuracies = self.evaluate()
+                    self.epochs_evaluated = epoch + 1
+                    self._tell(epoch, figures, time.perf_counter() - since)
         finally:
             self.log.close()
             gc.unfreeze()
-        return result
+        return self.accuracies
+
+    def _tell(self, epoch: int, figures: dict, seconds: float) -> None:
+        """Write down the accuracies after an epoch: in the log, and beside the weights they are of."""
+        score = max(head["top1"] for head in self.accuracies["model"].values())
+        best, self.best = score > self.best, max(score, self.best)
+        if self.place.is_main:
+            self.log.evaluated(
+                step=self.steps_done, epoch=epoch, epochs=self.config.optimization.epochs, figures=figures,
+                seconds=seconds,
+                accuracy={
+                    source: {head: value["top1"] for head, value in heads.items()}
+                    for source, heads in self.accuracies.items()
+                },
+            )  # fmt: skip
+            self.keeper.note(self.accuracies, best=best)
 
     def train_epoch(self, epoch: int) -> dict:
         """One pass over the training images, from where the run stands in it. Returns the last figures logged."""
         self.model.train()
         self.train_loader.set_epoch(epoch)
-        done = self.steps_done - epoch * self.steps_per_epoch
-        if done:
-            self.train_loader.load_state_dict({"position": done})
-        figures, sums, steps, waited, since = {}, None, 0, 0.0, time.perf_counter()
+        self.train_loader.load_state_dict({"position": self.steps_done - epoch * self.steps_per_epoch})
+        figures, waited, since = {}, 0.0, time.perf_counter()
         batches = iter(self.train_loader)
         while True:
             before = time.perf_counter()
@@ -197,23 +204,29 @@ class Trainer:
             if batch is None:
                 self.timer.stop()
                 break
-            losses = self.step(batch)
-            sums, steps = losses if sums is None else sums + losses, steps + 1
-            if self.steps_done == 1:
+            self.step(batch)
+            if not gc.get_freeze_count():
                 gc.collect()
                 gc.freeze()  # what exists now stays: later collections need not look at it again
-            if self.steps_done % LOG_STEPS == 0 or self.steps_done == (epoch + 1) * self.steps_per_epoch:
-                figures = self._figures(sums, steps, waited, since)
+            is_logged = self.steps_done % LOG_STEPS == 0 or self.steps_done == (epoch + 1) * self.steps_per_epoch
+            save = self.keeper.look(everything=is_logged)
+            if is_logged:
+                figures = self._figures(waited, since)
                 if self.place.is_main:
                     self.log.train(step=self.steps_done, epoch=epoch, **figures)
-                sums, steps, waited, since = None, 0, 0.0, time.perf_counter()
+                waited, since = 0.0, time.perf_counter()
+            if save:
+                self.keeper.save()
         return figures
 
-    def _figures(self, sums: torch.Tensor, steps: int, waited: float, since: float) -> dict:
-        loss, class_loss, teacher_loss = (self.place.sum(sums) / (steps * self.place.world_size)).tolist()
+    def _figures(self, waited: float, since: float) -> dict:
+        *sums, steps = self.sums.tolist()
+        self.sums.zero_()
+        loss, class_loss, teacher_loss = (value / max(steps, 1) for value in sums)
         seconds = time.perf_counter() - since
         return {
-            "loss": loss, "class_loss": class_loss, "teacher_loss": teacher_loss, "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": loss, "class_loss": class_loss, "teacher_loss": teacher_loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": steps * self.global_batch / seconds, "data_share": waited / seconds,
             "seconds": {phase: round(value, 4) for phase, value in self.timer.read().items()},
         }  # fmt: skip
@@ -233,33 +246,49 @@ class Trainer:
         with self._autocast():
             return accuracy(answer, self.val_loader, self.prepare, self.place)
 
-    def save(self, result: dict[str, dict]) -> None:
-        score = max(head["top1"] for head in result["model"].values())
-        best, self.best = score > self.best, max(score, self.best)
-        if self.folder is not None:
-            checkpoint.save(
-                self.folder,
-                checkpoint.describe(self.model, self.config, self.classes, self.mean, self.std) | {"accuracy": result},
-                step=self.steps_done,
-                model=self.model.state_dict(),
-                ema=self.ema.state_dict() if self.ema is not None else None,
-                training={
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    "best": self.best,
-                },
-                best=best,
-            )
-        self.place.barrier()
+    # -----------------------------------------------------------------------------------------------------------------
+    # What a checkpoint holds
 
-    def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint folder: weights, moving average, optimizer and the step."""
-        from .weights import load_weights
+    def tensors(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "training": {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()},
+        }
 
-        load_weights(self.model, folder)
+    def description(self) -> dict:
+        return checkpoint.describe(self.model, self.config, self.classes, self.mean, self.std) | {
+            "progress": {
+                "epochs_evaluated": self.epochs_evaluated,
+                "best": self.best,
+                "skipped": self.keeper.bad_steps,
+                "sums": self.sums.tolist(),
+                "global_batch": self.global_batch,
+                "data": self.train_loader.index.fingerprint,
+            }
+        }
+
+    def load(self, saved: dict | None) -> None:
+        """Go on from what `checkpoint.read` returned; None: from the beginning."""
+        if saved is None:
+            return
+        description, progress = saved["description"], saved["description"]["progress"]
+        resume.check_same(progress, self)
+        parallel.load_weights(self.model, saved["model"])
         if self.ema is not None:
-            load_weights(self.ema, folder / "ema.safetensors")
-        state = checkpoint.training_state(folder)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.steps_done, self.best = checkpoint.description(folder)["step"], state["best"]
+            parallel.load_weights(self.ema, saved["ema"])
+        parallel.load_optimizer(self.optimizer, saved["training"]["optimizer"])
+        self.scaler.load_state_dict(saved["training"]["scaler"])
+        self.steps_done, self.epochs_evaluated = description["step"], progress["epochs_evaluated"]
+        self.best, self.accuracies = progress["best"], description.get("accuracy", {})
+        self.sums.copy_(torch.tensor(progress["sums"]))
+        self.guard.count.fill_(progress["skipped"])
+        self.keeper.loaded(saved)
+        self.log.say(f"going on at step {self.steps_done} of {self.total_steps}")
+
+
+def deterministic() -> None:
+    """Only algorithms that give the same bits each time, for the whole process; an operation without one raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,136 @@
+"""Keeps a run safe: saves when it is time, leaves when a signal says so, stops before a bad step is lost.
+
+What one process knows (a signal came, ten minutes have passed, a loss is not finite) all must act on at the same step.
+It travels with the losses, in one small sum over the processes at each step, and the host reads it when the device has
+long computed it: in the same step on the CPU, LAG steps later on a GPU.
+"""
+
+import time
+
+import torch
+
+from . import nonfinite
+from .later import Later
+from .saver import Saver
+from .signals import SIGNALS
+
+LAG = 2  # steps
+
+
+class Keeper:
+    def __init__(self, trainer):
+        config, place = trainer.config, trainer.place
+        self.trainer, self.place, self.folder = trainer, place, trainer.folder
+        self.every_seconds, self.keep_epochs = 60 * config.run.checkpoint_minutes, config.run.keep_epochs
+        self.saver = Saver(trainer.folder, trainer.log.say, config.run.keep_count)
+        lag = LAG if place.device.type == "cuda" else 0
+        self.later = Later(lag)
+        self.recent = nonfinite.Recent(trainer.train_loader.index, length=lag + 1)
+        self.silence = torch.zeros(len(SIGNALS) + 1, device=place.device)
+        self.signal: int | None = None  # what all processes have agreed to obey
+        self.bad_steps = 0
+        self.saved_step: int | None = None
+        self.saved_at = time.monotonic()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # At each step
+
+    def exchange(self, batch, own_losses: torch.Tensor) -> torch.Tensor:
+        """Tell the others this process's losses (terms,) and wishes. Returns the mean losses of all processes."""
+        self.recent.add(self.trainer.steps_done, batch)
+        self.sent = self.place.sum(torch.cat([own_losses, self._wishes()]))
+        return self.sent[: len(own_losses)] / self.place.world_size
+
+    def _wishes(self) -> torch.Tensor:
+        wishes = [float(self.place.stop.received == number) for number in SIGNALS]
+        wishes.append(float(self.place.is_main and time.monotonic() - self.saved_at > self.every_seconds))
+        return torch.tensor(wishes, device=self.place.device) if any(wishes) else self.silence
+
+    def after_step(self) -> None:
+        self.place.stop.unsaved = True
+        self.later.put(torch.cat([self.sent[-len(self.silence) :], self.trainer.guard.count.float().view(1)]))
+
+    def look(self, *, everything: bool = False) -> bool:
+        """Read what has been exchanged: so far that the device has left it behind, or everything, which waits for it.
+        Returns whether it is time to save (and to leave). Raises NonFinite."""
+        due = False
+        for *wishes, bad_steps in self.later.read(everything=everything):
+            while self.bad_steps < bad_steps:
+                self._bad_step()
+            for number, wish in zip(SIGNALS, wishes):
+                if wish and self.signal is None:
+                    self.signal = number
+            due |= any(wishes)
+        return due
+
+    def _bad_step(self) -> None:
+        number, tolerated = self.bad_steps, self.trainer.guard.tolerated
+        self.bad_steps += 1
+        skipped = number < tolerated
+        text = nonfinite.report(self.trainer.guard, number, self.recent, self.place, self.folder, skipped=skipped)
+        if skipped:
+            self.trainer.log.say(f"warning: {text}; skipped ({number + 1} of {tolerated})")
+            return
+        self.later.waiting.clear()  # steps after this one changed nothing
+        self.bad_steps = number
+        self.trainer.guard.count.fill_(number)
+        self.trainer.steps_done = self.trainer.guard.incident(number)[0]
+        self.save()
+        self.saver.close()
+        where = (
+            f"{self.folder}/last holds the state before it; --resume {self.folder} repeats it. " if self.folder else ""
+        )
+        raise nonfinite.NonFinite(
+            f"{text}. The step was not applied. {where}A lower --lr, or --clip-grad, may help; --skip-nonfinite N "
+            "leaves out up to N such steps"
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Saving and leaving
+
+    def save(self) -> None:
+        """Hand the state to the writer, unless it is there already; then leave if a signal came. All processes call."""
+        self.look(everything=True)
+        trainer = self.trainer
+        if self.saved_step != trainer.steps_done:
+            step = trainer.steps_done
+            self.saver.save(trainer.tensors(), trainer.description(), step=step, keep=self._is_kept(step))
+            self.saved_step = trainer.steps_done
+        self.saved_at = time.monotonic()
+        self.place.stop.unsaved = False
+        if self.signal is not None or self.place.stop.received is not None:
+            self._leave()
+
+    def _is_kept(self, step: int) -> bool:
+        epochs, rest = divmod(step, self.trainer.steps_per_epoch)
+        return bool(self.keep_epochs) and rest == 0 and epochs % self.keep_epochs == 0
+
+    def note(self, accuracies: dict, *, best: bool) -> None:
+        """Put the accuracies of the state just saved beside it."""
+        additions = {"accuracy": accuracies, "progress": self.trainer.description()["progress"]}
+        self.saver.note(self.trainer.steps_done, additions, best=best)
+
+    def _leave(self) -> None:
+        self.saver.wait()
+        step = self.trainer.steps_done
+        if self.folder is not None and self.saver.failure is None:
+            self.trainer.log.say(f"saved at step {step}; --resume {self.folder} goes on")
+        self.trainer.log.close()
+        if self.signal is not None:  # all leave together: one that ends early makes torchrun end the others
+            self.place.barrier()
+        self.place.stop.leave(self.signal)
+
+    def loaded(self, saved: dict) -> None:
+        """Take over from a checkpoint what concerns the keeping."""
+        self.saved_step = saved["description"]["step"]
+        self.bad_steps = saved["description"]["progress"]["skipped"]
+
+    def __enter__(self) -> "Keeper":
+        self.place.stop.before_exit = self.saver.wait
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.saver.wait()
+        self.place.stop.before_exit, self.place.stop.unsaved = None, False
+        if kind is None:
+            self.saver.close()

@@ -1,0 +1,101 @@
+"""Going on with a run: with its own settings, from its newest whole checkpoint, as if it had never stopped."""
+
+import json
+from pathlib import Path
+
+from . import checkpoint, durable
+from .command import UserError
+from .config import Config
+from .distributed import Place
+
+# What may differ when a run goes on, because the weights do not depend on it. Where the batch is concerned, what counts
+# is the product over parts and processes: `check_same`.
+FREE = {
+    "run": "output_dir resume eval device tracker dry_run print_config checkpoint_minutes keep_epochs keep_count "
+    "skip_nonfinite",
+    "data": "data_path batch_size num_workers max_bad",
+    "model": "grad_checkpointing",
+    "optimization": "accumulate",
+    "speed": "compile attention sharding deterministic",
+}
+
+
+def saved_settings(run: Path) -> Config:
+    """The settings a run was started with."""
+    try:
+        settings = json.loads((run / "settings.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"--resume {run}: there is no run in this folder; give one that holds settings.json") from None
+    except ValueError as error:
+        raise UserError(f"--resume {run}: its settings.json is damaged ({error})") from error
+    return Config.from_dict(settings)
+
+
+def check_unchanged(config: Config, run: Path) -> None:
+    """Refuse flags that would make it another run."""
+    saved = saved_settings(run).to_dict()
+    for group, fields in config.to_dict().items():
+        free = FREE.get(group, "").split()
+        for name, value in fields.items():
+            if name not in free and value != saved[group][name]:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value}: the run in {run} was started with {saved[group][name]}, and "
+                    "a run that goes on keeps its settings; leave the flag away, or start anew in another --output-dir"
+                )
+
+
+def check_same(progress: dict, trainer) -> None:
+    """Refuse another data set, and a number of processes that makes another batch."""
+    if trainer.train_loader.index.fingerprint != progress["data"]:
+        raise UserError(
+            f"the training images in {trainer.config.data.data_path} are not those the run was started with: names, "
+            "sizes or classes differ; give the same data by --data-path, or start a new run"
+        )
+    batch, processes = trainer.global_batch, trainer.place.world_size
+    if batch != progress["global_batch"]:
+        raise UserError(
+            f"a step of this run sees {progress['global_batch']} images, but {processes} processes x --batch-size "
+            f"{trainer.config.data.batch_size} x --accumulate {trainer.config.optimization.accumulate} = {batch}: "
+            "choose values with the same product"
+        )
+
+
+def start(run: Path, place: Place) -> dict | None:
+    """Clear up what an earlier process left in `run`, and read where it stands: see checkpoint.read, None at the very
+    beginning. Every process gets it, so all must see the folder. metrics.jsonl is cut back to that step."""
+    found = _start(run) if place.is_main else None
+    folder = place.broadcast(found and found[0])
+    if folder is None or place.is_main:
+        return found and found[1]
+    return checkpoint.read(folder)
+
+
+def _start(run: Path) -> tuple[Path, dict] | None:
+    checkpoint.sweep(run)
+    found = checkpoint.read_newest(run, print)
+    if found is None:
+        cut_metrics(run / "metrics.jsonl", step=0, epochs_evaluated=0)
+        return None
+    folder, saved = found
+    durable.point(run / "last", folder)
+    checkpoint.remove_after(run, folder)
+    cut_metrics(
+        run / "metrics.jsonl", step=saved["description"]["step"],
+        epochs_evaluated=saved["description"]["progress"]["epochs_evaluated"],
+    )  # fmt: skip
+    return found
+
+
+def cut_metrics(path: Path, *, step: int, epochs_evaluated: int) -> None:
+    """Remove the lines of what is going to be done again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut off by a kill or a full disk
+        if record["step"] <= step and (record["kind"] != "eval" or record["epoch"] < epochs_evaluated):
+            kept.append(line + "\n")
+    durable.replace(path, "".join(kept).encode())
