@@ -16,16 +16,19 @@ time and in CPU time of all threads and processes (which other work on the machi
 400 JPEGs of 500 x 375 cut from two photographs, about the size of ImageNet's; all in the page cache.
 
 On a GPU also: what decoding alone takes, for shares of it given to the hardware decoder and numbers of CPU threads, and
-with chroma interpolated as libjpeg does (ours) or repeated. Writes records/DEVICE/pipeline.csv and .png.
+with chroma interpolated as libjpeg does (ours) or repeated. Writes records/DEVICE/pipeline.csv, .png and .json.
 """
 
 import argparse
 import csv
+import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +242,13 @@ def report(speeds: dict[str, tuple[float, float]], folder: Path) -> None:
             print(f"{name:46}{wall:8.0f} images/s{cpu:8.0f} per CPU-second{ratio:6.2f} x timm")
             writer.writerow([name, CORES, f"{wall:.1f}", f"{cpu:.1f}", f"{ratio:.3f}"])
     draw(speeds, folder / "pipeline.png")
+    packages = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "pillow")
+    conditions = {
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {package: version(package) for package in packages},
+        "load_average_at_the_end": os.getloadavg(),
+    }
+    (folder / "pipeline.json").write_text(json.dumps(conditions, indent=1) + "\n")
 
 
 def draw(speeds: dict[str, tuple[float, float]], path: Path) -> None:
