@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -242,10 +242,10 @@ def report(speeds: dict[str, tuple[float, float]], folder: Path) -> None:
             print(f"{name:46}{wall:8.0f} images/s{cpu:8.0f} per CPU-second{ratio:6.2f} x timm")
             writer.writerow([name, CORES, f"{wall:.1f}", f"{cpu:.1f}", f"{ratio:.3f}"])
     draw(speeds, folder / "pipeline.png")
-    packages = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "pillow")
+    modules = ("torch", "torchvision", "timm", "nvidia.dali", "PIL")
     conditions = {
         "command": " ".join(["python", *sys.argv]),
-        "versions": {package: version(package) for package in packages},
+        "versions": {name: import_module(name).__version__ for name in modules},
         "load_average_at_the_end": os.getloadavg(),
     }
     (folder / "pipeline.json").write_text(json.dumps(conditions, indent=1) + "\n")
