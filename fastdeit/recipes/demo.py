@@ -17,7 +17,7 @@ def config() -> Config:
             hflip=0.0,
             aa="none",
             color_jitter=0.0,
-            reprob=0.0,
+            reprob=0.25,
             repeated_aug=False,
             mixup=0.0,
             cutmix=0.0,
@@ -25,5 +25,5 @@ def config() -> Config:
         ),
         model=Model(model="deit_nano_distilled_patch4_16", drop_path=0.0, model_ema_decay=0.99),
         distillation=Distillation(distillation_type="hard", teacher_model="test_resnet", compare_undistilled=True),
-        optimization=Optimization(epochs=30, lr=1e-3, unscale_lr=True, warmup_epochs=2),
+        optimization=Optimization(epochs=30, lr=2e-3, unscale_lr=True, warmup_epochs=2),
     )
