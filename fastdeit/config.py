@@ -53,7 +53,8 @@ class Data:
     """Images and their augmentation."""
 
     data_path: Path | None = None
-    """DIR/train/CLASS/* and DIR/val/CLASS/*. Default: scikit-learn's digits, written to data/digits."""
+    """DIR/train/CLASS/* and DIR/val/CLASS/*, or shards (see the README); `synthetic`: noise that is already on the device,
+    for benchmarks. Default: scikit-learn's digits, written to data/digits."""
     input_size: int = 224
     """Pixels on a side."""
     batch_size: int = 64

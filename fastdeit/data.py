@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from fastdeit.pipelines import Augmentation, BadFiles, eval_loader, open_index, train_loader
+from fastdeit.pipelines import Augmentation, BadFiles, SyntheticIndex, eval_loader, open_index, train_loader
 
 from .config import Config
 from .distributed import Place
 
 REPEATS = 3  # repeated augmentation, as in the DeiT recipe
+SYNTHETIC_VALIDATION = 2048  # images; the training set counts as many as ImageNet-1k
 
 
 def open_images(config: Config, place: Place):
@@ -15,6 +16,8 @@ def open_images(config: Config, place: Place):
 
     The list of files with their sizes is kept beside the runs, in index-cache, and read again while the files stay.
     """
+    if str(config.data.data_path) == "synthetic":
+        return SyntheticIndex(), SyntheticIndex(SYNTHETIC_VALIDATION)
     runs = config.run.output_dir.parent if config.run.output_dir is not None else Path("runs")
     cache = None if config.run.dry_run else runs / "index-cache"
     if not place.is_main:

@@ -171,3 +171,9 @@ def test_a_teacher_without_weights(cli, colors):
 
 def test_unknown_teach_command(cli):
     refused(cli, teach.main, "learn", words=["fit"])
+
+
+def test_synthetic_images_need_no_folder(cli):
+    code, out, err = cli(train.main, *SMALL, "--data-path", "synthetic", "--dry-run")
+    assert code == 0, err
+    assert "(12, 16, 16, 3)" in out
