@@ -20,4 +20,9 @@ def _part(batch: Batch, start: int, end: int) -> Batch:
     if mix is not None:
         mix = Mix(*(tensor[start:end] for tensor in mix))
         mix = mix._replace(partner=mix.partner - start)
-    return Batch(batch.images[start:end], batch.labels[start:end], batch.indices[start:end], mix)
+    part = Batch(batch.images[start:end], batch.labels[start:end], batch.indices[start:end], mix)
+    if not hasattr(batch, "answers"):
+        return part
+    answers = batch.answers  # a stored teacher's
+    several = isinstance(answers, tuple)
+    return type(batch)(*part, tuple(a[start:end] for a in answers) if several else answers[start:end])

@@ -139,6 +139,8 @@ class Distillation:
     """Pixels on a side at which the teacher looks. Default: the size it was trained for."""
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """The teacher's weights and arithmetic. Default: fp16 on CUDA, fp32 on the CPU."""
+    teacher_store: str | None = None
+    """Train on a teacher's stored answers, with no teacher in memory: a folder of `python -m fastdeit.teach store`."""
     compare_undistilled: bool = False
     """Train the same student a second time without teacher and distillation token, and put it in the table."""
 

@@ -1,6 +1,8 @@
 """Teachers.
 
 python -m fastdeit.teach fit --data-path DIR --model resnet50      fit one on your own classes
+python -m fastdeit.teach store --views 30 --output STORE ...       answer a training run's views once and for all
+python -m fastdeit.teach verify STORE                              ask some of them again, and compare
 """
 
 import sys
@@ -8,15 +10,17 @@ import sys
 from .command import UserError, run
 
 
-def main() -> None:
+def main() -> int | None:
+    from .teach_store import store, verify
+
     arguments = sys.argv[1:]
-    commands = {"fit": fit}
+    commands = {"fit": fit, "store": store, "verify": verify}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip())
-        return
+        return None
     if arguments[0] not in commands:
         raise UserError(f"teach {arguments[0]}: there is no such command; choose one of {', '.join(commands)}")
-    commands[arguments[0]](arguments[1:])
+    return commands[arguments[0]](arguments[1:])
 
 
 def fit(arguments: list[str]) -> None:
@@ -32,7 +36,8 @@ def fit(arguments: list[str]) -> None:
         train(config, place)
         if place.is_main:
             print(
-                "teach a student with it: python -m fastdeit.train --data-path DIR --distillation-type hard --teacher-path RUN"
+                "teach a student with it: python -m fastdeit.train --data-path DIR --distillation-type hard "
+                "--teacher-path RUN"
             )
 
 

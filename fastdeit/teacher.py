@@ -6,6 +6,7 @@ starts. int8 and fp8 are left out: no measurement here shows what they would gai
 """
 
 import copy
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,10 +17,10 @@ from .command import UserError
 from .config import Config
 from .distributed import Place
 from .fold_batchnorm import fold_batchnorm
+from .preparation import PRECISIONS
 from .teacher_classes import SelectClasses
 from .teacher_loading import Loaded, class_groups, load
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENOUGH = 0.99  # agreement with float32 below which a run starts with a warning
 
 
@@ -65,6 +66,15 @@ class Teacher:
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             return network(images)
 
+    def identity(self) -> dict:
+        """Who answers: equal for two teachers with the same weights, input, precision and classes."""
+        digest = hashlib.sha256()
+        for key, value in self.network.state_dict().items():
+            digest.update(key.encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        precision = str(self.dtype).removeprefix("torch.")
+        return {"name": self.name, "weights": digest.hexdigest(), "input_size": self.input_size, "precision": precision}
+
     def choose_memory_format(self, batch_size: int, place: Place) -> None:
         """Lay the weights out as this GPU runs them faster; on the CPU they stay as they are."""
         from . import memory_format
@@ -84,7 +94,7 @@ class Teacher:
         """Sentences about the teacher, for the person who starts a run. In half precision its decisions on `batches` of
         training images are compared with those in float32. Raises UserError if they are not finite."""
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
-        precision = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
         text = f"teacher {self.name}: {parameters / 1e6:.2f} M parameters, {precision}, {self.input_size} pixels"
         text += f", {self.folded} BatchNorms folded" if self.folded else ""
         if self.plain is None:
@@ -147,7 +157,7 @@ def load_teacher(config: Config, classes: Sequence[str], *, student_mean, studen
     precision = settings.teacher_precision or ("fp16" if place.device.type == "cuda" else "fp32")
     teacher = Teacher(
         loaded, groups=groups, student_mean=student_mean, student_std=student_std, device=place.device,
-        dtype=DTYPES[precision],
+        dtype=PRECISIONS[precision],
     )  # fmt: skip
     teacher.choose_memory_format(config.data.batch_size, place)
     if config.speed.compile:

@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+from .accumulation import split
 from .command import run
 
 
@@ -27,10 +28,11 @@ def main() -> None:
 
 def train(config, place) -> dict:
     """One run, from settings to the closing table. Returns the table: top-1 as fractions, see tables.NAMES."""
-    from . import pictures, resume, run_directory, tables
+    from . import pictures, resume, run_directory, stored_teacher, tables
     from .data import loaders, open_images
     from .student import build_student, mean_std
     from .teacher import load_teacher
+    from .teacher_store import Store
     from .trainer import Trainer, deterministic
 
     if config.speed.deterministic:
@@ -44,8 +46,10 @@ def train(config, place) -> dict:
     classes = indices[0].classes
     model = build_student(config, len(classes))
     mean, std = mean_std(model)
-    teacher = None
-    if config.distillation.distillation_type != "none":
+    teacher = store = None
+    if config.distillation.teacher_store is not None:
+        store = Store(config.distillation.teacher_store)
+    elif config.distillation.distillation_type != "none":
         teacher = load_teacher(config, classes, student_mean=mean, student_std=std, place=place)
 
     folder = saved = None
@@ -53,9 +57,10 @@ def train(config, place) -> dict:
         folder = place.broadcast(run_directory.open_folder(config) if place.is_main else None)
         saved = resume.start(folder, place)
     own_folder = folder if place.is_main else None
-    trainer = Trainer(
-        config, place, model, teacher, loaders(config, indices, place, own_folder), classes, own_folder, title="student"
-    )
+    both_loaders = loaders(config, indices, place, own_folder)
+    if store is not None:
+        teacher, both_loaders = stored_teacher.take(store, config, place, both_loaders, mean, std)
+    trainer = Trainer(config, place, model, teacher, both_loaders, classes, own_folder, title="student")
     if teacher is not None:
         for sentence in teacher.check(first_views(trainer)):
             trainer.log.say(sentence)
@@ -69,7 +74,7 @@ def train(config, place) -> dict:
     del saved
     accuracy = trainer.fit()
     summary = {head: value["top1"] for head, value in accuracy["model"].items()}
-    if teacher is not None:
+    if teacher is not None and store is None:
         summary["teacher"] = trainer.accuracy_of(lambda images: (teacher(images), None))["cls"]["top1"]
     if config.distillation.compare_undistilled:
         summary["undistilled"] = train_undistilled(config, place, indices, folder)
@@ -87,8 +92,9 @@ def train(config, place) -> dict:
 def first_views(trainer, images: int = 512):
     """The first training images as student and teacher see them, batch by batch."""
     trainer.train_loader.set_epoch(0)
-    for batch in itertools.islice(trainer.train_loader, -(-images // trainer.config.data.batch_size)):
-        yield trainer.prepare(batch)
+    parts = trainer.config.optimization.accumulate
+    for batch in itertools.islice(trainer.train_loader, -(-images // (parts * trainer.config.data.batch_size))):
+        yield from map(trainer.prepare, split(batch, parts))
     trainer.train_loader.set_epoch(0)
 
 
@@ -125,7 +131,8 @@ def with_digits(config, place):
         return config
     config = type(config).from_dict(config.to_dict())
     config.data.data_path = place.broadcast(digits_folder() if place.is_main else None)
-    if config.distillation.distillation_type == "none" or config.distillation.teacher_path is not None:
+    asked = config.distillation
+    if asked.distillation_type == "none" or asked.teacher_path is not None or asked.teacher_store is not None:
         return config
     settings = recipes.load("teacher_digits")
     settings.model.model = config.distillation.teacher_model

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdeit.kernels import mix_normalize
-
 from . import checkpoint, parallel, resume
 from .accumulation import split
 from .accuracy import accuracy
@@ -25,13 +23,13 @@ from .model import DeiT
 from .nonfinite import TERMS, Guard
 from .objective import Objective
 from .optimizer import build_optimizer
+from .preparation import precision_of, prepare
 from .schedule import learning_rate, scaled_peak
 from .student import heads, mean_std
 from .timer import PhaseTimer
 from .trackers import open_tracker
 from .update import Update
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOG_STEPS = 50  # the host waits for the device only this often
 
 
@@ -39,7 +37,7 @@ class Trainer:
     """One student and what its training needs. `fit()` runs it; `step(batch)` is where to read first.
 
     `folder` is the run's folder, None for nothing to be written (dry run, ranks above 0). `teacher` answers
-    (batch, classes) logits to normalised images, or is None.
+    (batch, classes) logits to normalised images (teacher.py), or has stored answers (stored_teacher.py), or is None.
     """
 
     def __init__(
@@ -49,7 +47,7 @@ class Trainer:
         self.train_loader, self.val_loader = loaders
         settings, device = config.optimization, place.device
         self.mean, self.std = mean_std(model)
-        self.precision = PRECISIONS[config.speed.precision or ("bf16" if device.type == "cuda" else "fp32")]
+        self.precision = precision_of(config, device)
 
         self.model = model.to(device)
         if device.type == "cuda":
@@ -113,7 +111,7 @@ class Trainer:
         enter("prepare")
         images = self.prepare(batch)
         enter("teacher")
-        answers = self.teacher(images) if self.teacher is not None else None
+        answers = self.teacher(images, batch) if self.teacher is not None else None
         enter("forward")
         with self._autocast():
             outputs = self.forward(images, **randomness)
@@ -125,8 +123,7 @@ class Trainer:
 
     def prepare(self, batch) -> torch.Tensor:
         """The batch's images as the model sees them: normalised, erased, mixed, (batch, 3, height, width)."""
-        mix = {} if batch.mix is None else batch.mix._asdict()
-        return mix_normalize(batch.images, self.mean, self.std, dtype=self.precision, **mix)
+        return prepare(batch, self.mean, self.std, self.precision)
 
     def _autocast(self):
         if self.precision == torch.float32:
