@@ -76,6 +76,7 @@ class Trainer:
         tracker = open_tracker(config.run.tracker, folder, config.to_dict()) if folder else None
         self.log = Log(folder, total_steps=self.total_steps, title=title, quiet=not place.is_main, tracker=tracker)
         self.keeper = Keeper(self)
+        self.frozen = False
 
         # Where the run stands; with weights, moving average, optimizer and scaler all that a checkpoint holds.
         self.steps_done = self.epochs_evaluated = 0
@@ -202,7 +203,8 @@ class Trainer:
                 self.timer.stop()
                 break
             self.step(batch)
-            if not gc.get_freeze_count():
+            if not self.frozen:
+                self.frozen = True
                 gc.collect()
                 gc.freeze()  # what exists now stays: later collections need not look at it again
             is_logged = self.steps_done % LOG_STEPS == 0 or self.steps_done == (epoch + 1) * self.steps_per_epoch

@@ -1,0 +1,90 @@
+"""Short runs for the tests: started, stopped at a chosen step, gone on with, and compared bit by bit."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastdeit import signals, train, trainer
+from fastdeit.config import parse
+from fastdeit.distributed import join
+
+# Everything random is on: views, mixing, erasing, dropped paths. Three steps an epoch on the colours.
+RANDOM = (
+    "--recipe demo --input-size 16 --batch-size 12 --epochs 3 --warmup-epochs 1 --num-workers 1 --device cpu "
+    "--distillation-type none --no-compare-undistilled --tracker none --lr 1e-3 --unscale-lr --clip-grad 1 "
+    "--drop-path 0.2 --mixup 0.8 --cutmix 1 --reprob 0.25 --aa rand-m9-mstd0.5-inc1 --repeated-aug --hflip 0.5"
+).split()
+
+
+def run(*arguments):
+    """A whole run in this process, as the command makes it, without the pictures. Returns the closing table."""
+    config = parse([str(argument) for argument in arguments])
+    no_pictures = {name: lambda *_: None for name in ("first_batch", "curves", "token_similarity")}
+    with mock.patch.multiple("fastdeit.pictures", **no_pictures), join(config.run.device) as place:
+        return train.train(config, place)
+
+
+def run_until(monkeypatch, step, *arguments, part=0, signal=signals.signal.SIGTERM):
+    """The same, but the signal comes while `part` of the batch of `step` (counted from 0) is on its way."""
+    learn, parts_seen = trainer.Trainer._learn, []
+
+    def learn_and_be_told(self, *args, **kwargs):
+        parts_seen.append(self.steps_done)
+        if self.steps_done == step and parts_seen.count(step) == part + 1:
+            self.place.stop.received = signal
+        return learn(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_learn", learn_and_be_told)
+        patch.setattr(signals.Stop, "leave", leave)
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+    assert stop.value.code == 128 + signal
+    assert max(parts_seen) == step  # the step was finished, and no further one begun
+
+
+def leave(self, number=None):
+    """Stop.leave without the end of the process."""
+    self.before_exit()
+    raise SystemExit(128 + (self.received or number))
+
+
+def assert_same(one, other, *, exact=True):
+    """Two runs ended in the same weights, moving average, optimizer and lines of the log."""
+    compare = torch.equal if exact else lambda a, b: torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+    for name in ("model", "ema"):
+        left, right = (load_file(folder / "last" / f"{name}.safetensors") for folder in (one, other))
+        assert left.keys() == right.keys()
+        assert all(compare(left[key], right[key]) for key in left), name
+    states = [
+        torch.load(folder / "last" / "training.pt", weights_only=True)["optimizer"]["state"] for folder in (one, other)
+    ]
+    assert states[0].keys() == states[1].keys()
+    for number, values in states[0].items():
+        assert all(compare(value, states[1][number][key]) for key, value in values.items())
+    if exact:
+        assert lines(one) == lines(other)
+    else:
+        for left, right in zip(lines(one), lines(other), strict=True):
+            assert left.keys() == right.keys()
+            if left["kind"] == "train":
+                assert [left[key] for key in LOSSES] == pytest.approx([right[key] for key in LOSSES], rel=1e-4)
+
+
+LOSSES = ("loss", "class_loss", "teacher_loss")
+
+
+def lines(folder):
+    """metrics.jsonl without what a clock says."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: record[key] for key in record.keys() - {"images_per_s", "data_share", "seconds", "time"}}
+        for record in records
+    ]
+
+
+def step_of(folder):
+    return json.loads((folder / "last" / "config.json").read_text())["step"]
