@@ -12,6 +12,7 @@ Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), se
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,38 +20,59 @@ from torch import Tensor
 ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 LOW_32 = 0xFFFFFFFF
+CALLS_AT_ONCE = 8192  # Philox calls: enough to hide the cost of an operation, few enough for the cache
+
+Box = tuple[int, int, int, int]  # y0, x0, y1, x1; ends excluded
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of int64 tensors that hold 32-bit words; returns four such words."""
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of int64 tensors that hold 32-bit words, four of counter and two of key. Returns four such words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # A product of two 32-bit words overflows int64's sign only: its 64 bits, and so both halves, are right.
+        # A product of two 32-bit words overflows int64's sign only: its 64 bits, and so both halves, are right. What
+        # stands above the low 32 bits of c1, c3 and the key is rubbish, and masked away where it would matter.
         product0, product2 = c0 * ROUND_MULTIPLIERS[0], c2 * ROUND_MULTIPLIERS[1]
-        c0, c1 = (product2 >> 32).bitwise_and_(LOW_32).bitwise_xor_(c1).bitwise_xor_(k0), product2.bitwise_and_(LOW_32)
-        c2, c3 = (product0 >> 32).bitwise_and_(LOW_32).bitwise_xor_(c3).bitwise_xor_(k1), product0.bitwise_and_(LOW_32)
-        k0, k1 = (k0 + KEY_INCREMENTS[0]) & LOW_32, (k1 + KEY_INCREMENTS[1]) & LOW_32
-    return c0, c1, c2, c3
+        c0 = (product2 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(LOW_32)
+        c2 = (product0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(LOW_32)
+        c1, c3 = product2, product0
+        k0, k1 = k0 + KEY_INCREMENTS[0], k1 + KEY_INCREMENTS[1]
+    return c0, c1 & LOW_32, c2, c3 & LOW_32
 
 
-def pixel_noise(seed: int, y0: int, x0: int, y1: int, x1: int, device: torch.device | None = None) -> Tensor:
-    """The noise of one image's rectangle, rows y0 to y1 and columns x0 to x1 (ends excluded).
+def pixel_noise(seeds: Sequence[int], boxes: Sequence[Box]) -> list[Tensor]:
+    """The noise of one rectangle of each image: (y1 - y0, 3 * (x1 - x0)) float32, channels interleaved."""
+    noise, waiting, calls = [], [], 0
+    for i, (y0, x0, y1, x1) in enumerate(boxes):
+        waiting.append((seeds[i], boxes[i]))
+        calls += (y1 - y0) * (x1 - x0)
+        if calls >= CALLS_AT_ONCE or i == len(boxes) - 1:
+            noise += _noise_of(waiting)
+            waiting, calls = [], 0
+    return noise
 
-    Returns: (y1 - y0, 3 * (x1 - x0)) float32, channels interleaved.
-    """
-    first_col, last_col = 3 * x0, 3 * x1
-    groups = torch.arange(first_col // 4, (last_col + 3) // 4, device=device)
-    rows = torch.arange(y0, y1, device=device)
-    shape = (len(rows), len(groups))
-    zeros = torch.zeros(shape, dtype=torch.int64, device=device)
-    words = philox(
-        (groups.expand(shape), rows[:, None].expand(shape), zeros, zeros), (seed & LOW_32, (seed >> 32) & LOW_32)
-    )
+
+def _noise_of(images: list[tuple[int, Box]]) -> list[Tensor]:
+    """The same for a few images, whose numbers lie one after another through all of the arithmetic."""
+    rows, groups, keys, shapes = [], [], [], []
+    for seed, (y0, x0, y1, x1) in images:
+        row, group = torch.arange(y0, y1), torch.arange(3 * x0 // 4, (3 * x1 + 3) // 4)
+        shapes.append((len(row), len(group)))
+        rows.append(row[:, None].expand(shapes[-1]).flatten())
+        groups.append(group.expand(shapes[-1]).flatten())
+        keys.append((seed & LOW_32, (seed >> 32) & LOW_32))
+    lengths = [len(row) for row in rows]
+    key = torch.tensor(keys).T.repeat_interleave(torch.tensor(lengths), dim=1)
+    zero = torch.zeros(sum(lengths), dtype=torch.int64)
+    words = philox((torch.cat(groups), torch.cat(rows), zero, zero), key)
+
     u0, u1, u2, u3 = (word.bitwise_right_shift_(9).float().add_(0.5).mul_(2.0**-23) for word in words)
-    normals = torch.stack((*_box_muller(u0, u1), *_box_muller(u2, u3)), dim=-1).flatten(1)
-    start = first_col - 4 * (first_col // 4)
-    return normals[:, start : start + last_col - first_col]
+    normals = torch.stack((*_box_muller(u0, u1), *_box_muller(u2, u3)), dim=-1)
+    noise = []
+    for (_, (_, x0, _, x1)), shape, numbers in zip(images, shapes, normals.split(lengths)):
+        first = 3 * x0 % 4
+        noise.append(numbers.view(shape[0], 4 * shape[1])[:, first : first + 3 * (x1 - x0)])
+    return noise
 
 
 def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .noise import pixel_noise
-
-Box = tuple[int, int, int, int]  # y0, x0, y1, x1; ends excluded
+from .noise import Box, pixel_noise
 
 
 def empty_output(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -72,10 +70,11 @@ class _Samples:
         self.scale = (1.0 / (255.0 * images.new_tensor(std, dtype=torch.float64))).float().repeat(W)
         self.erased: dict[int, tuple[Box, Tensor]] = {}
         if erase_box is not None:
-            for i, (box, seed) in enumerate(zip(erase_box.tolist(), erase_seed.tolist())):
-                y0, x0, y1, x1 = _clip(box, H, W)
-                if y1 > y0 and x1 > x0:
-                    self.erased[i] = (y0, x0, y1, x1), pixel_noise(seed, y0, x0, y1, x1, images.device)
+            boxes = [_clip(box, H, W) for box in erase_box.tolist()]
+            erased = [i for i, (y0, x0, y1, x1) in enumerate(boxes) if y1 > y0 and x1 > x0]
+            seeds = erase_seed.tolist()
+            noise = pixel_noise([seeds[i] for i in erased], [boxes[i] for i in erased])
+            self.erased = {i: (boxes[i], patch) for i, patch in zip(erased, noise)}
 
     def write(self, i: int, rectangle: Box, out: Tensor) -> None:
         """Writes sample i's rectangle to out, (y1 - y0, 3 * (x1 - x0)) float32."""

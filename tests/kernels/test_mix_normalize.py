@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastdeit.kernels import mix_normalize
+from fastdeit.kernels.mix_normalize import noise
 from fastdeit.kernels.mix_normalize.api import _mix_normalize
 from fastdeit.kernels.mix_normalize.noise import philox, pixel_noise
 from fastdeit.kernels.mix_normalize.reference import mix_normalize_reference
@@ -42,6 +43,11 @@ def random_draws(batch: int, height: int, width: int, seed: int = 0) -> dict[str
     return draws
 
 
+def noise_of(seed: int, *box: int) -> torch.Tensor:
+    (noise,) = pixel_noise([seed], [box])
+    return noise
+
+
 def normalised(images: torch.Tensor, dtype=torch.float64) -> torch.Tensor:
     x = images.permute(0, 3, 1, 2).to(dtype) / 255
     return (x - torch.tensor(MEAN, dtype=dtype)[:, None, None]) / torch.tensor(STD, dtype=dtype)[:, None, None]
@@ -53,7 +59,7 @@ def oracle(images: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor
     clean = normalised(images)
     for i in range(B):
         y0, x0, y1, x1 = draws["erase_box"][i].tolist()
-        noise = pixel_noise(draws["erase_seed"][i].item(), 0, 0, H, W).view(H, W, 3).permute(2, 0, 1)
+        noise = noise_of(draws["erase_seed"][i].item(), 0, 0, H, W).view(H, W, 3).permute(2, 0, 1)
         clean[i, :, y0:y1, x0:x1] = noise[:, y0:y1, x0:x1].double()
     out = clean.clone()
     for i in range(B):
@@ -160,7 +166,7 @@ class ReplayedErasing:
         assert per_pixel
         (top, left), (_, h, w) = self.corner, patch_size
         self.boxes[self.sample] = torch.tensor([top, left, top + h, left + w])
-        noise = pixel_noise(self.seeds[self.sample].item(), top, left, top + h, left + w)
+        noise = noise_of(self.seeds[self.sample].item(), top, left, top + h, left + w)
         return noise.view(h, w, 3).permute(2, 0, 1).to(dtype)
 
 
@@ -261,12 +267,12 @@ def test_boxes_that_leave_the_image_are_clipped():
     ],
 )
 def test_philox_known_answers(counter, key, expected):
-    words = philox(tuple(torch.tensor([word]) for word in counter), key)
+    words = philox(torch.tensor(counter)[:, None], torch.tensor(key)[:, None])
     assert tuple(word.item() for word in words) == expected
 
 
 def test_noise_is_standard_normal_and_uncorrelated():
-    noise = pixel_noise(1234, 0, 0, 200, 200).view(200, 200, 3).double()
+    noise = noise_of(1234, 0, 0, 200, 200).view(200, 200, 3).double()
     sample = noise.flatten()
     n = len(sample)
     assert abs(sample.mean()) < 4 / math.sqrt(n)
@@ -277,18 +283,21 @@ def test_noise_is_standard_normal_and_uncorrelated():
         "channel": (noise[..., 0], noise[..., 1]),
         "x": (noise[:, 1:], noise[:, :-1]),
         "y": (noise[1:], noise[:-1]),
-        "seed": (noise, pixel_noise(1235, 0, 0, 200, 200).view(200, 200, 3).double()),
-        "high word of the seed": (noise, pixel_noise(1234 + 2**32, 0, 0, 200, 200).view(200, 200, 3).double()),
+        "seed": (noise, noise_of(1235, 0, 0, 200, 200).view(200, 200, 3).double()),
+        "high word of the seed": (noise, noise_of(1234 + 2**32, 0, 0, 200, 200).view(200, 200, 3).double()),
     }
     for name, (a, b) in shifted.items():
         assert abs((a * b).mean()) < 4 / math.sqrt(a.numel()), name
         assert not torch.equal(a, b), name
 
 
-def test_noise_depends_on_the_position_in_the_image_alone():
-    whole = pixel_noise(7, 0, 0, 12, 17)
-    for y0, x0, y1, x1 in [(3, 5, 9, 16), (0, 1, 12, 2), (11, 16, 12, 17)]:
-        assert torch.equal(pixel_noise(7, y0, x0, y1, x1), whole[y0:y1, 3 * x0 : 3 * x1])
+def test_noise_depends_on_the_position_in_the_image_alone(monkeypatch):
+    boxes = [(3, 5, 9, 16), (0, 1, 12, 2), (11, 16, 12, 17), (0, 0, 12, 17), (2, 3, 3, 10)]
+    whole = {seed: noise_of(seed, 0, 0, 12, 17) for seed in range(-2, 3)}
+    for at_once in (1, 100, 8192):  # Philox calls that are computed together
+        monkeypatch.setattr(noise, "CALLS_AT_ONCE", at_once)
+        for (seed, expected), (y0, x0, y1, x1), patch in zip(whole.items(), boxes, pixel_noise(list(whole), boxes)):
+            assert torch.equal(patch, expected[y0:y1, 3 * x0 : 3 * x1]), seed
 
 
 def test_opcheck():
