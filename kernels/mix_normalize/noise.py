@@ -26,7 +26,7 @@ Box = tuple[int, int, int, int]  # y0, x0, y1, x1; ends excluded
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of int64 tensors that hold 32-bit words, four of counter and two of key. Returns four such words."""
+    """Philox4x32-10 of int64 tensors that hold 32-bit words: four of counter, two of key. Returns four such words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
