@@ -6,9 +6,18 @@ imported at the first call that needs it.
 """
 
 from .add_layer_norm.api import add_layer_norm
+from .attention.api import attention, attention_qkvpacked
 from .attention_distillation_loss.api import attention_distillation_loss
 from .bias_gelu.api import bias_gelu
 from .distillation_loss.api import distillation_loss
 from .mix_normalize.api import mix_normalize
 
-__all__ = ["add_layer_norm", "attention_distillation_loss", "bias_gelu", "distillation_loss", "mix_normalize"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_distillation_loss",
+    "attention_qkvpacked",
+    "bias_gelu",
+    "distillation_loss",
+    "mix_normalize",
+]

@@ -1,0 +1,167 @@
+"""Attention backward: one launch while all keys of a head fit in one program (256 at head_dim 64), two beyond.
+
+    P = exp(S · scale - lse)      dV = Pᵀ dO      dP = dO Vᵀ      delta_i = Σ_d O_id dO_id - dlse_i
+    dS = P ∘ (dP - delta)         dQ = dS K · scale               dK = dSᵀ Q · scale
+
+It must read Q, K, V, O, dO and write dQ, dK, dV once: 16 · tokens · head_dim bytes per head in half precision.
+
+backward_kv: a program holds K, V and the sums of dK, dV for KV_ROWS keys, and walks over the queries. It works with
+Sᵀ (keys × queries) so that Pᵀ and dSᵀ are in registers where wgmma wants the first operand of dV = Pᵀ dO and
+dK = dSᵀ Q; with dQᵀ = Kᵀ dSᵀ, so that no product has fewer than 64 rows even with 32 queries at a time; and it starts
+the accumulators of Sᵀ and dPᵀ at -lse / scale and -delta, which saves holding these through the products. When
+KV_ROWS covers all keys, each dQ is final at once: no atomics, no second pass, no separate kernel for delta.
+
+backward_q: beyond that, a first launch computes dQ with one program per block of queries, and leaves delta for
+backward_kv, which then runs with one program per block of keys. Sums are in a fixed order in both.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import backward_config
+from .launch import architecture, dot_precision, padded_columns, readable
+from .tiles import LOG2_E, load_rows, store_rows
+
+
+@triton.jit
+def row_statistics(
+    out_ptr, grad_out, lse_ptr, grad_lse_ptr, rows_ptr, padded, rows, stride, tokens, inverse_scale,
+    HEAD_DIM: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """lse and delta, inf and 0 past the last token. Leaves lse / scale and delta in rows_ptr, (2, padded)."""
+    out = load_rows(out_ptr, rows, stride, tokens, HEAD_DIM, COLS, True)
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + rows, mask=rows < tokens, other=0.0)
+    lse = tl.load(lse_ptr + rows, mask=rows < tokens, other=float("inf"))
+    tl.store(rows_ptr + rows, lse * inverse_scale)
+    tl.store(rows_ptr + padded + rows, delta)
+    return lse, delta
+
+
+@triton.jit
+def backward_kv_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, rows_ptr, dq_ptr, dk_ptr, dv_ptr,
+    scale, heads, tokens, splits, padded,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, d_b, d_n, d_h,
+    HEAD_DIM: tl.constexpr, COLS: tl.constexpr, KV_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    ONE_LAUNCH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of KV_ROWS keys. In ONE_LAUNCH these are all keys, and dQ is computed too. `splits` blocks of keys."""
+    item = tl.program_id(0) // splits
+    b, h, item = (item // heads).to(tl.int64), item % heads, item.to(tl.int64)
+    q_ptr += b * q_b + h * q_h
+    grad_out_ptr += (b * tokens * heads + h) * HEAD_DIM
+    rows_ptr += item * 2 * padded
+    scale = tl.cast(scale, tl.float32)
+    scale_log2 = scale * LOG2_E
+
+    keys = tl.program_id(0) % splits * KV_ROWS + tl.arange(0, KV_ROWS)
+    if ONE_LAUNCH:
+        own_grad_out = load_rows(grad_out_ptr, keys, heads * HEAD_DIM, tokens, HEAD_DIM, COLS, True)
+        if grad_lse_ptr is not None:
+            grad_lse_ptr += item * tokens
+        row_statistics(
+            out_ptr + (b * tokens * heads + h) * HEAD_DIM, own_grad_out, lse_ptr + item * tokens, grad_lse_ptr,
+            rows_ptr, padded, keys, heads * HEAD_DIM, tokens, 1.0 / scale, HEAD_DIM, COLS,
+        )  # fmt: skip
+        tl.debug_barrier()  # other threads of this program read what these wrote
+    k = load_rows(k_ptr + b * k_b + h * k_h, keys, k_n, tokens, HEAD_DIM, COLS, True)
+    v = load_rows(v_ptr + b * v_b + h * v_h, keys, v_n, tokens, HEAD_DIM, COLS, True)
+    key_bias = tl.where(keys < tokens, 0.0, float("-inf"))  # else exp(0 - lse), perhaps inf, for keys that do not exist
+    dk = tl.zeros((KV_ROWS, COLS), tl.float32)
+    dv = tl.zeros((KV_ROWS, COLS), tl.float32)
+    for start in range(0, tokens, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, rows, q_n, tokens, HEAD_DIM, COLS, True)
+        grad_out = load_rows(grad_out_ptr, rows, heads * HEAD_DIM, tokens, HEAD_DIM, COLS, True)
+        lse = tl.load(rows_ptr + rows)
+        delta = tl.load(rows_ptr + padded + rows)
+
+        s_t = tl.dot(k, tl.trans(q), key_bias[:, None] - lse[None, :], input_precision=PRECISION)
+        p_t = tl.exp2(s_t * scale_log2)
+        dp_t = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        ds_t = (p_t * (dp_t - delta[None, :])).to(q.dtype)
+        dv = tl.dot(p_t.to(q.dtype), grad_out, dv, input_precision=PRECISION)
+        dk = tl.dot(ds_t, q, dk, input_precision=PRECISION)
+        if ONE_LAUNCH:
+            dq_t = tl.dot(tl.trans(k), ds_t, input_precision=PRECISION)
+            store_rows(dq_ptr + b * d_b + h * d_h, rows, d_n, tl.trans(dq_t * scale), tokens, HEAD_DIM, COLS)
+    store_rows(dk_ptr + b * d_b + h * d_h, keys, d_n, dk * scale, tokens, HEAD_DIM, COLS)
+    store_rows(dv_ptr + b * d_b + h * d_h, keys, d_n, dv, tokens, HEAD_DIM, COLS)
+
+
+@triton.jit
+def backward_q_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, rows_ptr, dq_ptr,
+    scale, heads, tokens, splits, padded,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, d_b, d_n, d_h,
+    HEAD_DIM: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of BLOCK_M queries, and their statistics for backward_kv. `splits` blocks of queries."""
+    item = tl.program_id(0) // splits
+    b, h, item = (item // heads).to(tl.int64), item % heads, item.to(tl.int64)
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    token_offset = (b * tokens * heads + h) * HEAD_DIM
+    scale = tl.cast(scale, tl.float32)
+
+    rows = tl.program_id(0) % splits * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_n, tokens, HEAD_DIM, COLS, True)
+    grad_out = load_rows(grad_out_ptr + token_offset, rows, heads * HEAD_DIM, tokens, HEAD_DIM, COLS, True)
+    if grad_lse_ptr is not None:
+        grad_lse_ptr += item * tokens
+    lse, delta = row_statistics(
+        out_ptr + token_offset, grad_out, lse_ptr + item * tokens, grad_lse_ptr,
+        rows_ptr + item * 2 * padded, padded, rows, heads * HEAD_DIM, tokens, 1.0 / scale, HEAD_DIM, COLS,
+    )  # fmt: skip
+
+    dq = tl.zeros((BLOCK_M, COLS), tl.float32)
+    for start in range(0, tokens, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, keys, k_n, tokens, HEAD_DIM, COLS, True)
+        v = load_rows(v_ptr, keys, v_n, tokens, HEAD_DIM, COLS, True)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p = tl.exp2(s * (scale * LOG2_E) - (lse * LOG2_E)[:, None])
+        p = tl.where(keys[None, :] < tokens, p, 0.0)
+        dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        ds = (p * (dp - delta[:, None])).to(q.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    store_rows(dq_ptr + b * d_b + h * d_h, rows, d_n, dq * scale, tokens, HEAD_DIM, COLS)
+
+
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    grad_lse: Tensor | None, grads: tuple[Tensor, Tensor, Tensor],
+):  # fmt: skip
+    """Fills grads = (dq, dk, dv), which share their strides: three tensors, or the three parts of a packed gradient."""
+    dq, dk, dv = grads
+    assert dq.stride() == dk.stride() == dv.stride() and dq.stride(-1) == 1
+    assert out.is_contiguous() and lse.is_contiguous()
+    q, k, v, grad_out = readable(q), readable(k), readable(v), grad_out.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    batch, tokens, heads, head_dim = q.shape
+    columns = padded_columns(head_dim)
+    config = backward_config(architecture(q), tokens, columns, q.dtype)
+    key_blocks, query_blocks = triton.cdiv(tokens, config.kv_rows), triton.cdiv(tokens, config.q_block_m)
+    padded = config.kv_rows if key_blocks == 1 else query_blocks * config.q_block_m
+    rows = torch.empty((batch * heads, 2, padded), dtype=torch.float32, device=q.device)
+
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3])
+    shared = {"HEAD_DIM": head_dim, "COLS": columns, "PRECISION": dot_precision(q), "enable_fp_fusion": True}
+    with torch.cuda.device_of(q):
+        if key_blocks > 1:
+            backward_q_kernel[(batch * heads * query_blocks,)](
+                q, k, v, out, grad_out, lse, grad_lse, rows, dq, scale, heads, tokens, query_blocks, padded, *strides,
+                BLOCK_M=config.q_block_m, BLOCK_N=config.q_block_n,
+                num_warps=config.q_warps, num_stages=config.q_stages, **shared,
+            )  # fmt: skip
+        backward_kv_kernel[(batch * heads * key_blocks,)](
+            q, k, v, out, grad_out, lse, grad_lse, rows, dq, dk, dv,
+            scale, heads, tokens, key_blocks, padded, *strides,
+            KV_ROWS=config.kv_rows, BLOCK_M=config.kv_block_m, ONE_LAUNCH=key_blocks == 1,
+            num_warps=config.kv_warps, num_stages=config.kv_stages, **shared,
+        )  # fmt: skip

@@ -1,0 +1,115 @@
+"""Attention forward, in one launch.
+
+    S = Q Kᵀ · scale      lse_i = log Σ_j exp S_ij      O_i = Σ_j exp(S_ij - lse_i) V_j
+
+It must read Q, K, V and write O once: 8 · tokens · head_dim bytes per head in half precision, and 4 · tokens for lse.
+At 197 tokens and head_dim 64 that, and not the arithmetic, is the floor (1.2 MB per image and layer of ViT-B).
+
+A program computes BLOCK_M rows of O at a time, with the running maximum and sum of FlashAttention (Dao et al. 2022,
+algorithm 1; the output is divided once, at the end). Keys are consumed in tiles: first `BLOCK_N` at a time, then the
+rest in TILES, powers of two chosen so that little is computed for columns that do not exist (198 = 128 + 64 + 6 of 16).
+Only the last tile is masked. RESIDENT programs have all keys in TILES, keep K and V on chip and walk over the rows of Q.
+
+The number of tokens is an ordinary integer: lengths that share TILES share one compiled kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import forward_config, key_tiles
+from .launch import architecture, dot_precision, padded_columns, readable
+from .tiles import LN_2, LOG2_E, load_rows, store_rows
+
+
+@triton.jit
+def attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, tokens, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds one tile of keys. row_max is of the unscaled logits, so that scaling is part of the exponent's FMA."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        s = tl.where(cols[None, :] < tokens, s, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    p = tl.exp2(s * scale_log2 - (new_max * scale_log2)[:, None])
+    shrink = tl.exp2((row_max - new_max) * scale_log2)
+    row_sum = row_sum * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return new_max, row_sum, acc
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, scale, heads, tokens, splits,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
+    HEAD_DIM: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr, STARTS: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`splits` programs share one head, side by side so that they find its K and V in L2."""
+    item = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    b = (item // heads).to(tl.int64)
+    h = item % heads
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    out_ptr += (b * tokens * heads + h) * HEAD_DIM
+    lse_ptr += item.to(tl.int64) * tokens
+    scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
+
+    if RESIDENT:
+        K = ()
+        V = ()
+        for i in tl.static_range(len(TILES)):
+            cols = STARTS[i] + tl.arange(0, TILES[i])
+            K = K + (load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, i == len(TILES) - 1),)
+            V = V + (load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, i == len(TILES) - 1),)
+
+    for start in range(split * BLOCK_M, tokens, splits * BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, rows, q_n, tokens, HEAD_DIM, COLS, True)
+        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, COLS), tl.float32)
+        streamed = 0
+        if not RESIDENT:
+            streamed = (tokens - 1) // BLOCK_N * BLOCK_N
+            for key in range(0, streamed, BLOCK_N):
+                cols = key + tl.arange(0, BLOCK_N)
+                k = load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, False)
+                v = load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, False)
+                row_max, row_sum, acc = attend(
+                    q, k, v, row_max, row_sum, acc, scale_log2, cols, tokens, False, PRECISION
+                )
+        for i in tl.static_range(len(TILES)):
+            cols = streamed + STARTS[i] + tl.arange(0, TILES[i])
+            if RESIDENT:
+                k = K[i]
+                v = V[i]
+            else:
+                k = load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, i == len(TILES) - 1)
+                v = load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, i == len(TILES) - 1)
+            row_max, row_sum, acc = attend(
+                q, k, v, row_max, row_sum, acc, scale_log2, cols, tokens, i == len(TILES) - 1, PRECISION
+            )
+        store_rows(out_ptr, rows, heads * HEAD_DIM, acc / row_sum[:, None], tokens, HEAD_DIM, COLS)
+        lse = (row_max * scale_log2 + tl.log2(row_sum)) * LN_2
+        tl.store(lse_ptr + rows, lse, mask=rows < tokens)
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float):
+    """Fills out (batch, tokens, heads, head_dim) and lse (batch, heads, tokens), both contiguous."""
+    assert out.is_contiguous() and lse.is_contiguous()
+    q, k, v = readable(q), readable(k), readable(v)
+    batch, tokens, heads, head_dim = q.shape
+    columns = padded_columns(head_dim)
+    config = forward_config(architecture(q), tokens, columns, q.dtype)
+    tiles = key_tiles(tokens, config.block_n, config.resident)
+    splits = config.splits(tokens, batch * heads)
+    with torch.cuda.device_of(q):
+        forward_kernel[(batch * heads * splits,)](
+            q, k, v, out, lse, scale, heads, tokens, splits,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            HEAD_DIM=head_dim, COLS=columns, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            TILES=tiles, STARTS=tuple(sum(tiles[:i]) for i in range(len(tiles))), RESIDENT=config.resident,
+            PRECISION=dot_precision(q), num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip

@@ -1,0 +1,35 @@
+"""What every launch of the attention kernels asks of its tensors and of the device."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _architecture(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def architecture(x: Tensor) -> int:
+    """80, 90, 100 and so on. The interpreter runs what a Hopper GPU would."""
+    return _architecture(x.device) if x.is_cuda else 90
+
+
+def dot_precision(x: Tensor) -> str:
+    """`input_precision` of tl.dot: float32 follows PyTorch's own switch, half precision has only one way."""
+    return "ieee" if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def padded_columns(head_dim: int) -> int:
+    """Columns of a tile: the next power of two."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+def readable(x_BNHD: Tensor) -> Tensor:
+    """x itself where the kernels can read it in place: contiguous head_dim, and one batch entry within 2**31 elements."""
+    _, tokens, heads, head_dim = x_BNHD.shape
+    _, stride_n, stride_h, stride_d = x_BNHD.stride()
+    reach = (tokens + 256) * stride_n + heads * stride_h + head_dim
+    return x_BNHD if stride_d == 1 and reach < 2**31 else x_BNHD.contiguous()
