@@ -25,7 +25,14 @@ def run(colors, tmp_path_factory):
 
 
 def test_a_run_leaves_what_the_readme_says(run):
-    for name in ("settings.json", "summary.json", "metrics.jsonl", "curves.png", "first_batch.png", "token_similarity.png"):
+    for name in (
+        "settings.json",
+        "summary.json",
+        "metrics.jsonl",
+        "curves.png",
+        "first_batch.png",
+        "token_similarity.png",
+    ):
         assert (run / name).stat().st_size > 0, name
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if line["kind"] == "eval"] == [0, 1, 2]
@@ -126,7 +133,16 @@ def test_a_class_missing_in_val(cli, tmp_path):
 
 
 def test_an_unknown_model(cli, colors):
-    refused(cli, train.main, *SMALL, "--data-path", colors, "--model", "deit_tinny_patch16_224", words=["deit_tiny_patch16_224"])
+    refused(
+        cli,
+        train.main,
+        *SMALL,
+        "--data-path",
+        colors,
+        "--model",
+        "deit_tinny_patch16_224",
+        words=["deit_tiny_patch16_224"],
+    )
 
 
 def test_a_checkpoint_that_is_none(cli, colors, tmp_path):

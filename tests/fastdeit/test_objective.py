@@ -76,7 +76,9 @@ def test_soft_distillation(logits, tau, reduction):
 def test_mixed_labels_are_the_weighted_sum(logits):
     loss, _ = run(Objective("hard", smoothing=0.1), logits, mix_of(0.3))
     q = 0.3 * one_hot(LABELS) + 0.7 * one_hot(LABELS.flip(0))
-    expected = 0.5 * cross_entropy(logits[0], smoothed(q, 0.1)) + 0.5 * cross_entropy(logits[1], one_hot(logits[2].argmax(1)))
+    expected = 0.5 * cross_entropy(logits[0], smoothed(q, 0.1)) + 0.5 * cross_entropy(
+        logits[1], one_hot(logits[2].argmax(1))
+    )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
