@@ -1,4 +1,4 @@
-"""Recipes: files with one function, `config()`, whose docstring states the command, the cost and the result to expect."""
+"""Recipes: files with one function, `config()`, whose docstring states the command, the cost and what to expect."""
 
 import importlib
 import pkgutil

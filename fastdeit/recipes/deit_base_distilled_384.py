@@ -1,7 +1,7 @@
 """Distilled DeiT-B, trained at 224 pixels, fine-tuned at 384 with the teacher at work; after arXiv 2012.12877,
 section 5.
 
-    python -m fastdeit.train --recipe deit_base_distilled_384 --data-path DIR --finetune CHECKPOINT --teacher-path TEACHER
+    python -m fastdeit.train --recipe deit_base_distilled_384 --data-path DIR --finetune FILE --teacher-path TEACHER
 
 As deit_base_384, and distilled: the original code refuses this combination, the paper used it and found labels alone
 to be worse. Top-1 on ImageNet-1k that the paper reports, not measured here: 84.5 %.
