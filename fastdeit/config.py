@@ -20,7 +20,7 @@ class Run:
     """What is run, where it writes."""
 
     recipe: str | None = None
-    """Defaults to start from: a name in fastdeit/recipes. Without it: demo if no --data-path is given, else deit_small."""
+    """Defaults to start from: a file in fastdeit/recipes. Without it: demo without --data-path, deit_small with one."""
     output_dir: Path | None = None
     """Folder of this run. Default: runs/RECIPE-DATE-TIME."""
     resume: str | None = None
@@ -53,7 +53,7 @@ class Data:
     """Images and their augmentation."""
 
     data_path: Path | None = None
-    """DIR/train/CLASS/* and DIR/val/CLASS/*, or shards (see the README); `synthetic`: noise that is already on the device,
+    """DIR/train/CLASS/* and DIR/val/CLASS/*, or shards (see the README); `synthetic`: noise that is on the device already,
     for benchmarks. Default: scikit-learn's digits, written to data/digits."""
     input_size: int = 224
     """Pixels on a side."""
