@@ -4,6 +4,7 @@ Budget: our error may be twice that of the same formulas in the inputs' dtype (p
 under autocast), plus a floor.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from fastdeit.kernels import attention_distillation_loss
 from fastdeit.kernels.attention_distillation_loss.api import _backward_op, _op
 
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # lanes that are masked away
 FLOOR = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 HALF = (torch.float16, torch.bfloat16)
 
@@ -188,6 +190,50 @@ def test_kernels_interpreted(case, dtype):
 @pytest.mark.parametrize("case", SMALL + LARGE + HALF_ONLY, ids=ids)
 def test_kernels_on_gpu(case, dtype):
     check(case, dtype, "cuda")
+
+
+EVERYWHERE = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", id="reference"),
+        pytest.param("cpu", id="interpreted", marks=pytest.mark.interpreter),
+        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
+    ],
+)
+
+
+def from_scores(S, T, device, **options):
+    """Loss and dS of one head with scores S and T: q holds the scores and k is the identity, so that dq is dS."""
+
+    def function(q, teacher_q):
+        k = torch.eye(S.shape[1], device=device)[None, :, None]
+        scales = {"student_scale": 1.0, "teacher_scale": 1.0}
+        return attention_distillation_loss(q[None, :, None], k, teacher_q[None, :, None], k, **scales, **options)
+
+    loss, grad = value_and_gradient(function, S.to(device), T.to(device), weight=S.shape[0])
+    return loss.cpu(), grad.cpu()
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("options", [{}, MEAN], ids=str)
+def test_scores_far_below_zero(device, options):
+    """exp(-lse) overflows here: what the kernels compute for absent keys must not reach the sums."""
+    S, T = torch.randn(5, 5) - 3000.0, torch.randn(5, 5) - 2000.0
+    loss, grad = from_scores(S, T, device, **options)
+    torch.testing.assert_close(grad, S.double().softmax(1) - T.double().softmax(1), rtol=0, atol=1e-3)
+    assert loss.isfinite()
+
+
+@EVERYWHERE
+def test_averaged_map_has_a_floor(device):
+    """Below 2^-100, that is 69.3 under the largest score, an averaged probability has no gradient of its own."""
+    gaps = torch.tensor([68.0, 70.0])
+    S, T = torch.diag(-gaps), torch.zeros(2, 2)
+    loss, grad = from_scores(S, T, device, **MEAN)
+    cost = gaps.clamp(max=100 * math.log(2)).double()  # -log of the improbable key's probability
+    torch.testing.assert_close(loss, (math.log(0.5) + 0.5 * cost).mean(), rtol=1e-6, atol=0)
+    truth = torch.tensor([[-0.5, 0.5], [0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(grad, truth, rtol=0, atol=1e-5)
 
 
 def test_gradcheck():
