@@ -141,6 +141,18 @@ class Distillation:
     """The teacher's weights and arithmetic. Default: fp16 on CUDA, fp32 on the CPU."""
     teacher_store: str | None = None
     """Train on a teacher's stored answers, with no teacher in memory: a folder of `python -m fastdeit.teach store`."""
+    attention_distillation_weight: float = 0.0
+    """Weight of the distance between the student's attention and that of a vision transformer as teacher, added to the
+    loss. Over 20 teachers it helped with 7 and hurt with 4 (arXiv 2605.07191): compare with 0 before you trust it."""
+    attention_distillation_layers: str = "last"
+    """Blocks that are compared: last, every-N (of the student; the teacher's at the same share of its depth), or pairs
+    STUDENT:TEACHER counted from 0, such as 5:5,11:23."""
+    attention_distillation_variant: Literal["maps", "rows", "scores", "relations"] = "maps"
+    """maps: KL between attention maps. rows: the class and distillation tokens' rows only. scores: mean squared
+    difference before the softmax. relations: KL of queries with queries, keys with keys, values with values."""
+    attention_distillation_heads: str = "equal"
+    """equal: head by head. mean: maps averaged over the heads. A number: channels regrouped into so many relation
+    heads (MiniLMv2), whatever the heads and widths of the two models."""
     compare_undistilled: bool = False
     """Train the same student a second time without teacher and distillation token, and put it in the table."""
 
@@ -257,6 +269,10 @@ def check(config: Config) -> None:
     }.items():
         if count < 0:
             raise UserError(f"{flag} {count}: must not be negative")
+    if distillation.attention_distillation_weight < 0:
+        raise UserError(
+            f"--attention-distillation-weight {distillation.attention_distillation_weight}: must not be negative"
+        )
     if distillation.distillation_tau <= 0:
         raise UserError(f"--distillation-tau {distillation.distillation_tau}: a temperature must be above 0")
     if data.batch_size % 2 and (data.mixup > 0 or data.cutmix > 0):

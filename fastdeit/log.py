@@ -101,11 +101,9 @@ class Log:
 def _train_text(figures: dict) -> str:
     if not figures:
         return ""
-    terms = (
-        f" (class {figures['class_loss']:.3f}, teacher {figures['teacher_loss']:.3f})"
-        if figures["teacher_loss"]
-        else ""
-    )
+    names = {"class_loss": "class", "teacher_loss": "teacher", "attention_loss": "attention"}
+    terms = ", ".join(f"{name} {figures[key]:.3f}" for key, name in names.items() if figures.get(key))
+    terms = f" ({terms})" if "," in terms else ""
     return (
         f"loss {figures['loss']:.3f}{terms}  lr {figures['lr']:.1e}  {figures['images_per_s']:,.0f} images/s  "
         f"data {100 * figures['data_share']:.0f} %"

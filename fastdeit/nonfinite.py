@@ -18,7 +18,7 @@ import torch
 from .command import UserError
 from .distributed import Place
 
-TERMS = ("loss", "class term", "teacher term")
+TERMS = ("loss", "class term", "teacher term", "attention term")
 ROWS = 1000  # of so many bad steps the numbers are kept
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastdeit.kernels import distillation_loss
 
@@ -13,11 +14,12 @@ from .config import Config
 
 @dataclass(frozen=True)
 class Objective:
-    """L = (1 - alpha) * class term + alpha * teacher term, a mean over the batch.
+    """L = (1 - alpha) * class term + alpha * teacher term + attention_weight * attention term, means over the batch.
 
     - class term: cross entropy with the (mixed, smoothed) label, on the class head;
     - teacher term, kind "hard": cross entropy with the teacher's argmax, on the distillation head (a student with one
-      head takes both terms there); kind "soft": tau^2 * KL(teacher || student), both at temperature tau.
+      head takes both terms there); kind "soft": tau^2 * KL(teacher || student), both at temperature tau;
+    - attention term: the distance between the models' attention (attention_distillation.py), where asked for.
 
     Training data-efficient image transformers & distillation through attention (arXiv 2012.12877), equations 2 and 3;
     facebookresearch/deit losses.py. Label smoothing sits in the class term only. alpha weighs the teacher's term; some
@@ -30,6 +32,7 @@ class Objective:
     smoothing: float = 0.0
     soft_reduction: str = "batchmean"
     binary: bool = False
+    attention_weight: float = 0.0
 
     @classmethod
     def from_config(cls, config: Config) -> "Objective":
@@ -47,14 +50,24 @@ class Objective:
             config.optimization.smoothing,
             distillation.distillation_reduction,
             binary,
+            distillation.attention_distillation_weight,
         )
 
-    def __call__(self, outputs, labels: torch.Tensor, mix, teacher) -> tuple[torch.Tensor, torch.Tensor]:
-        """`outputs`: the student's (cls, dist) logits or its only logits, each (batch, classes). `labels`: (batch,)
-        int64. `mix`: the batch's `Mix` or None. `teacher`: its (batch, classes) logits, its (batch,) decisions, or None.
+    def __call__(self, outputs, labels: Tensor, mix, teacher, attention: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The loss to differentiate and, for the eye, a detached (3,) tensor: class, teacher and attention term.
 
-        Returns the loss to differentiate and, for the eye, a detached (2,) tensor: class term and teacher term.
+        outputs: the student's (cls, dist) logits or its only logits, each (batch, classes)
+        labels: (batch,) int64, -100 where there is none
+        mix: the batch's `Mix` or None
+        teacher: its (batch, classes) logits, its (batch,) decisions, (classes, probabilities) of a store, or None
+        attention: () the attention term, or None
         """
+        loss, terms = self._of_answers(outputs, labels, mix, teacher)
+        if attention is None:
+            return loss, torch.cat([terms, terms.new_zeros(1)])
+        return loss + self.attention_weight * attention, torch.cat([terms, attention.detach().to(terms).view(1)])
+
+    def _of_answers(self, outputs, labels: Tensor, mix, teacher) -> tuple[Tensor, Tensor]:
         cls_logits, dist_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
         mixed = None if mix is None else (labels[mix.partner], mix.lam)
         if self.binary:
@@ -75,7 +88,7 @@ class Objective:
         )
 
 
-def binary_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, mixed) -> torch.Tensor:
+def binary_cross_entropy(logits: Tensor, labels: Tensor, mixed) -> Tensor:
     """DeiT III's class term (arXiv 2204.07118): every class present in the mixed image is a full positive."""
     target = F.one_hot(labels, logits.shape[1])
     if mixed is not None:

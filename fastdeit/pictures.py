@@ -58,6 +58,8 @@ def curves(folder: Path) -> None:
     terms = [("loss", "loss")]
     if any(record["teacher_loss"] for record in training):
         terms += [("class_loss", "class term"), ("teacher_loss", "teacher term")]
+    if any(record.get("attention_loss") for record in training):
+        terms.append(("attention_loss", "attention term"))
     for key, name in terms:
         loss.plot(steps, [record[key] for record in training], label=name, linewidth=1.2)
     loss.set(title="training loss", xlabel="step")

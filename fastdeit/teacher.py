@@ -54,6 +54,7 @@ class Teacher:
         # The float32 teacher stays until `check` has compared the two.
         self.plain = network(copy.deepcopy(plain), torch.float32) if dtype != torch.float32 else None
         self.network = network(folded, dtype)
+        self.without_graph = torch.inference_mode
 
     def __call__(self, images: Tensor, batch=None) -> Tensor:
         """`images` (batch, 3, height, width) as the student sees them: normalised, mixed, erased."""
@@ -63,8 +64,13 @@ class Teacher:
 
     def _answers(self, network: "_Network", images: Tensor) -> Tensor:
         # Not in the student's autocast: it would cast weights that have their own precision.
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        with self.without_graph(), torch.autocast(self.device.type, enabled=False):
             return network(images)
+
+    def watched(self) -> nn.Module:
+        """The network, for somebody who needs more of it than answers in a student's backward pass."""
+        self.without_graph = torch.no_grad  # what inference mode makes, autograd will not save
+        return self.network.model
 
     def identity(self) -> dict:
         """Who answers: equal for two teachers with the same weights, input, precision and classes."""

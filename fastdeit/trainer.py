@@ -15,6 +15,7 @@ from torch import nn
 from . import checkpoint, parallel, resume
 from .accumulation import split
 from .accuracy import accuracy
+from .attention_distillation import AttentionDistillation
 from .config import Config
 from .distributed import Place
 from .keeper import Keeper
@@ -55,6 +56,7 @@ class Trainer:
         if config.distillation.distillation_type == "none" and hasattr(model, "set_distilled_training"):
             model.set_distilled_training(False)  # with labels only, both heads learn them through their average
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.model.model_ema else None
+        self.attention = AttentionDistillation.of(config, model, teacher)  # before anything is compiled
         if config.speed.compile:
             parallel.compile_model(model, place)
         self.forward = parallel.spread(model, self.ema, config.speed.sharding, place)
@@ -88,8 +90,8 @@ class Trainer:
     # One step
 
     def step(self, batch) -> torch.Tensor:
-        """Train on one batch. Returns a detached (3,) tensor on the device: loss, class term, teacher term, the means
-        over all processes."""
+        """Train on one batch. Returns a detached (4,) tensor on the device, the means over all processes: the loss and
+        its terms, as nonfinite.TERMS names them."""
         parts = split(batch, self.config.optimization.accumulate)
         randomness = self._randomness(len(parts))
         self.update.begin()
@@ -107,7 +109,7 @@ class Trainer:
         return losses
 
     def _learn(self, batch, randomness: dict, share: float) -> torch.Tensor:
-        """Add a share of the step's gradient. Returns that share of its losses, (3,), detached."""
+        """Add a share of the step's gradient. Returns that share of its losses, (4,), detached."""
         enter = self.timer.enter
         enter("prepare")
         images = self.prepare(batch)
@@ -117,7 +119,8 @@ class Trainer:
         with self._autocast():
             outputs = self.forward(images, **randomness)
         enter("loss")
-        loss, terms = self.objective(outputs, batch.labels, batch.mix, answers)
+        attention = self.attention() if self.attention is not None else None
+        loss, terms = self.objective(outputs, batch.labels, batch.mix, answers, attention)
         enter("backward")
         self.scaler.scale(loss * share).backward()
         return torch.cat([loss.detach().view(1), terms]) * share
@@ -221,10 +224,10 @@ class Trainer:
     def _figures(self, waited: float, since: float) -> dict:
         *sums, steps = self.sums.tolist()
         self.sums.zero_()
-        loss, class_loss, teacher_loss = (value / max(steps, 1) for value in sums)
+        loss, class_loss, teacher_loss, attention_loss = (value / max(steps, 1) for value in sums)
         seconds = time.perf_counter() - since
         return {
-            "loss": loss, "class_loss": class_loss, "teacher_loss": teacher_loss,
+            "loss": loss, "class_loss": class_loss, "teacher_loss": teacher_loss, "attention_loss": attention_loss,
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": steps * self.global_batch / seconds, "data_share": waited / seconds,
             "seconds": {phase: round(value, 4) for phase, value in self.timer.read().items()},

@@ -53,7 +53,7 @@ def test_labels_only_with_smoothing(logits):
     loss, terms = run(Objective(smoothing=0.1), logits)
     expected = cross_entropy(logits[0], smoothed(one_hot(LABELS), 0.1))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert terms.tolist() == pytest.approx([expected.item(), 0.0], rel=1e-6)
+    assert terms.tolist() == pytest.approx([expected.item(), 0.0, 0.0], rel=1e-6)
 
 
 def test_hard_distillation(logits):
@@ -61,7 +61,7 @@ def test_hard_distillation(logits):
     class_term = cross_entropy(logits[0], smoothed(one_hot(LABELS), 0.1))
     teacher_term = cross_entropy(logits[1], one_hot(logits[2].argmax(1)))  # no smoothing here
     assert loss.item() == pytest.approx((0.7 * class_term + 0.3 * teacher_term).item(), rel=1e-6)
-    assert terms.tolist() == pytest.approx([class_term.item(), teacher_term.item()], rel=1e-6)
+    assert terms.tolist() == pytest.approx([class_term.item(), teacher_term.item(), 0.0], rel=1e-6)
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
@@ -87,6 +87,39 @@ def test_a_student_with_one_head_takes_both_terms_there(logits):
     loss, _ = Objective("soft", alpha=0.4, tau=2.0)(cls, LABELS, None, teacher)
     expected = 0.6 * cross_entropy(logits[0], one_hot(LABELS)) + 0.4 * kl(logits[0], logits[2], 2.0)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_attention_term_is_added_with_its_weight(logits):
+    cls, dist, teacher = (value.float() for value in logits)
+    plain, _ = Objective("hard", alpha=0.3)((cls, dist), LABELS, None, teacher)
+    term = torch.tensor(0.25, requires_grad=True)
+    loss, terms = Objective("hard", alpha=0.3, attention_weight=4.0)((cls, dist), LABELS, None, teacher, term)
+    assert loss.item() == pytest.approx(plain.item() + 4 * 0.25, rel=1e-6)
+    assert terms[2] == 0.25 and not terms.requires_grad
+    loss.backward()
+    assert term.grad == 4
+
+
+def test_unlabelled_samples_carry_the_teachers_term_alone(logits):
+    cls, dist, teacher = (value.float() for value in logits)
+    labels = torch.where(torch.arange(BATCH) % 2 == 0, LABELS, -100)
+    _, terms = Objective("hard", smoothing=0.1)((cls, dist), labels, None, teacher)
+    q = smoothed(one_hot(labels.clamp(min=0)), 0.1) * (labels >= 0)[:, None]
+    assert terms[0].item() == pytest.approx(cross_entropy(logits[0], q).item(), rel=1e-6)
+    assert terms[1].item() == pytest.approx(cross_entropy(logits[1], one_hot(logits[2].argmax(1))).item(), rel=1e-6)
+
+
+def test_decisions_and_stored_probabilities_stand_for_logits(logits):
+    cls, dist, teacher = (value.float() for value in logits)
+    live, _ = Objective("hard")((cls, dist), LABELS, None, teacher)
+    stored, _ = Objective("hard")((cls, dist), LABELS, None, teacher.argmax(1))
+    assert torch.equal(live, stored)
+    probabilities, classes = (teacher / 2).softmax(1).topk(4, dim=1)
+    stored, _ = Objective("soft", tau=2.0, alpha=1.0)((cls, dist), LABELS, None, (classes, probabilities))
+    p = torch.full((BATCH, CLASSES), 0.0, dtype=torch.float64).scatter(1, classes, probabilities.double())
+    p = torch.where(p == 0, (1 - p.sum(1, keepdim=True)) / (CLASSES - 4), p)
+    expected = 4 * (p * (p.log() - (logits[1] / 2).log_softmax(1))).sum() / BATCH
+    assert stored.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
