@@ -9,6 +9,18 @@ from fastdeit import command
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for published weights should not wait for a network
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: minutes long; only run when asked for by -m soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "soak" not in config.option.markexpr:
+        for item in items:
+            if "soak" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="minutes long: make soak runs these"))
+
+
 COLORS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 
 
