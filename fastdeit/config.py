@@ -141,6 +141,9 @@ class Distillation:
     """The teacher's weights and arithmetic. Default: fp16 on CUDA, fp32 on the CPU."""
     teacher_store: str | None = None
     """Train on a teacher's stored answers, with no teacher in memory: a folder of `python -m fastdeit.teach store`."""
+    unlabelled_path: Path | None = None
+    """Folder of further images, however deep, without classes: mixed into the training set, they carry the teacher's
+    term only."""
     attention_distillation_weight: float = 0.0
     """Weight of the distance between the student's attention and that of a vision transformer as teacher, added to the
     loss. Over 20 teachers it helped with 7 and hurt with 4 (arXiv 2605.07191): compare with 0 before you trust it."""
@@ -232,7 +235,7 @@ class Config:
             for key, value in values.items():
                 if isinstance(value, list):
                     value = tuple(value)
-                if key in ("data_path", "output_dir") and value is not None:
+                if key in ("data_path", "output_dir", "unlabelled_path") and value is not None:
                     value = Path(value)
                 setattr(target, key, value)
         return config
@@ -269,6 +272,8 @@ def check(config: Config) -> None:
     }.items():
         if count < 0:
             raise UserError(f"{flag} {count}: must not be negative")
+    if distillation.unlabelled_path is not None and distillation.distillation_type == "none":
+        raise UserError("--unlabelled-path: images without labels need a teacher; give --distillation-type soft or hard")
     if distillation.attention_distillation_weight < 0:
         raise UserError(
             f"--attention-distillation-weight {distillation.attention_distillation_weight}: must not be negative"

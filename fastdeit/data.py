@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from fastdeit.pipelines import Augmentation, BadFiles, SyntheticIndex, eval_loader, open_index, train_loader
+from fastdeit.pipelines import (
+    Augmentation,
+    BadFiles,
+    SyntheticIndex,
+    WithUnlabelled,
+    eval_loader,
+    open_folder,
+    open_index,
+    train_loader,
+)
 
 from .config import Config
 from .distributed import Place
@@ -24,6 +33,8 @@ def open_images(config: Config, place: Place):
         place.barrier()  # rank 0 reads the headers and writes the cache, the others read that
     training = open_index(config.data.data_path, "train", cache_dir=cache)
     validation = open_index(config.data.data_path, "val", classes=training.classes, cache_dir=cache)
+    if config.distillation.unlabelled_path is not None:
+        training = WithUnlabelled(training, open_folder(config.distillation.unlabelled_path, cache_dir=cache))
     if place.is_main:
         place.barrier()
     return training, validation

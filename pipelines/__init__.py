@@ -3,6 +3,7 @@
 from .augmentation import Augmentation
 from .bad_files import BadFiles, TooManyBadFiles
 from .batch import Batch
+from .concatenation import WithUnlabelled
 from .index import Index, open_files, open_folder, open_index
 from .loader import Loader, eval_loader, train_loader
 from .mixing import Mix
@@ -17,6 +18,7 @@ __all__ = [
     "Mix",
     "SyntheticIndex",
     "TooManyBadFiles",
+    "WithUnlabelled",
     "eval_loader",
     "open_files",
     "open_folder",

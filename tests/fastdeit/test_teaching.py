@@ -1,0 +1,155 @@
+"""Runs with a teacher from end to end: what it leaves untouched, and what else a student can be taught with."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastdeit import teach, train
+from fastdeit.config import parse
+from fastdeit.distributed import join
+
+from .conftest import SMALL
+
+
+@pytest.fixture(scope="module")
+def teacher(colors, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    arguments = (
+        "--input-size 32 --batch-size 12 --epochs 4 --lr 4e-3 --unscale-lr --no-pretrained --num-workers 1".split()
+    )
+    config = parse(
+        [*arguments, "--model", "test_resnet", "--data-path", str(colors), "--output-dir", str(folder)],
+        recipe="teacher",
+    )
+    with join("cpu") as place:
+        train.train(config, place)
+    return folder
+
+
+def run(cli, colors, folder, *arguments):
+    """A short distilled run; returns its metrics.jsonl."""
+    code, out, err = cli(
+        train.main, *SMALL, "--epochs", 1, "--data-path", colors, "--output-dir", folder, "--distillation-type", "hard",
+        *arguments,
+    )  # fmt: skip
+    assert code == 0, err
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], out
+
+
+def test_the_teacher_is_in_nothing_that_is_trained_or_saved(colors, teacher, tmp_path, monkeypatch):
+    from fastdeit.trainer import Trainer
+
+    trainers, init = [], Trainer.__init__
+
+    def remember(self, *arguments, **options):
+        init(self, *arguments, **options)
+        trainers.append((self, {name: value.clone() for name, value in self.teacher.network.state_dict().items()}))
+
+    monkeypatch.setattr(Trainer, "__init__", remember)
+    folder = tmp_path / "run"
+    arguments = [*SMALL, "--data-path", str(colors), "--output-dir", str(folder), "--teacher-path", str(teacher)]
+    with join("cpu") as place:
+        train.train(parse([*arguments, "--distillation-type", "hard"]), place)
+    ((trainer, before),) = trainers
+    after = trainer.teacher.network.state_dict()
+    assert before.keys() == after.keys() and len(before) > 20
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    frozen = list(trainer.teacher.network.parameters())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in frozen)
+    trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in trainer.model.parameters()}
+    for name in ("model", "ema"):
+        assert load_file(folder / "last" / f"{name}.safetensors").keys() == trainer.model.state_dict().keys()
+    optimizer = torch.load(folder / "last" / "training.pt", weights_only=True)["optimizer"]
+    assert len(optimizer["state"]) == len(trained)
+
+
+def test_a_fitted_teacher_has_its_accuracy_printed_and_stored(colors, tmp_path, cli):
+    folder = tmp_path / "teacher"
+    code, out, err = cli(
+        teach.main, "fit", "--data-path", colors, "--model", "test_resnet", "--output-dir", folder, "--no-pretrained",
+        *"--input-size 16 --batch-size 12 --epochs 1 --warmup-epochs 0 --num-workers 1".split(),
+    )  # fmt: skip
+    assert code == 0, err
+    top1 = json.loads((folder / "summary.json").read_text())["cls"]
+    assert f"{100 * top1:.2f}" in out and "--teacher-path" in out
+    saved = json.loads((folder / "last" / "config.json").read_text())
+    assert saved["accuracy"]["model"]["cls"]["top1"] == top1 and saved["classes"] == ["blue", "green", "red"]
+
+
+def test_a_student_with_one_head(colors, teacher, tmp_path, cli):
+    for model, kind in (("deit_nano_patch4_16", "soft"), ("test_vit", "hard")):
+        arguments = ["--model", model, "--distillation-type", kind, "--teacher-path", teacher]
+        size = ["--input-size", "32", "--no-model-ema", "--patch-size", "16"] if model == "test_vit" else []
+        records, _ = run(cli, colors, tmp_path / model, *arguments, *size)
+        assert records[0]["teacher_loss"] > 0 and records[0]["class_loss"] > 0
+        assert json.loads((tmp_path / model / "summary.json").read_text()).keys() == {"teacher", "cls"}
+
+
+def test_images_without_labels(colors, teacher, tmp_path, cli):
+    noise = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "more" / f"{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (20, 20, 3), np.uint8)).save(path)
+    arguments = ["--teacher-path", teacher, "--unlabelled-path", tmp_path / "more", "--mixup", "0.8", "--cutmix", "1"]
+    records, out = run(cli, colors, tmp_path / "run", *arguments)
+    assert "60 training" in out and records[0]["step"] == 5  # 36 with labels and 24 without, in batches of 12
+    assert np.isfinite(records[0]["loss"]) and records[0]["teacher_loss"] > 0
+    code, _, err = cli(
+        train.main,
+        *SMALL,
+        "--data-path",
+        colors,
+        "--unlabelled-path",
+        tmp_path / "more",
+        "--output-dir",
+        tmp_path / "x",
+    )
+    assert code == 2 and "--distillation-type" in err
+
+
+def test_fine_tuning_at_a_higher_resolution_with_the_teacher_there(colors, teacher, tmp_path, cli):
+    run(cli, colors, tmp_path / "low", "--teacher-path", teacher)
+    records, out = run(
+        cli, colors, tmp_path / "high", "--finetune", tmp_path / "low", "--input-size", "24", "--teacher-path", teacher,
+        "--teacher-input-size", "24", "--lr", "1e-5",
+    )  # fmt: skip
+    assert records[0]["teacher_loss"] > 0 and "fp32, 24 pixels" in out
+    saved = json.loads((tmp_path / "high" / "last" / "config.json").read_text())
+    assert saved["input_size"] == 24
+    low, high = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("low", "high"))
+    assert low["pos_embed"].shape[1] == 18 and high["pos_embed"].shape[1] == 38
+
+
+def test_a_teacher_of_more_classes(tmp_path, colors, cli):
+    """An ImageNet teacher of a few of its classes, by a file: here one of seven classes, of which three are used."""
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=7)
+    save_file(model.state_dict(), tmp_path / "teacher.safetensors")
+    (tmp_path / "classes.json").write_text(json.dumps({"blue": [0, 6], "green": 3, "red": 5}))
+    arguments = ["--teacher-model", "test_resnet", "--teacher-path", tmp_path / "teacher.safetensors"]
+    records, _ = run(
+        cli, colors, tmp_path / "run", *arguments, "--teacher-classes", tmp_path / "classes.json",
+        "--teacher-input-size", "16",
+    )  # fmt: skip
+    assert records[0]["teacher_loss"] > 0
+    code, _, err = cli(
+        train.main,
+        *SMALL,
+        "--data-path",
+        colors,
+        "--output-dir",
+        tmp_path / "x",
+        "--distillation-type",
+        "hard",
+        *arguments,
+    )
+    assert code == 2 and "7 classes" in err and "--teacher-classes" in err and not (tmp_path / "x").exists()
