@@ -74,7 +74,7 @@ def assert_same(one, other, *, exact=True):
                 assert [left[key] for key in LOSSES] == pytest.approx([right[key] for key in LOSSES], rel=1e-4)
 
 
-LOSSES = ("loss", "class_loss", "teacher_loss")
+LOSSES = ("loss", "class_loss", "teacher_loss", "attention_loss")
 
 
 def lines(folder):
