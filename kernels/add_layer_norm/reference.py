@@ -32,11 +32,8 @@ def add_layer_norm_reference(
     branch = _wide(x) if scale is None else scale * _wide(x)
     new_residual = (_wide(residual) + branch).to(residual.dtype).contiguous()
     wide = _wide(new_residual)  # rounded first: backward sees the same numbers
-    mean = wide.mean(-1, keepdim=True)
-    centered = wide - mean
-    rstd = (centered.square().mean(-1, keepdim=True) + eps).rsqrt()
-    normed = (centered * rstd * _wide(weight) + _wide(bias)).to(x.dtype)
-    return normed, new_residual, mean.flatten(), rstd.flatten()
+    normed, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], _wide(weight), _wide(bias), eps)
+    return normed.to(x.dtype), new_residual, mean.flatten(), rstd.flatten()
 
 
 def add_layer_norm_backward_reference(
@@ -51,18 +48,17 @@ def add_layer_norm_backward_reference(
     drop_path_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the residual, and a float32 (3, C): of weight, bias and layer_scale (0 without one)."""
-    C = x.shape[-1]
-    rows = (*x.shape[:-1], 1)
-    normalized = (_wide(new_residual) - mean.view(rows)) * rstd.view(rows)
-    d_sum = torch.zeros_like(normalized) if grad_residual is None else _wide(grad_residual).clone()
-    parameters = normalized.new_zeros(3, C)
+    wide, C = _wide(new_residual), x.shape[-1]
+    d_sum = torch.zeros_like(wide) if grad_residual is None else _wide(grad_residual).clone()
+    parameters = wide.new_zeros(3, C)
     if grad_normed is not None:
-        grad = _wide(grad_normed)
-        scaled = grad * _wide(weight)
-        projection = (scaled * normalized).mean(-1, keepdim=True)
-        d_sum = d_sum + rstd.view(rows) * (scaled - scaled.mean(-1, keepdim=True) - normalized * projection)
-        parameters[0] = (grad * normalized).flatten(0, -2).sum(0)
-        parameters[1] = grad.flatten(0, -2).sum(0)
+        statistics = [statistic.view(*x.shape[:-1], 1) for statistic in (mean, rstd)]
+        through_norm, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            _wide(grad_normed), wide, [C], *statistics, _wide(weight), None, [True, True, False]
+        )
+        d_sum += through_norm
+        parameters[0] = d_weight
+        parameters[1] = _wide(grad_normed).flatten(0, -2).sum(0)
     scale = _scale(x, layer_scale, drop_path_scale)
     dx = d_sum.clone() if scale is None else scale * d_sum  # an operation's results may not share memory
     if layer_scale is not None:
