@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from fastdeit.kernels import add_layer_norm
 from fastdeit.kernels.add_layer_norm.api import _add_layer_norm, _add_layer_norm_backward
 
-# Widths of DeiT (192, 768) and of ViT-H (1280), odd ones, two channels; token counts that fill no tile, one row.
-SIZES = [(1, 1, 17), (3, 5, 100), (2, 33, 192), (2, 7, 768), (1, 3, 1280), (2, 3, 2)]
+# Widths of DeiT (192, 768) and of ViT-H (1280), odd and narrow ones; token counts that fill no tile, one row.
+SIZES = [(1, 1, 17), (3, 5, 100), (2, 33, 192), (2, 7, 768), (1, 3, 1280), (2, 3, 6)]
 TENSORS = ("x", "residual", "weight", "bias", "layer_scale", "drop_path_scale")
 BRANCHES = {"plain": (), "scaled": ("layer_scale",), "dropped": ("drop_path_scale",), "both": TENSORS[4:]}
 each_branch = pytest.mark.parametrize("branch", BRANCHES.values(), ids=BRANCHES)
