@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .command import UserError
 
@@ -32,5 +33,6 @@ def build_optimizer(
 
         return Lamb(groups, lr=lr, betas=betas, eps=eps)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=not sharded)
     raise UserError(f"--opt {name}: choose adamw, lamb or sgd")

@@ -44,7 +44,8 @@ def _shard(model: nn.Module, place: Place) -> None:
     mesh = init_device_mesh(place.device.type, (place.world_size,))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # By default the outermost module stays gathered after a forward pass without a backward pass: an evaluation's.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     if hasattr(model, "forward_heads"):
         register_fsdp_forward_method(model, "forward_heads")  # evaluation enters here, not in forward
 
