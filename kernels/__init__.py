@@ -6,6 +6,8 @@ imported at the first call that needs it.
 """
 
 from .add_layer_norm.api import add_layer_norm
+from .apply_to_timm import apply_to_timm
+from .apply_to_transformers import apply_to_transformers, register_with_transformers
 from .attention.api import attention, attention_qkvpacked
 from .attention_distillation_loss.api import attention_distillation_loss
 from .bias_gelu.api import bias_gelu
@@ -14,10 +16,13 @@ from .mix_normalize.api import mix_normalize
 
 __all__ = [
     "add_layer_norm",
+    "apply_to_timm",
+    "apply_to_transformers",
     "attention",
     "attention_distillation_loss",
     "attention_qkvpacked",
     "bias_gelu",
     "distillation_loss",
     "mix_normalize",
+    "register_with_transformers",
 ]
