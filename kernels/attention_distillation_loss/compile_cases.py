@@ -31,7 +31,7 @@ def cases() -> Iterator[CompileCase]:
         loss_kernel,
         {"losses_ptr": "*fp32", "delta_ptr": "*fp32", "student_lse_ptr": "*fp32", "teacher_lse_ptr": "*fp32"}
         | tensors("sq", "sk", "tq", "tk") | SCALES | {"H_S": "i32", "H_T": "i32", "R": "i32", "M": "i32"},
-        DIMS | {"WITH_DELTA": True, "HEADS": 8, "BLOCK_R": 64, "BLOCK_M": 64, "PRECISION": "ieee"},
+        DIMS | {"WITH_DELTA": True, "BLOCK_R": 64, "BLOCK_M": 64, "PRECISION": "ieee"},
         multiples_of_16=strides("sq", "sk", "tq", "tk"), num_stages=1, dots_on_wgmma=True,
     )  # fmt: skip
     yield CompileCase(

@@ -8,8 +8,9 @@ An average needs all heads at once, and the softmax of each needs its whole row.
 each model; one for the loss, which forms a tile of p and t by walking over the heads, and then delta by walking again;
 in the backward one for dQ and one for dK, each of which forms the tile of t / p and then walks over the heads that
 receive a gradient. Student scores are computed 3 times in the forward and 4 times in the backward, the teacher's 2 and
-2 times; against head by head that is 2.5 and 1.5 times the work. What goes to memory is (B, H, R) numbers, and, when
-one tile does not span the side that is streamed, a float32 gradient that its only owner updates tile by tile.
+2 times; against head by head that is 2.5 and 1.5 times the work. Beside the lse, what goes to memory is delta and, where
+one tile does not span the streamed side, a float32 gradient: both are added to tile by tile, by the one program that
+owns them, so that every run gives the same bits.
 """
 
 import torch
@@ -107,10 +108,9 @@ def loss_kernel(
     student_scale, teacher_scale, H_S, H_T, R, M,
     sq_b, sq_n, sq_h, sk_b, sk_n, sk_h, tq_b, tq_n, tq_h, tk_b, tk_n, tk_h,
     DIM_S: tl.constexpr, DIM_T: tl.constexpr, CHUNK_S: tl.constexpr, CHUNK_T: tl.constexpr,
-    WITH_DELTA: tl.constexpr, HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WITH_DELTA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """losses (B, R); delta (B, H_S, R). HEADS: a power of two, at least H_S."""
+    """losses (B, R); delta (B, H_S, R)."""
     blocks = tl.cdiv(R, BLOCK_R)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     sq_ptr += b * sq_b
@@ -121,7 +121,8 @@ def loss_kernel(
     teacher_lse_ptr += b * H_T * R
     rows = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     student_scale, teacher_scale = tl.cast(student_scale, tl.float32), tl.cast(teacher_scale, tl.float32)
-    loss, delta, head = tl.zeros((BLOCK_R,), tl.float32), tl.zeros((HEADS, BLOCK_R), tl.float32), tl.arange(0, HEADS)
+    delta_ptr += b * H_S * R + rows
+    loss = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, M, BLOCK_M):
         keys = start + tl.arange(0, BLOCK_M)
         p = _mean_map(
@@ -140,11 +141,12 @@ def loss_kernel(
                     sq_ptr, sk_ptr, student_lse_ptr, h, rows, keys, sq_n, sq_h, sk_n, sk_h, R, M, student_scale,
                     False, DIM_S, CHUNK_S, PRECISION,
                 )  # fmt: skip
-                delta += tl.where((head == h)[:, None], tl.sum(P * ratio, 1)[None, :], 0.0)
+                delta = tl.sum(P * ratio, 1)
+                if start > 0:
+                    delta += tl.load(delta_ptr + h * R, mask=rows < R, other=0.0)
+                tl.store(delta_ptr + h * R, delta, mask=rows < R)
+            tl.debug_barrier()  # before another thread may read what this one wrote
     tl.store(losses_ptr + b * R + rows, loss * LN_2, mask=rows < R)
-    if WITH_DELTA:
-        pointers = delta_ptr + (b * H_S + head[:, None]) * R + rows[None, :]
-        tl.store(pointers, delta, mask=(head < H_S)[:, None] & (rows < R)[None, :])
 
 
 @triton.jit
@@ -220,8 +222,8 @@ def forward(
         loss_kernel[(B * triton.cdiv(R, block(student_q)),)](
             losses, delta, student_lse, teacher_lse, student_q, student_k, teacher_q, teacher_k,
             student_scale, teacher_scale, H_S, H_T, R, M, *strides(student_q, student_k, teacher_q, teacher_k),
-            WITH_DELTA=with_grad, HEADS=triton.next_power_of_2(H_S),
-            BLOCK_R=block(student_q), BLOCK_M=block(student_k), **launch_options(student_q, teacher_q), num_stages=1,
+            WITH_DELTA=with_grad, BLOCK_R=block(student_q), BLOCK_M=block(student_k),
+            **launch_options(student_q, teacher_q), num_stages=1,
         )  # fmt: skip
     return losses.mean(), student_lse, teacher_lse, delta
 
