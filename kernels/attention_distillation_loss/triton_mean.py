@@ -8,9 +8,9 @@ An average needs all heads at once, and the softmax of each needs its whole row.
 each model; one for the loss, which forms a tile of p and t by walking over the heads, and then delta by walking again;
 in the backward one for dQ and one for dK, each of which forms the tile of t / p and then walks over the heads that
 receive a gradient. Student scores are computed 3 times in the forward and 4 times in the backward, the teacher's 2 and
-2 times; against head by head that is 2.5 and 1.5 times the work. Beside the lse, what goes to memory is delta and, where
-one tile does not span the streamed side, a float32 gradient: both are added to tile by tile, by the one program that
-owns them, so that every run gives the same bits.
+2 times; against head by head that is 2.5 and 1.5 times the work. Beside the lse, what goes to memory is delta and,
+where one tile does not span the streamed side, a float32 gradient: both are added to tile by tile, by the one program
+that owns them, so that every run gives the same bits.
 """
 
 import torch
