@@ -73,13 +73,13 @@ def main():
     args = parser.parse_args()
 
     chosen = [
-        i
+        (i, case)
         for i, (operation, case) in enumerate(all_cases())
         if not args.names or any(name in (operation, case.name) or name in case.name for name in args.names)
     ]
     if not chosen:
         sys.exit(f"No case matches {args.names}. There are: {[case.name for _, case in all_cases()]}")
-    work = [(i, arch) for i in chosen for arch in args.arch or ARCHITECTURES]
+    work = [(i, arch) for i, case in chosen for arch in args.arch or ARCHITECTURES if arch in case.architectures]
     with ProcessPoolExecutor(args.workers) as pool:
         results = list(pool.map(compile_one, *zip(*work)))
     print(f"triton {triton.__version__}")

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
+TENSOR_COLUMNS_LIMIT = 512  # of tensor memory; Triton compiles what needs more to a kernel that does nothing
 SHARED_BYTES_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one thread block, opted in
 
 
@@ -37,6 +38,7 @@ class CompileCase:
     multiples_of_16: integer arguments (strides, mostly) whose value is a multiple of 16 at real shapes; pointers are
                      taken to be. Without it loads are not vectorised and the registers say nothing about real launches.
     dots_on_wgmma:   on sm_90 every `tl.dot` must have become wgmma.
+    architectures:   those on which a launch would choose these constexprs and warps.
     """
 
     name: str
@@ -47,6 +49,7 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 1
     dots_on_wgmma: bool = False
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Resources:
     wgmma: int
     mma: int
     tcgen05: int
+    tensor_columns: int  # of tensor memory, on sm_100
     dots_left: int  # on sm_90: dots that did not become wgmma
 
 
@@ -92,6 +96,8 @@ def problems(case: CompileCase, resources: Resources) -> list[str]:
     found = []
     if resources.shared_bytes > SHARED_BYTES_LIMIT[resources.arch]:
         found.append(f"needs {resources.shared_bytes} bytes of shared memory, which sm_{resources.arch} does not have")
+    if resources.tensor_columns > TENSOR_COLUMNS_LIMIT:
+        found.append(f"needs {resources.tensor_columns} columns of tensor memory; there are {TENSOR_COLUMNS_LIMIT}")
     if resources.arch == 90 and resources.spill_stores + resources.spill_loads:
         found.append(f"spills: {resources.spill_stores} stores, {resources.spill_loads} loads")
     if resources.arch == 90 and case.dots_on_wgmma and (resources.dots_left or not resources.wgmma):
@@ -114,6 +120,7 @@ def _measure(compiled, arch: int) -> Resources:
         instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+\S", sass, re.MULTILINE)),
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         mma=len(re.findall(r"\bmma\.sync", ptx)),
+        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
         tcgen05=len(re.findall(r"tcgen05\.mma", ptx)),
         dots_left=len(re.findall(r"= tt\.dot(_scaled)? ", ttgir)) if arch == 90 else 0,
     )

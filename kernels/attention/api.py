@@ -29,9 +29,9 @@ def attention(
     scale:      positive; head_dim**-0.5 when None.
     return_lse: also return the natural log of the sum of exp(logits), (batch, heads, tokens), float32.
 
-    Returns the output, (batch, tokens, heads, head_dim), contiguous, in the dtype of q. Accumulates in float32. Gradients
-    flow from both outputs, are deterministic, and cannot be differentiated again. Under autocast the inputs are cast,
-    as scaled_dot_product_attention's are. Float32 on a GPU follows torch.set_float32_matmul_precision.
+    Returns the output, (batch, tokens, heads, head_dim), contiguous, in the dtype of q. Accumulates in float32.
+    Gradients flow from both outputs, are deterministic, and cannot be differentiated again. Under autocast the inputs
+    are cast, as scaled_dot_product_attention's are. Float32 on a GPU follows torch.set_float32_matmul_precision.
 
     Raises ValueError for what the kernels cannot take, and says what can be done instead.
     """
@@ -57,7 +57,7 @@ def attention(
 def attention_qkvpacked(
     qkv: Tensor, *, scale: float | None = None, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` straight from the output of the qkv projection: `qkv_linear(x).view(batch, tokens, 3, heads, head_dim)`.
+    """`attention` straight from the qkv projection, `qkv_linear(x).view(batch, tokens, 3, heads, head_dim)`.
 
     qkv: (batch, tokens, 3, heads, head_dim); its gradient comes back in this shape, contiguous. Everything else is as
     in `attention`.

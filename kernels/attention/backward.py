@@ -8,8 +8,9 @@ It must read Q, K, V, O, dO and write dQ, dK, dV once: 16 · tokens · head_dim 
 backward_kv: a program holds K, V and the sums of dK, dV for KV_ROWS keys, and walks over the queries. It works with
 Sᵀ (keys × queries) so that Pᵀ and dSᵀ are in registers where wgmma wants the first operand of dV = Pᵀ dO and
 dK = dSᵀ Q; with dQᵀ = Kᵀ dSᵀ, so that no product has fewer than 64 rows even with 32 queries at a time; and it starts
-the accumulators of Sᵀ and dPᵀ at -lse / scale and -delta, which saves holding these through the products. When
-KV_ROWS covers all keys, each dQ is final at once: no atomics, no second pass, no separate kernel for delta.
+the accumulator of Sᵀ at -lse / scale, which saves holding lse through the product and masks absent keys at no cost.
+When KV_ROWS covers all keys, each dQ is final at once: no atomics, no second pass, no separate kernel for delta, which
+the program first leaves, with lse, in a scratch buffer where its loop finds them in the layout of Sᵀ's columns.
 
 backward_q: beyond that, a first launch computes dQ with one program per block of queries, and leaves delta for
 backward_kv, which then runs with one program per block of keys. Sums are in a fixed order in both.
@@ -144,7 +145,7 @@ def attention_backward(
     q, k, v, grad_out = readable(q), readable(k), readable(v), grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, tokens, heads, head_dim = q.shape
-    columns = padded_columns(head_dim)
+    columns = max(64, padded_columns(head_dim))  # dQᵀ has that many rows, and wgmma needs 64
     config = backward_config(architecture(q), tokens, columns, q.dtype)
     key_blocks, query_blocks = triton.cdiv(tokens, config.kv_rows), triton.cdiv(tokens, config.q_block_m)
     padded = config.kv_rows if key_blocks == 1 else query_blocks * config.q_block_m

@@ -7,7 +7,7 @@ import torch
 from fastdeit.kernels.compile_case import ARCHITECTURES, CompileCase
 
 from .backward import backward_kv_kernel, backward_q_kernel
-from .configs import BackwardConfig, ForwardConfig, backward_config, forward_config, key_tiles
+from .configs import BackwardConfig, ForwardConfig, backward_config, forward_config
 from .forward import forward_kernel
 from .launch import padded_columns
 
@@ -34,13 +34,13 @@ def shape_cases(tokens: int, head_dim: int, dtype: torch.dtype) -> Iterator[Comp
 def forward_case(
     name: str, tokens: int, head_dim: int, dtype: torch.dtype, config: ForwardConfig, architectures=ARCHITECTURES
 ) -> CompileCase:
-    tiles = key_tiles(tokens, config.block_n, config.resident)
+    tiles = config.tiles(tokens)
     constexprs = {
-        "HEAD_DIM": head_dim, "COLS": padded_columns(head_dim), "PRECISION": "ieee", "RESIDENT": config.resident,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "HEAD_DIM": head_dim, "COLS": padded_columns(head_dim), "PRECISION": "ieee",
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "RESIDENT": config.keys == "resident",
         "TILES": tiles, "STARTS": tuple(sum(tiles[:i]) for i in range(len(tiles))),
     }  # fmt: skip
-    if config.resident:
+    if config.keys == "resident":
         constexprs["splits"] = 1
     return _case(name, forward_kernel, constexprs, dtype, architectures, config.num_warps, config.num_stages)
 
@@ -48,9 +48,11 @@ def forward_case(
 def backward_cases(
     name: str, tokens: int, head_dim: int, dtype: torch.dtype, config: BackwardConfig, architectures=ARCHITECTURES
 ) -> Iterator[CompileCase]:
-    shared = {"HEAD_DIM": head_dim, "COLS": padded_columns(head_dim), "PRECISION": "ieee", "grad_lse_ptr": None}
-    kv = {**shared, "KV_ROWS": config.kv_rows, "BLOCK_M": config.kv_block_m, "ONE_LAUNCH": tokens <= config.kv_rows}
-    if tokens <= config.kv_rows:
+    columns = max(64, padded_columns(head_dim))
+    shared = {"HEAD_DIM": head_dim, "COLS": columns, "PRECISION": "ieee", "grad_lse_ptr": None}
+    one_launch = tokens <= config.kv_rows
+    kv = {**shared, "KV_ROWS": config.kv_rows, "BLOCK_M": config.kv_block_m, "ONE_LAUNCH": one_launch}
+    if one_launch:
         kv["splits"] = 1
         yield _case(name, backward_kv_kernel, kv, dtype, architectures, config.kv_warps, config.kv_stages)
         return

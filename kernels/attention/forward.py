@@ -6,9 +6,10 @@ It must read Q, K, V and write O once: 8 · tokens · head_dim bytes per head in
 At 197 tokens and head_dim 64 that, and not the arithmetic, is the floor (1.2 MB per image and layer of ViT-B).
 
 A program computes BLOCK_M rows of O at a time, with the running maximum and sum of FlashAttention (Dao et al. 2022,
-algorithm 1; the output is divided once, at the end). Keys are consumed in tiles: first `BLOCK_N` at a time, then the
-rest in TILES, powers of two chosen so that little is computed for columns that do not exist (198 = 128 + 64 + 6 of 16).
-Only the last tile is masked. RESIDENT programs have all keys in TILES, keep K and V on chip and walk over the rows of Q.
+algorithm 1; the output is divided once, at the end). Keys come in tiles: whole ones of BLOCK_N in a loop, then the rest
+in TILES, powers of two chosen so that little is computed for keys that do not exist (198 = 128 + 64 + 6 of 16); only
+the last tile is masked. RESIDENT programs have all keys in TILES, keep K and V on chip and walk over the rows of Q.
+Without TILES the loop takes all keys and masks each tile.
 
 The number of tokens is an ordinary integer: lengths that share TILES share one compiled kernel.
 """
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import forward_config, key_tiles
+from .configs import forward_config
 from .launch import architecture, dot_precision, padded_columns, readable
 from .tiles import LN_2, LOG2_E, load_rows, store_rows
 
@@ -55,14 +56,17 @@ def forward_kernel(
     out_ptr += (b * tokens * heads + h) * HEAD_DIM
     lse_ptr += item.to(tl.int64) * tokens
     scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
+    MASKED_LOOP: tl.constexpr = len(TILES) == 0
+    LAST: tl.constexpr = len(TILES) - 1
 
     if RESIDENT:
         K = ()
         V = ()
         for i in tl.static_range(len(TILES)):
             cols = STARTS[i] + tl.arange(0, TILES[i])
-            K = K + (load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, i == len(TILES) - 1),)
-            V = V + (load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, i == len(TILES) - 1),)
+            # Triton's tuples grow by addition only.
+            K = K + (load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
+            V = V + (load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
 
     for start in range(split * BLOCK_M, tokens, splits * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -72,13 +76,13 @@ def forward_kernel(
         acc = tl.zeros((BLOCK_M, COLS), tl.float32)
         streamed = 0
         if not RESIDENT:
-            streamed = (tokens - 1) // BLOCK_N * BLOCK_N
+            streamed = tokens if MASKED_LOOP else (tokens - 1) // BLOCK_N * BLOCK_N
             for key in range(0, streamed, BLOCK_N):
                 cols = key + tl.arange(0, BLOCK_N)
-                k = load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, False)
-                v = load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, False)
+                k = load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, MASKED_LOOP)
+                v = load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, MASKED_LOOP)
                 row_max, row_sum, acc = attend(
-                    q, k, v, row_max, row_sum, acc, scale_log2, cols, tokens, False, PRECISION
+                    q, k, v, row_max, row_sum, acc, scale_log2, cols, tokens, MASKED_LOOP, PRECISION
                 )
         for i in tl.static_range(len(TILES)):
             cols = streamed + STARTS[i] + tl.arange(0, TILES[i])
@@ -86,10 +90,10 @@ def forward_kernel(
                 k = K[i]
                 v = V[i]
             else:
-                k = load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, i == len(TILES) - 1)
-                v = load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, i == len(TILES) - 1)
+                k = load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, i == LAST)
+                v = load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, i == LAST)
             row_max, row_sum, acc = attend(
-                q, k, v, row_max, row_sum, acc, scale_log2, cols, tokens, i == len(TILES) - 1, PRECISION
+                q, k, v, row_max, row_sum, acc, scale_log2, cols, tokens, i == LAST, PRECISION
             )
         store_rows(out_ptr, rows, heads * HEAD_DIM, acc / row_sum[:, None], tokens, HEAD_DIM, COLS)
         lse = (row_max * scale_log2 + tl.log2(row_sum)) * LN_2
@@ -103,13 +107,13 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     batch, tokens, heads, head_dim = q.shape
     columns = padded_columns(head_dim)
     config = forward_config(architecture(q), tokens, columns, q.dtype)
-    tiles = key_tiles(tokens, config.block_n, config.resident)
+    tiles = config.tiles(tokens)
     splits = config.splits(tokens, batch * heads)
     with torch.cuda.device_of(q):
         forward_kernel[(batch * heads * splits,)](
             q, k, v, out, lse, scale, heads, tokens, splits,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             HEAD_DIM=head_dim, COLS=columns, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            TILES=tiles, STARTS=tuple(sum(tiles[:i]) for i in range(len(tiles))), RESIDENT=config.resident,
+            TILES=tiles, STARTS=tuple(sum(tiles[:i]) for i in range(len(tiles))), RESIDENT=config.keys == "resident",
             PRECISION=dot_precision(q), num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -28,7 +28,7 @@ def padded_columns(head_dim: int) -> int:
 
 
 def readable(x_BNHD: Tensor) -> Tensor:
-    """x itself where the kernels can read it in place: contiguous head_dim, and one batch entry within 2**31 elements."""
+    """x if the kernels can read it in place (contiguous head_dim, a batch entry within 2**31 elements), else a copy."""
     _, tokens, heads, head_dim = x_BNHD.shape
     _, stride_n, stride_h, stride_d = x_BNHD.stride()
     reach = (tokens + 256) * stride_n + heads * stride_h + head_dim

@@ -7,15 +7,13 @@ from fastdeit.kernels.backend import INTERPRETED
 if INTERPRETED:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from fastdeit.kernels.compile_case import ARCHITECTURES, all_cases, compile_case, problems
+from fastdeit.kernels.compile_case import all_cases, compile_case, problems
 
-CASES = list(all_cases())
+CASES = [(case, arch) for _, case in all_cases() for arch in case.architectures]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name.replace(" ", "_") for _, case in CASES])
-def test_compiles(index, arch):
-    _, case = CASES[index]
+@pytest.mark.parametrize("case, arch", CASES, ids=[f"{case.name} sm_{arch}".replace(" ", "_") for case, arch in CASES])
+def test_compiles(case, arch):
     resources = compile_case(case, arch)
     assert not problems(case, resources)
     assert resources.registers <= 255 and resources.instructions > 0

@@ -1,0 +1,121 @@
+"""attention on the CPU path: meaning, registration with PyTorch, and what it refuses."""
+
+import pytest
+import torch
+from attention_oracle import check, definition
+
+from fastdeit.kernels import attention, attention_qkvpacked
+from fastdeit.kernels.backend import INTERPRETED
+
+# These are about the plain PyTorch path; the interpreter replaces it.
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the CPU path is not taken under TRITON_INTERPRET=1")
+
+
+def make(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens, head_dim", [(1, 32), (17, 80), (198, 64)])
+def test_matches_float64(tokens, head_dim, dtype):
+    q, k, v = (make(3, tokens, 2, head_dim, dtype=dtype, seed=i) for i in range(3))
+    check(lambda *x: attention(*x, scale=0.2, return_lse=True), q, k, v, 0.2)
+
+
+def test_packed_is_the_same_function():
+    qkv = make(2, 19, 3, 2, 64).requires_grad_()
+    out, lse = attention_qkvpacked(qkv, return_lse=True)
+    expected_out, expected_lse = attention(*qkv.unbind(2), return_lse=True)
+    assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse)
+    (grad,) = torch.autograd.grad(out.sin().sum(), qkv)
+    (expected,) = torch.autograd.grad(expected_out.sin().sum(), qkv)
+    assert grad.shape == qkv.shape and grad.is_contiguous()
+    torch.testing.assert_close(grad, expected)
+
+
+def test_default_scale():
+    q, k, v = (make(1, 7, 1, 64, seed=i) for i in range(3))
+    torch.testing.assert_close(attention(q, k, v), definition(q, k, v, 0.125)[0])
+
+
+def test_gradcheck():
+    q, k, v = (make(2, 5, 2, 32, dtype=torch.float64, seed=i).requires_grad_() for i in range(3))
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, scale=0.3, return_lse=True), (q, k, v))
+    qkv = make(1, 4, 3, 1, 32, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: attention_qkvpacked(x, return_lse=True), (qkv,))
+
+
+def test_gradient_of_lse_alone():
+    q, k, v = (make(1, 6, 1, 32, dtype=torch.float64, seed=i).requires_grad_() for i in range(3))
+    grads = torch.autograd.grad(attention(q, k, v, return_lse=True)[1].sum(), (q, k, v))
+    expected = torch.autograd.grad(definition(q, k, v, 32**-0.5)[1].sum(), (q, k), allow_unused=True)
+    torch.testing.assert_close(grads[:2], expected)
+    assert not grads[2].any()
+
+
+def test_opcheck():
+    q, k, v = (make(2, 5, 2, 32, seed=i).requires_grad_() for i in range(3))
+    qkv = make(2, 5, 3, 2, 32).requires_grad_()
+    out, lse = (x.detach() for x in attention(q, k, v, return_lse=True))
+    q_, k_, v_ = (x.detach() for x in (q, k, v))
+    ops = torch.ops.fastdeit
+    torch.library.opcheck(ops.attention, (q, k, v, 0.3))
+    torch.library.opcheck(ops.attention_qkvpacked, (qkv, 0.3))
+    torch.library.opcheck(ops.attention_backward, (out, q_, k_, v_, out, lse, 0.3, lse))
+    torch.library.opcheck(ops.attention_qkvpacked_backward, (out, qkv.detach(), out, lse, 0.3, None))
+
+
+def test_compiles_without_a_graph_break():
+    projection = torch.nn.Linear(64, 192)
+
+    def model(x):
+        return attention_qkvpacked(projection(x).view(2, 9, 3, 2, 32)).flatten(2).square().mean()
+
+    x = make(2, 9, 64)
+    expected = torch.autograd.grad(model(x), projection.parameters())
+    grads = torch.autograd.grad(torch.compile(model, fullgraph=True)(x), projection.parameters())
+    torch.testing.assert_close(grads, expected)
+
+
+def test_autocast_casts_mixed_inputs():
+    q, k = make(1, 5, 1, 32), make(1, 5, 1, 32, seed=1)  # as a q_norm in float32 leaves them
+    v = make(1, 5, 1, 32, dtype=torch.bfloat16, seed=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(q, k, v).dtype == torch.bfloat16
+
+
+def test_second_derivative_is_refused():
+    qkv = make(1, 3, 3, 1, 32).requires_grad_()
+    (grad,) = torch.autograd.grad(attention_qkvpacked(qkv).sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ([make(5, 1, 32)] * 3, "batch, tokens, heads, head_dim"),
+        ([make(1, 5, 1, 32), make(1, 6, 1, 32), make(1, 5, 1, 32)], "cross attention"),
+        ([make(1, 5, 1, 32), make(1, 5, 1, 32), make(1, 5, 1, 32, dtype=torch.float16)], "share dtype and device"),
+        ([make(1, 5, 1, 32), make(1, 5, 1, 32).to("meta"), make(1, 5, 1, 32)], "share dtype and device"),
+        ([make(1, 5, 1, 48)] * 3, "head_dim 32, 64, 80, 96, 128, not 48"),
+        ([make(1, 4097, 1, 32)] * 3, "1 to 4096 tokens"),
+        ([make(1, 0, 1, 32)] * 3, "1 to 4096 tokens"),
+        ([make(1, 5, 1, 32).int()] * 3, "not torch.int32"),
+    ],
+)
+def test_refuses(tensors, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*tensors)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 96), (1, 5, 2, 1, 32), (1, 3, 5, 1, 32)])
+def test_refuses_packed(shape):
+    with pytest.raises(ValueError, match=r"qkv must be \(batch, tokens, 3, heads, head_dim\)"):
+        attention_qkvpacked(make(*shape))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_refuses_scale(scale):
+    with pytest.raises(ValueError, match="positive and finite"):
+        attention_qkvpacked(make(1, 5, 3, 1, 32), scale=scale)
