@@ -28,8 +28,7 @@ HERE = Path(__file__).resolve()
 # Those that are there are run, in this order, each with its limit in minutes.
 BENCHMARKS = {
     "attention.py": 4.0,
-    "distillation_loss.py": 1.5,
-    "attention_distillation_loss.py": 1.5,
+    "losses.py": 2.0,
     "pointwise.py": 2.0,
 }
 SANITIZER_TOOLS = ("memcheck", "racecheck")

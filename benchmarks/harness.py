@@ -109,7 +109,7 @@ def _capture(call: Callable[[], object]) -> Callable[[], None] | None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):  # a backward pass runs where its forward ran: in the warm-up
             call()
     except Exception as error:
         print(f"not captured, called as it is: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -124,15 +124,22 @@ class Table:
     COLUMNS = ("operation", "case", "contender", "us", "us_p10", "us_p90", "floor_us", "times_ours", "graph")
 
     def __init__(self, name: str, device: str, record: bool = True):
-        self.name, self.device, self.rows = name, device, []
+        self.name, self.device, self.rows, self.missing = name, device, [], []
         self.folder = RECORDS / device_name(device) if record else None
 
     def add(
-        self, operation: str, case: str, timings: dict[str, Timing], floor_bytes: float = 0, floor_us: float = 0
+        self,
+        operation: str,
+        case: str,
+        timings: dict[str, Timing],
+        floor_bytes: float = 0,
+        floor_us: float = 0,
+        missing: dict[str, str] | None = None,
     ) -> None:
         """Prints and keeps one comparison, whose first contender is ours.
 
-        The floor is floor_us, or floor_bytes (what must move) over the bandwidth of a known device.
+        The floor is floor_us, or floor_bytes (what must move) over the bandwidth of a known device. missing: contenders
+        that could not be measured, with the reason.
         """
         if floor_bytes and bandwidth(self.device):
             floor_us = max(floor_us, 1e6 * floor_bytes / bandwidth(self.device))
@@ -148,6 +155,9 @@ class Table:
                 f"    {contender + star:24s} {t.median:10.1f} us   [{t.low:.1f}, {t.high:.1f}]   {ratio} x ours",
                 flush=True,
             )
+        for contender, reason in (missing or {}).items():
+            print(f"    {contender:24s}        n/a ({reason})", flush=True)
+            self.missing.append(f"{operation}, {case}, {contender}: {reason}")
 
     def write(self) -> None:
         """Writes the record, if there is to be one. Call it after every case: that much is kept when time runs out."""
@@ -159,7 +169,8 @@ class Table:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(self.COLUMNS)
             writer.writerows(self.rows)
-        path.with_suffix(".json").write_text(json.dumps(surroundings(self.device), indent=1) + "\n")
+        described = surroundings(self.device) | ({"not measured": self.missing} if self.missing else {})
+        path.with_suffix(".json").write_text(json.dumps(described, indent=1) + "\n")
         self._draw(path.with_suffix(".png"))
 
     def _draw(self, path: Path) -> None:
