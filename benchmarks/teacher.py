@@ -1,4 +1,4 @@
-"""Claim: folding makes the teacher cheaper, on a GPU half precision and compilation too; stored answers make it free.
+"""Claim: stored answers make the teacher free; a live one is cheaper folded, on a GPU also in fp16 and compiled.
 
 python benchmarks/teacher.py [--student deit_tiny_distilled_patch16_224] [--teacher regnety_016] [--batch-size 8]
 

@@ -28,10 +28,12 @@ def fold_batchnorm(model: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
     """
     folded = copy.deepcopy(model)
     pairs = _pairs(folded, images)
+    if not pairs:
+        return model, 0
     for conv, norm in pairs:
         _fold(folded, conv, norm)
     expected, answers = model(images), folded(images)
-    if not pairs or not (answers - expected).norm() <= TOLERANCE * expected.norm():
+    if not (answers - expected).norm() <= TOLERANCE * expected.norm():
         return model, 0
     return folded, len(pairs)
 

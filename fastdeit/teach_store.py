@@ -112,7 +112,13 @@ def _write(folder: Path, header: dict, pieces: Iterable[tuple[Piece, dict]], cou
     writer = Writer(folder, header, place.rank, place.world_size)
     images, begun, said = 0, time.monotonic(), time.monotonic()
     for number, (piece, rows) in enumerate(pieces, 1):
-        writer.write(piece, rows)
+        try:
+            writer.write(piece, rows)
+        except OSError as error:
+            raise UserError(
+                f"the store {folder} cannot be written to ({error.strerror}): make room, and give the same command "
+                "again; what is written is kept"
+            ) from error
         images += rows["indices"].size * place.world_size
         now = time.monotonic()
         if now - said > SAY_EVERY:

@@ -4,8 +4,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,17 @@ from fastdeit.command import UserError
 from fastdeit.config import parse
 from fastdeit.distributed import join
 from fastdeit.kernels import distillation_loss
-from fastdeit.teacher_store import Store, Writer
+from fastdeit.teacher_store import Store
 
 from .conftest import SMALL, write_folder
+from .processes import context, start_ranks
+from .runs import assert_same
 
 # Everything random is on, so that the order, the pixels, the mixing and the erasing must all come out alike. 48 images
 # in global batches of 8 are 6 steps an epoch, of which a third of the images is seen.
 RECIPE = [
     *SMALL, *"--batch-size 8 --aa rand-m9-mstd0.5-inc1 --reprob 0.5 --mixup 0.8 --cutmix 1.0 --repeated-aug".split(),
-    *"--hflip 0.5 --scale 0.3 1.0 --distillation-type hard --drop-path 0.1".split(),
+    *"--hflip 0.5 --scale 0.3 1.0 --distillation-type hard --drop-path 0.1 --device cpu".split(),
 ]  # fmt: skip
 
 
@@ -148,17 +149,36 @@ def test_a_batch_in_parts_keeps_its_answers(flags, stored):
 # Several processes, and kills
 
 
-def command(*arguments, processes=1, **environment):
-    launcher = (
-        ["-m"]
-        if processes == 1
-        else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    )
-    return subprocess.Popen(
-        [sys.executable, *launcher, "fastdeit.teach", *map(str, arguments)], stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        start_new_session=True,
-    )  # fmt: skip
+def storing(arguments, environment, kill_after):
+    """`teach store`, in a process of its own. It stops dead, as by kill -9 or a power cut, in the middle of the write
+    `kill_after` (counted from 0) of rows."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    pwrite, written = os.pwrite, []
+
+    def pwrite_and_die(file, content, offset):
+        written.append(offset)
+        if len(written) > kill_after:
+            pwrite(file, content[: len(content) // 2], offset)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pwrite(file, content, offset)
+
+    if kill_after is not None:
+        teacher_store.STEPS_AT_ONCE = 2
+        os.pwrite = pwrite_and_die
+    teach_store.store(list(map(str, arguments)))
+
+
+def start_storing(*arguments, kill_after=None, **environment):
+    environment = {name: str(value) for name, value in environment.items()}
+    process = context.Process(target=storing, args=(arguments, environment, kill_after))
+    process.start()
+    return process
+
+
+def ended(process):
+    process.join(120)
+    return process.exitcode
 
 
 def arrays(folder):
@@ -172,44 +192,39 @@ def same(folder, other):
 
 
 def test_two_processes_write_the_same_store(flags, stored, tmp_path):
-    process = command("store", *flags, "--batch-size", 4, "--views", 4, "--output", tmp_path / "store", processes=2)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    arguments = [*flags, "--batch-size", 4, "--views", 4, "--output", tmp_path / "store"]
+    ranks = [
+        start_storing(*arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for port in [free_port()]
+        for rank in (0, 1)
+    ]
+    assert [ended(rank) for rank in ranks] == [0, 0]
     same(tmp_path / "store", stored)
     assert len(list((tmp_path / "store" / "written").iterdir())) == 2
     assert not Store(tmp_path / "store").damaged()
 
 
-# Stops dead, as by kill -9 or a power cut, at the N-th time that rows are to be written or noted.
-KILLED = """
-import os, signal, sys
-from fastdeit import teach_store, teacher_store
-left = int(os.environ["KILL_AFTER"])
-real = os.pwrite
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
-def pwrite(file, content, offset):
-    global left
-    left -= 1
-    if left < 0:
-        real(file, content[: len(content) // 2], offset)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(file, content, offset)
 
-teacher_store.STEPS_AT_ONCE = 2
-os.pwrite = pwrite
-teach_store.store(sys.argv[1:])
-"""
+def test_two_processes_learn_from_it_as_from_the_live_teacher(flags, stored, tmp_path):
+    arguments = [*flags, "--batch-size", "4", "--epochs", "4"]
+    teachers = {"live": arguments, "stored": [*without(arguments, "--teacher-path"), "--teacher-store", str(stored)]}
+    for name, given in teachers.items():
+        (tmp_path / f"logs {name}").mkdir()
+        ranks = start_ranks(2, *given, "--output-dir", tmp_path / name, logs=tmp_path / f"logs {name}")
+        assert [rank.wait(120) for rank in ranks] == [0, 0], ranks[0].text
+    assert_same(tmp_path / "live", tmp_path / "stored")
 
 
 def test_a_killed_run_goes_on_where_it_stopped(flags, stored, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "store"
     arguments = [*flags, "--views", "4", "--output", str(folder)]
     for kill_after in (9, 6):
-        process = subprocess.run(
-            [sys.executable, "-c", KILLED, *arguments], env={**os.environ, "KILL_AFTER": str(kill_after)},
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert process.returncode == -signal.SIGKILL, process.stderr
+        assert ended(start_storing(*arguments, kill_after=kill_after)) == -signal.SIGKILL
         with pytest.raises(UserError, match="not complete"):
             Store(folder)
     monkeypatch.setattr(teacher_store, "STEPS_AT_ONCE", 2)
@@ -380,10 +395,9 @@ def test_a_full_disk_says_so_and_loses_nothing(stored, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    writer = Writer(folder, header, 0, 1)
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="No space left"):
-        writer.write((0, 0, 6), rows)
+    with pytest.raises(UserError, match=r"cannot be written to \(No space left"), join("cpu") as place:
+        teach_store._write(folder, header, [((0, 0, 6), rows)], 1, place)
     same(folder, stored)
 
 
