@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ class Place:
     rank: int = 0
     world_size: int = 1
     stop: Stop = field(default_factory=Stop)  # what signals have told this process
+    at_end: ExitStack = field(default_factory=ExitStack)  # what is closed when the process leaves
 
     @property
     def is_main(self) -> bool:
@@ -74,12 +75,12 @@ def pick_device(name: str | None) -> torch.device:
 def join(device_name: str | None):
     """This process's `Place`, listening for signals. Under torchrun (WORLD_SIZE is set) it joins the others."""
     device = pick_device(device_name)
-    with Stop() as stop:
+    with Stop() as stop, ExitStack() as at_end:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            yield Place(device, stop=stop)
+            yield Place(device, stop=stop, at_end=at_end)
             return
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        place = Place(device, dist.get_rank(), dist.get_world_size(), stop)
+        place = Place(device, dist.get_rank(), dist.get_world_size(), stop, at_end)
         try:
             yield place
         except Exception as error:

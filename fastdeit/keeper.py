@@ -47,7 +47,6 @@ class Keeper:
         return torch.tensor(wishes, device=self.place.device) if any(wishes) else self.silence
 
     def after_step(self) -> None:
-        self.place.stop.unsaved = True
         self.later.put(torch.cat([self.sent[-len(self.silence) :], self.trainer.guard.count.float().view(1)]))
 
     def look(self, *, everything: bool = False) -> bool:
@@ -97,8 +96,13 @@ class Keeper:
             self.saver.save(trainer.tensors(), trainer.description(), step=step, keep=self._is_kept(step))
             self.saved_step = trainer.steps_done
         self.saved_at = time.monotonic()
-        self.place.stop.unsaved = False
-        if self.signal is not None or self.place.stop.received is not None:
+        if self.signal is not None:
+            self._leave()
+
+    def poll(self, polled: bool) -> None:
+        """Whether from now on a signal waits until `look` reads of it, or ends the process at once (all is saved)."""
+        self.place.stop.polled = polled
+        if not polled and self.place.stop.received is not None:
             self._leave()
 
     def _is_kept(self, step: int) -> bool:
@@ -131,6 +135,6 @@ class Keeper:
 
     def __exit__(self, kind, *_) -> None:
         self.saver.wait()
-        self.place.stop.before_exit, self.place.stop.unsaved = None, False
+        self.place.stop.before_exit, self.place.stop.polled = None, False
         if kind is None:
             self.saver.close()

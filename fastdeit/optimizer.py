@@ -2,9 +2,9 @@
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .command import UserError
+from .parallel import is_sharded
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -33,6 +33,6 @@ def build_optimizer(
 
         return Lamb(groups, lr=lr, betas=betas, eps=eps)
     if name == "sgd":
-        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        sharded = is_sharded(groups[0]["params"][0])
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=not sharded)
     raise UserError(f"--opt {name}: choose adamw, lamb or sgd")

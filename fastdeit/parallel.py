@@ -8,11 +8,11 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .command import UserError
 from .distributed import Place
+from .student import heads
 
 
 def compile_model(model: nn.Module, place: Place) -> None:
@@ -58,12 +58,35 @@ def without_exchange(forward: nn.Module, last: bool):
     return nullcontext()
 
 
+def answers(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """student.heads, also of a sharded model, which must not make the memory it gathers in in inference mode: training
+    steps use it too."""
+    if not is_sharded(next(model.parameters())):
+        return heads(model, images)
+    with torch.inference_mode(False), torch.no_grad():
+        return heads(model, images)
+
+
 def _blocks(model: nn.Module) -> list[nn.Module]:
     return list(model.blocks) if hasattr(model, "blocks") else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whole tensors into what a process holds of them
+# Whole tensors and what a process holds of them. Sharded ones are DTensors, which are known here by their methods:
+# importing their class takes a second, and few runs meet one.
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Gathered from all processes, which must all call."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def own_share(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
@@ -77,7 +100,7 @@ def load_weights(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """The state of an optimizer from its state_dict of whole tensors."""
+    """The state of an optimizer from its state_dict of whole tensors; how it computes is this run's choice."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         i: {
@@ -86,10 +109,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         }
         for i, values in saved["state"].items()
     }
-    optimizer.load_state_dict({**saved, "state": state})
+    implementations = [
+        {key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups
+    ]
+    groups = [{**group, **own} for group, own in zip(saved["param_groups"], implementations)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _share(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if isinstance(like, DTensor):
+    if is_sharded(like):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return torch.empty_like(like, dtype=whole.dtype).copy_(whole)  # with the strides of `like`: channels_last stays

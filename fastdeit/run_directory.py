@@ -14,20 +14,18 @@ import fcntl
 import json
 import time
 from pathlib import Path
+from typing import IO
 
 from . import durable, resume
 from .command import UserError
 from .config import Config
+from .distributed import Place
 
-_held = []  # open files with the locks of this process
 
-
-def open_folder(config: Config) -> Path:
-    """The run's folder, locked for this process: the one --resume means, else a new one."""
-    folder = to_resume(config)
-    if folder is None:
-        return claim(config)
-    _lock(folder)
+def open_folder(config: Config, place: Place) -> Path:
+    """The run's folder, locked until this process leaves: the one --resume means, else a new one."""
+    folder = to_resume(config) or claim(config)
+    place.at_end.enter_context(_lock(folder))
     return folder
 
 
@@ -65,7 +63,6 @@ def claim(config: Config) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", config.to_dict())
-    _lock(folder)
     return folder
 
 
@@ -73,9 +70,9 @@ def write_json(path: Path, content) -> None:
     durable.replace_json(path, content)
 
 
-def _lock(folder: Path) -> None:
+def _lock(folder: Path) -> IO:
     """Keep a second process from writing into the same run: a job that was queued again while the first still lives.
-    The lock ends with the process, however it ends."""
+    The lock lasts until the file is closed, which the end of the process does, however it ends."""
     file = (folder / ".lock").open("w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +80,7 @@ def _lock(folder: Path) -> None:
         raise UserError(f"another process is at work on the run in {folder}; wait for it, or end it") from None
     except OSError:
         pass  # a file system without locks
-    _held.append(file)
+    return file
 
 
 def _fresh(parent: Path, name: str) -> Path:

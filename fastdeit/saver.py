@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from . import checkpoint
 from .command import UserError
+from .parallel import whole
 
 
 class Snapshot:
@@ -44,9 +44,7 @@ class Snapshot:
             return type(tree)(self._copy(value, (*path, i), here) for i, value in enumerate(tree))
         if not isinstance(tree, torch.Tensor):
             return tree
-        tensor = tree.detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
+        tensor = whole(tree.detach())
         return self._to_memory(tensor, path) if here else None
 
     def _to_memory(self, tensor: torch.Tensor, path: tuple) -> torch.Tensor:

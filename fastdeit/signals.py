@@ -4,10 +4,10 @@ A Python handler runs only when the main thread comes back to the interpreter, w
 GPU, for other processes or for a compiler. So a thread of its own listens: the interpreter's C code writes every
 signal's number to a pipe (signal.set_wakeup_fd) the moment it arrives.
 
-- While steps have been made that no checkpoint holds (`unsaved`), the first signal is only noted: the trainer looks at
-  `received` after each step, saves and leaves.
-- At any other time (indexing, compiling the first step, evaluation, pictures) the process ends then and there, having
-  waited for a checkpoint that is being written.
+- While steps are made (`polled`), the first signal is only noted: the trainer looks at `received` after each step,
+  saves and leaves.
+- At any other time (indexing, compiling the first step, evaluation, pictures) nothing would be lost, and the process
+  ends then and there, having waited for a checkpoint that is being written.
 - A second signal ends it at once. What comes within a second of the first counts as the same: Ctrl-C, torchrun and
   SLURM may each pass it on.
 
@@ -33,7 +33,7 @@ class Stop:
     def __init__(self):
         self.received: int | None = None
         self.before_exit: Callable[[], None] | None = None  # waits for what is being written
-        self.unsaved = False
+        self.polled = False
         self._former: dict = {}
 
     def __enter__(self) -> "Stop":
@@ -64,7 +64,7 @@ class Stop:
             if self.received is None:
                 self.received, first = number, time.monotonic()
                 name = signal.Signals(number).name
-                if self.unsaved:
+                if self.polled:
                     _say(f"{name}: finishing this step, then saving; a second one ends at once")
                 else:
                     _say(f"{name}: ending")

@@ -7,7 +7,6 @@ torchrun --nproc-per-node 8 -m fastdeit.train --data-path DIR
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 
 from .accumulation import split
@@ -30,6 +29,8 @@ def train(config, place) -> dict:
     """One run, from settings to the closing table. Returns the table: top-1 as fractions, see tables.NAMES."""
     from . import pictures, resume, run_directory, stored_teacher, tables
     from .data import loaders, open_images
+    from .digits import with_digits
+    from .dry_run import dry_run
     from .student import build_student, mean_std
     from .teacher import load_teacher
     from .teacher_store import Store
@@ -54,7 +55,7 @@ def train(config, place) -> dict:
 
     folder = saved = None
     if not config.run.dry_run:
-        folder = place.broadcast(run_directory.open_folder(config) if place.is_main else None)
+        folder = place.broadcast(run_directory.open_folder(config, place) if place.is_main else None)
         saved = resume.start(folder, place)
     own_folder = folder if place.is_main else None
     both_loaders = loaders(config, indices, place, own_folder)
@@ -122,75 +123,14 @@ def train_undistilled(config, place, indices, folder: Path) -> float:
     return max(head["top1"] for head in trainer.fit()["model"].values())
 
 
-def with_digits(config, place):
-    """The settings of a run without --data-path: the digits as data, and a teacher fitted on them where one is asked for."""
-    from . import recipes
-    from .digits import digits_folder
-
-    if config.data.data_path is not None:
-        return config
-    config = type(config).from_dict(config.to_dict())
-    config.data.data_path = place.broadcast(digits_folder() if place.is_main else None)
-    asked = config.distillation
-    if asked.distillation_type == "none" or asked.teacher_path is not None or asked.teacher_store is not None:
-        return config
-    settings = recipes.load("teacher_digits")
-    settings.model.model = config.distillation.teacher_model
-    settings.data.data_path, settings.data.input_size = config.data.data_path, config.data.input_size
-    settings.run.device, settings.run.tracker = config.run.device, config.run.tracker
-    target = Path("runs") / f"digits-teacher-{settings.model.model}-{settings.data.input_size}px"
-    if not place.broadcast(target.is_dir()):
-        # Fitted under another name, so that a folder of this name is always a finished fit.
-        settings.run.output_dir = target.with_name(target.name + ".unfinished")
-        if place.is_main:
-            shutil.rmtree(settings.run.output_dir, ignore_errors=True)
-            print(f"fitting the teacher {settings.model.model} on the digits, kept in {target} for the next run")
-        train(settings, place)
-        if place.is_main:
-            settings.run.output_dir.rename(target)
-        place.barrier()
-    config.distillation.teacher_path = str(target)
-    return config
-
-
-def dry_run(trainer) -> dict:
-    """Two steps on the first batch, then memory and shapes on the terminal; nothing is written."""
-    import resource
-    import time
-
-    import torch
-
-    trainer.model.train()
-    trainer.train_loader.set_epoch(0)
-    batch = next(iter(trainer.train_loader))
-    losses, seconds = [], []
-    for _ in range(2):
-        start = time.perf_counter()
-        losses.append(trainer.step(batch).tolist()[0])
-        seconds.append(time.perf_counter() - start)
-    on_cuda = trainer.place.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    say = trainer.log.say
-    say(f"device            {trainer.place.device}, {trainer.place.world_size} process(es), {trainer.precision}")
-    say(f"student           {sum(p.numel() for p in trainer.model.parameters()):,} parameters")
-    say(
-        f"first batch       images {tuple(batch.images.shape)} {batch.images.dtype}, labels {tuple(batch.labels.shape)}"
-    )
-    say(f"student's input   {tuple(trainer.prepare(batch).shape)} {trainer.precision}")
-    say(f"two steps         loss {losses[0]:.4f}, {losses[1]:.4f}; {seconds[0]:.2f} s, {seconds[1]:.2f} s")
-    say(f"peak memory       {peak / 2**20:,.0f} MiB {'on the device' if on_cuda else 'of the process'}")
-    trainer.log.close()
-    return {}
-
-
 def _sizes(trainer, indices) -> str:
     training, validation = indices
     config = trainer.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return (
-        f"{config.model.model}: {parameters / 1e6:.2f} M parameters, {len(training):,} training and {len(validation):,} "
-        f"validation images of {len(training.classes)} classes, {trainer.total_steps:,} steps of {trainer.global_batch} "
-        f"images, {trainer.place.device}"
+        f"{config.model.model}: {parameters / 1e6:.2f} M parameters, {len(training):,} training and "
+        f"{len(validation):,} validation images of {len(training.classes)} classes, {trainer.total_steps:,} steps of "
+        f"{trainer.global_batch} images, {trainer.place.device}"
     )
 
 

@@ -26,7 +26,7 @@ from .objective import Objective
 from .optimizer import build_optimizer
 from .preparation import precision_of, prepare
 from .schedule import learning_rate, scaled_peak
-from .student import heads, mean_std
+from .student import mean_std
 from .timer import PhaseTimer
 from .trackers import open_tracker
 from .update import Update
@@ -78,7 +78,7 @@ class Trainer:
         tracker = open_tracker(config.run.tracker, folder, config.to_dict()) if folder else None
         self.log = Log(folder, total_steps=self.total_steps, title=title, quiet=not place.is_main, tracker=tracker)
         self.keeper = Keeper(self)
-        self.frozen = False
+        self.warm = False  # compiled, by its first step in this process
 
         # Where the run stands; with weights, moving average, optimizer and scaler all that a checkpoint holds.
         self.steps_done = self.epochs_evaluated = 0
@@ -166,6 +166,7 @@ class Trainer:
                 for epoch in range(self.epochs_evaluated, self.config.optimization.epochs):
                     figures = self.train_epoch(epoch)
                     self.keeper.save()  # before the evaluation, so that a signal may end that at once
+                    self.keeper.poll(False)
                     since = time.perf_counter()
                     self.accuracies = self.evaluate()
                     self.epochs_evaluated = epoch + 1
@@ -193,6 +194,7 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict:
         """One pass over the training images, from where the run stands in it. Returns the last figures logged."""
         self.model.train()
+        self.keeper.poll(self.warm)
         self.train_loader.set_epoch(epoch)
         self.train_loader.load_state_dict({"position": self.steps_done - epoch * self.steps_per_epoch})
         figures, waited, since = {}, 0.0, time.perf_counter()
@@ -206,8 +208,9 @@ class Trainer:
                 self.timer.stop()
                 break
             self.step(batch)
-            if not self.frozen:
-                self.frozen = True
+            if not self.warm:
+                self.warm = True
+                self.keeper.poll(True)
                 gc.collect()
                 gc.freeze()  # what exists now stays: later collections need not look at it again
             is_logged = self.steps_done % LOG_STEPS == 0 or self.steps_done == (epoch + 1) * self.steps_per_epoch
@@ -239,7 +242,7 @@ class Trainer:
         result = {}
         for name, model in sources.items():
             model.eval()
-            result[name] = self.accuracy_of(lambda images, model=model: heads(model, images))
+            result[name] = self.accuracy_of(lambda images, model=model: parallel.answers(model, images))
             model.train()
         return result
 

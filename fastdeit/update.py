@@ -2,10 +2,10 @@
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .config import Config
 from .nonfinite import Guard
+from .parallel import own_share, whole
 
 
 class Update:
@@ -52,17 +52,13 @@ class Update:
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return whole(norm)
 
     def _average(self, weight: torch.Tensor) -> None:
         """ema += weight * (model - ema). Not torch._foreach_lerp_, whose weight is a number of the host's."""
-        averages = [_local(parameter) for parameter in self.ema.parameters()]
-        difference = torch._foreach_sub([_local(parameter) for parameter in self.model.parameters()], averages)
+        averages = [own_share(parameter) for parameter in self.ema.parameters()]
+        difference = torch._foreach_sub([own_share(parameter) for parameter in self.model.parameters()], averages)
         torch._foreach_mul_(difference, weight)
         torch._foreach_add_(averages, difference)
         for average, buffer in zip(self.ema.buffers(), self.model.buffers()):
             average.copy_(buffer)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -20,7 +20,7 @@ from fastdeit.trainer import Trainer
 from . import runs
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["fastdeit.train", __name__])
+context.set_forkserver_preload(["fastdeit.train", "torch.distributed.fsdp", __name__])
 
 
 class Child:

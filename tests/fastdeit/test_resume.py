@@ -193,6 +193,7 @@ def test_a_run_another_process_works_on(stopped):
 
 
 def hold_lock(folder, ready, done):
-    run_directory._lock(folder)
+    lock = run_directory._lock(folder)
     ready.wait()
     done.wait(20)
+    lock.close()

@@ -1,0 +1,14 @@
+"""A run under torchrun whose rank 1 is killed in step 3 of the first attempt (for test_distributed.py)."""
+
+import os
+import sys
+
+from fastdeit import command
+
+from . import runs
+from .processes import At, die
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        At(3, die)()
+    command.run(lambda: runs.run(*sys.argv[1:]) and None)

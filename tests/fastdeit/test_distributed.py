@@ -1,0 +1,143 @@
+"""Several processes (gloo, CPU): the numbers of one, one checkpoint for all, one end for all."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastdeit import checkpoint
+
+from .conftest import write_folder
+from .processes import At, die, fail, start_ranks, terminate
+from .runs import RANDOM, assert_same, run, run_until, step_of
+
+# With SGD, weights can be compared: Adam makes full steps of gradients that are zero but for rounding.
+COMMAND = [*RANDOM, "--epochs", "2", "--opt", "sgd", "--lr", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """13 validation images: no number of processes divides them."""
+    return write_folder(
+        tmp_path_factory.mktemp("data") / "colors",
+        train=12,
+        val=13,
+        colors={"red": (210, 50, 40), "blue": (40, 60, 200)},
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run(*COMMAND, "--data-path", data, "--output-dir", folder)
+    return folder
+
+
+def finish(ranks, seconds=120):
+    codes = [rank.wait(seconds) for rank in ranks]
+    assert codes == [0] * len(ranks), "\n".join(rank.text for rank in ranks)
+
+
+@pytest.mark.parametrize(
+    "processes, options",
+    [
+        (2, ["--batch-size", 6]),
+        (4, ["--batch-size", 3, "--mixup", 0, "--cutmix", 0]),
+        (2, ["--batch-size", 2, "--accumulate", 3, "--sharding", "fsdp"]),
+        pytest.param(2, ["--batch-size", 2, "--accumulate", 3], marks=pytest.mark.soak),
+        pytest.param(2, ["--batch-size", 6, "--sharding", "fsdp"], marks=pytest.mark.soak),
+    ],
+)
+def test_the_numbers_of_one_process(alone, data, tmp_path, processes, options):
+    folder = tmp_path / "run"
+    if "--mixup" in options:  # three images a process cannot be mixed in pairs
+        alone = tmp_path / "alone"
+        run(*COMMAND, "--data-path", data, "--output-dir", alone, "--mixup", 0, "--cutmix", 0)
+    finish(start_ranks(processes, *COMMAND, "--data-path", data, "--output-dir", folder, *options, logs=tmp_path))
+    assert_same(alone, folder, exact=False)
+    counted = [checkpoint.description(run / "last")["accuracy"] for run in (alone, folder)]
+    for source in ("model", "ema"):
+        for head, values in counted[0][source].items():  # shares of 26 images, to the last one
+            assert counted[1][source][head]["top1"] == values["top1"]
+
+
+def test_a_sharded_run_goes_on_alone(alone, data, tmp_path):
+    """Its checkpoint is like any other. One rank is told to stop; all save, and leave together."""
+    folder = tmp_path / "run"
+    command = [*COMMAND, "--data-path", data, "--output-dir", folder, "--batch-size", 6, "--sharding", "fsdp"]
+    ranks = start_ranks(2, *command, logs=tmp_path, hooks={1: At(2, terminate)})
+    assert [rank.wait() for rank in ranks] == [128 + signal.SIGTERM] * 2, ranks[0].text
+    assert step_of(folder) == 3 and "saved at step 3" in ranks[0].text
+    saved = checkpoint.read(folder / "last")
+    assert {name: value.shape for name, value in saved["model"].items()} == {
+        name: value.shape for name, value in checkpoint.read(alone / "last")["model"].items()
+    }
+    run("--resume", folder, "--batch-size", 12)
+    assert_same(alone, folder, exact=False)
+
+
+def test_a_run_alone_goes_on_sharded(alone, data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    run_until(monkeypatch, 1, *COMMAND, "--data-path", data, "--output-dir", folder)
+    finish(start_ranks(2, "--resume", folder, "--batch-size", 6, "--sharding", "fsdp", logs=tmp_path))
+    assert_same(alone, folder, exact=False)
+
+
+def test_another_global_batch_is_refused_by_all(alone, tmp_path):
+    folder = shutil.copytree(alone, tmp_path / "run", symlinks=True)
+    (folder / "summary.json").unlink()
+    ranks = start_ranks(2, "--resume", folder, logs=tmp_path)
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    assert "12 images" in ranks[0].text and "Traceback" not in ranks[0].text
+
+
+@pytest.mark.parametrize("action, cause", [(die, "lost another rank"), (fail, "the planned failure")])
+def test_a_rank_that_ends_ends_the_job(data, tmp_path, action, cause):
+    since = time.monotonic()
+    command = [*COMMAND, "--data-path", data, "--output-dir", tmp_path / "run", "--batch-size", 6]
+    ranks = start_ranks(2, *command, logs=tmp_path, hooks={1: At(2, action)})
+    codes = [rank.wait() for rank in ranks]
+    assert 0 not in codes and time.monotonic() - since < 60
+    witness = ranks[0 if action is die else 1].text
+    assert re.search(r"rank \d of 2 on \S+ \(cpu\) ends", witness) and cause in witness
+    assert step_of(tmp_path / "run") == 2  # the end of the first epoch
+    checkpoint.read(tmp_path / "run" / "last")
+
+
+def spoil_the_loss():
+    """On this rank, from step 3 on."""
+    from fastdeit.trainer import Trainer
+
+    learn = Trainer._learn
+    Trainer._learn = lambda one, *args, **kw: learn(one, *args, **kw) * (float("nan") if one.steps_done == 3 else 1)
+
+
+def test_a_bad_loss_of_one_rank_holds_all(data, tmp_path):
+    folder = tmp_path / "run"
+    command = [*COMMAND, "--data-path", data, "--output-dir", folder, "--batch-size", 6]
+    ranks = start_ranks(2, *command, logs=tmp_path, hooks={1: spoil_the_loss})
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    assert "step 3: the class term is nan" in ranks[0].text and "on rank 1" in ranks[0].text
+    assert step_of(folder) == 3
+    record = json.loads((folder / "nonfinite.jsonl").read_text())
+    assert [len(rank["files"]) for rank in record["ranks"]] == [6, 6]
+    assert all(value.isfinite().all() for value in checkpoint.read(folder / "last")["model"].values())
+
+
+@pytest.mark.soak
+def test_torchrun_restarts_go_on(alone, data, tmp_path):
+    """torchrun itself: rank 1 is killed in step 3 of the first attempt; the second ends where one process ends."""
+    folder = tmp_path / "run"
+    command = [*COMMAND, "--data-path", data, "--output-dir", folder, "--batch-size", 6, "--resume", "auto"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", 1]
+    result = subprocess.run(
+        [*map(str, torchrun), "-m", "tests.fastdeit.fragile", *map(str, command)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "going on at step 2" in result.stdout
+    assert_same(alone, folder, exact=False)
