@@ -1,4 +1,4 @@
-"""The data of the default run: scikit-learn's 1,797 handwritten digits, written once as an image folder of PNGs."""
+"""The default run's data and teacher: scikit-learn's 1,797 handwritten digits, written once as a folder of PNGs."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ def digits_folder(root: Path = Path("data/digits")) -> Path:
     """Write root/{train,val}/{0..9}/*.png (8 x 8 pixels, grey) unless it is there; return root.
 
     The split is stratified with a fixed seed: 1,437 training and 360 validation images, the same on every machine.
-    Source: sklearn.load_digits (the test part of the UCI "Optical Recognition of Handwritten Digits" set).
+    Source: sklearn.datasets.load_digits (the test part of the UCI "Optical Recognition of Handwritten Digits" set).
     """
     if root.is_dir():
         return root
@@ -32,3 +32,35 @@ def digits_folder(root: Path = Path("data/digits")) -> Path:
             Image.fromarray(images[member]).save(folder / f"{member:04d}.png")
     unfinished.rename(root)
     return root
+
+
+def with_digits(config, place):
+    """The settings of a run: without --data-path with the digits as data and, where a teacher is asked for, with one
+    fitted on them, which is kept for the next run."""
+    from . import recipes
+    from .train import train
+
+    if config.data.data_path is not None:
+        return config
+    config = type(config).from_dict(config.to_dict())
+    config.data.data_path = place.broadcast(digits_folder() if place.is_main else None)
+    asked = config.distillation
+    if asked.distillation_type == "none" or asked.teacher_path is not None or asked.teacher_store is not None:
+        return config
+    settings = recipes.load("teacher_digits")
+    settings.model.model = config.distillation.teacher_model
+    settings.data.data_path, settings.data.input_size = config.data.data_path, config.data.input_size
+    settings.run.device, settings.run.tracker = config.run.device, config.run.tracker
+    target = Path("runs") / f"digits-teacher-{settings.model.model}-{settings.data.input_size}px"
+    if not place.broadcast(target.is_dir()):
+        # Fitted under another name, so that a folder of this name is always a finished fit.
+        settings.run.output_dir = target.with_name(target.name + ".unfinished")
+        if place.is_main:
+            shutil.rmtree(settings.run.output_dir, ignore_errors=True)
+            print(f"fitting the teacher {settings.model.model} on the digits, kept in {target} for the next run")
+        train(settings, place)
+        if place.is_main:
+            settings.run.output_dir.rename(target)
+        place.barrier()
+    config.distillation.teacher_path = str(target)
+    return config

@@ -59,7 +59,7 @@ def _check(options, config: Config) -> None:
 
 def _store(options, config: Config, place: Place) -> None:
     from .data import loaders, open_images
-    from .train import with_digits
+    from .digits import with_digits
 
     config = with_digits(config, place)
     indices = open_images(config, place)
