@@ -44,7 +44,7 @@ def main() -> None:
         loader = classifier.files_loader(list(arguments.images), arguments.batch_size, place)
         top = min(arguments.top, len(classifier.classes))
         for batch in loader:
-            values, classes = classifier.probabilities(batch, arguments.head).topk(top, dim=1)
+            values, classes = classifier.probabilities(classifier.prepare(batch), arguments.head).topk(top, dim=1)
             for position, row, best in zip(batch.indices.tolist(), values.tolist(), classes.tolist()):
                 if position >= 0:
                     answers = [(classifier.classes[i], value) for i, value in zip(best, row)]
