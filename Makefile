@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup train test lint bench
+.PHONY: setup train test soak lint bench
 setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
@@ -13,9 +13,21 @@ setup: .venv/.done
 train: setup
 	$(BIN)/python -m fastdeit.train
 
+# One thread a process: two of them share the work of the suite.
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not interpreter and not soak"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m interpreter
+
+# The long versions of the tests that kill, interrupt and resume runs.
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
+
+# What can be measured without a GPU; with one, benchmarks/gpu_checks.py runs everything.
+bench: setup
+	$(BIN)/python benchmarks/pipeline.py --rounds 3 --no-record
+	$(BIN)/python benchmarks/attention.py --device cpu --batch 4 --tokens 198 --no-record
+	$(BIN)/python benchmarks/losses.py --device cpu --no-record
+	$(BIN)/python benchmarks/pointwise.py --device cpu --no-record
 
 lint: setup
 	$(BIN)/ruff check .
