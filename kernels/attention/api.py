@@ -31,7 +31,7 @@ def attention(
 
     Returns the output, (batch, tokens, heads, head_dim), contiguous, in the dtype of q. Accumulates in float32.
     Gradients flow from both outputs, are deterministic, and cannot be differentiated again. Under autocast the inputs
-    are cast, as scaled_dot_product_attention's are. Float32 on a GPU follows torch.set_float32_matmul_precision.
+    are cast, as scaled_dot_product_attention's are. Float32 on a GPU uses TF32 where PyTorch's matmul may.
 
     Raises ValueError for what the kernels cannot take, and says what can be done instead.
     """

@@ -60,6 +60,8 @@ def backward_kv_kernel(
     scale_log2 = scale * LOG2_E
 
     keys = tl.program_id(0) % splits * KV_ROWS + tl.arange(0, KV_ROWS)
+    k = load_rows(k_ptr + b * k_b + h * k_h, keys, k_n, tokens, HEAD_DIM, COLS, True)
+    v = load_rows(v_ptr + b * v_b + h * v_h, keys, v_n, tokens, HEAD_DIM, COLS, True)
     if ONE_LAUNCH:
         own_grad_out = load_rows(grad_out_ptr, keys, heads * HEAD_DIM, tokens, HEAD_DIM, COLS, True)
         if grad_lse_ptr is not None:
@@ -69,8 +71,6 @@ def backward_kv_kernel(
             rows_ptr, padded, keys, heads * HEAD_DIM, tokens, 1.0 / scale, HEAD_DIM, COLS,
         )  # fmt: skip
         tl.debug_barrier()  # other threads of this program read what these wrote
-    k = load_rows(k_ptr + b * k_b + h * k_h, keys, k_n, tokens, HEAD_DIM, COLS, True)
-    v = load_rows(v_ptr + b * v_b + h * v_h, keys, v_n, tokens, HEAD_DIM, COLS, True)
     key_bias = tl.where(keys < tokens, 0.0, float("-inf"))  # else exp(0 - lse), perhaps inf, for keys that do not exist
     dk = tl.zeros((KV_ROWS, COLS), tl.float32)
     dv = tl.zeros((KV_ROWS, COLS), tl.float32)
@@ -149,6 +149,7 @@ def attention_backward(
     config = backward_config(architecture(q), tokens, columns, q.dtype)
     key_blocks, query_blocks = triton.cdiv(tokens, config.kv_rows), triton.cdiv(tokens, config.q_block_m)
     padded = config.kv_rows if key_blocks == 1 else query_blocks * config.q_block_m
+    assert config.q_block_m % config.kv_block_m == 0  # backward_kv reads no statistics past the padding
     rows = torch.empty((batch * heads, 2, padded), dtype=torch.float32, device=q.device)
 
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3])

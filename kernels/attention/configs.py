@@ -50,7 +50,7 @@ class BackwardConfig(NamedTuple):
 
 def backward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype) -> BackwardConfig:
     if dtype == torch.float32:
-        return BackwardConfig(*((32, 32, 8, 1, 32, 32, 8, 1) if columns <= 64 else (32, 16, 8, 1, 16, 16, 8, 1)))
+        return BackwardConfig(*((32, 32, 8, 1, 32, 32, 8, 1) if columns <= 64 else (16, 16, 8, 1, 16, 16, 8, 1)))
     by_query = (128 if columns <= 64 or _data_center(arch) else 64, 64, 8, 2)
     table = HOPPER_KV if _data_center(arch) else AMPERE_KV
     return BackwardConfig(*next(by_key for limit, by_key in table[columns == 128] if tokens <= limit), *by_query)

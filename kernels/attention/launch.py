@@ -19,7 +19,9 @@ def architecture(x: Tensor) -> int:
 
 def dot_precision(x: Tensor) -> str:
     """`input_precision` of tl.dot: float32 follows PyTorch's own switch, half precision has only one way."""
-    return "ieee" if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # Not torch.get_float32_matmul_precision(), which raises once somebody has used the newer switches.
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def padded_columns(head_dim: int) -> int:

@@ -1,5 +1,8 @@
 """attention on the CPU path: meaning, registration with PyTorch, and what it refuses."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from attention_oracle import check, definition
@@ -89,6 +92,23 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(attention_qkvpacked(qkv).sum(), qkv, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         grad.sum().backward()
+
+
+def test_tf32_follows_pytorch():
+    """By the old switch, and by the new one, after which reading the old one raises. In a process of its own."""
+    script = """
+import torch
+from fastdeit.kernels.attention.launch import dot_precision
+x = torch.zeros(1)
+assert dot_precision(x) == "ieee"
+torch.set_float32_matmul_precision("high")
+assert dot_precision(x) == "tf32" and dot_precision(x.half()) == "ieee"
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert dot_precision(x) == "ieee"
+torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32"
+assert dot_precision(x) == "tf32"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize(
