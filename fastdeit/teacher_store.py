@@ -204,7 +204,7 @@ def _offset(array: np.memmap, view: int, position: int) -> int:
 
 
 def _write_all(file: int, content: np.ndarray, offset: int) -> None:
-    left = memoryview(content).cast("B")
+    left = memoryview(content.reshape(-1).view(np.uint8))
     while left:
         count = os.pwrite(file, left, offset)
         left, offset = left[count:], offset + count

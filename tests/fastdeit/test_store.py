@@ -438,3 +438,11 @@ def test_the_run_says_how_often_a_view_is_used(flags, stored):
     sentences = parts(parse(arguments), stored)[0].check([])
     assert "up to 3 times" in sentences[1] and "4 views of 48 images, hard" in sentences[0]
     assert len(parts(parse([*arguments, "--epochs", "4"]), stored)[0].check([])) == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_answers_come_again(flags, tmp_path, cli):
+    arguments = [*flags, "--device", "cuda", "--views", "2", "--output", str(tmp_path / "store")]
+    teach_store.store(arguments)
+    code, out, err = cli(teach.main, "verify", tmp_path / "store", "--batches", "6", "--device", "cuda")
+    assert code == 0, out + err

@@ -181,3 +181,20 @@ def test_the_memory_format_is_measured_once_and_remembered(model, tmp_path, monk
 def test_both_memory_formats_are_measured(model):
     seconds = memory_format.measure(model, pixels())
     assert seconds.keys() == {"contiguous", "channels_last"} and all(0 < value < 10 for value in seconds.values())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_in_half_precision_laid_out_and_compiled(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    expected = teacher(model)(pixels())
+    loaded = Loaded("it", copy.deepcopy(model), 32, *HALF.values(), None)
+    fast = Teacher(loaded, **IMAGENET, device="cuda", dtype=torch.float16)
+    fast.choose_memory_format(4, Place(torch.device("cuda")))
+    fast.compile()
+    images = pixels().cuda().to(memory_format=torch.channels_last)
+    answers = fast(images.bfloat16())
+    assert answers.dtype == torch.float16 and not answers.is_inference()
+    # The images were rounded to bfloat16, as the student's are.
+    assert (answers.cpu() - expected).abs().max() < 4 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+    assert "training views" in fast.check([images])[0]
+    assert (tmp_path / "fastdeit" / "memory_formats.json").is_file()
