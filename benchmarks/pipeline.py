@@ -232,15 +232,22 @@ def _decoder(root: Path, batch_size: int, threads: int, load: float, fancy: bool
     return lambda: (len(pipeline.run()[1]) for _ in range(steps))
 
 
-def report(speeds: dict[str, tuple[float, float]], folder: Path) -> None:
+def show(speeds: dict[str, tuple[float, float]]) -> None:
+    for name, (wall, cpu) in speeds.items():
+        print(f"{name:46}{wall:8.0f} images/s{cpu:8.0f} per CPU-second{ratio_to_timm(speeds, name):6.2f} x timm")
+
+
+def ratio_to_timm(speeds: dict[str, tuple[float, float]], name: str) -> float:
+    return speeds[name][1] / speeds["timm, RandAugment" if "RandAugment" in name else "timm"][1]
+
+
+def record(speeds: dict[str, tuple[float, float]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "pipeline.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["what", "cores", "images_per_s", "images_per_cpu_s", "cpu_ratio_to_timm"])
         for name, (wall, cpu) in speeds.items():
-            ratio = cpu / speeds["timm, RandAugment" if "RandAugment" in name else "timm"][1]
-            print(f"{name:46}{wall:8.0f} images/s{cpu:8.0f} per CPU-second{ratio:6.2f} x timm")
-            writer.writerow([name, CORES, f"{wall:.1f}", f"{cpu:.1f}", f"{ratio:.3f}"])
+            writer.writerow([name, CORES, f"{wall:.1f}", f"{cpu:.1f}", f"{ratio_to_timm(speeds, name):.3f}"])
     draw(speeds, folder / "pipeline.png")
     modules = ("torch", "torchvision", "timm", "nvidia.dali", "PIL")
     conditions = {
@@ -272,6 +279,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     with tempfile.TemporaryDirectory() as folder:
@@ -282,7 +290,9 @@ def main() -> None:
         if arguments.device == "cuda":
             runs |= decoders(root, arguments.batch_size)
         speeds = measure(runs, arguments.rounds)
-    report(speeds, Path(__file__).parent / "records" / device.replace(" ", "-").lower())
+    show(speeds)
+    if not arguments.no_record:
+        record(speeds, Path(__file__).parent / "records" / device.replace(" ", "-").lower())
 
 
 if __name__ == "__main__":
