@@ -79,7 +79,7 @@ def join(device_name: str | None):
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             yield Place(device, stop=stop, at_end=at_end)
             return
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _join_group(device)
         place = Place(device, dist.get_rank(), dist.get_world_size(), stop, at_end)
         try:
             yield place
@@ -89,6 +89,21 @@ def join(device_name: str | None):
             dist.destroy_process_group()
 
 
+def _join_group(device: torch.device) -> None:
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it starts the processes again: without a name of its own, this attempt would find
+    # the addresses of the last one's processes in it.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    on_cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=device if on_cuda else None,
+    )
+
+
 def _die(place: Place, error: Exception) -> None:
     """Name the rank and the cause, and end at once: the other ranks wait for this one in some exchange, and so would
     taking the process group down in order."""
@@ -96,7 +111,7 @@ def _die(place: Place, error: Exception) -> None:
 
     get_error_handler().record_exception(error)  # for torchrun's closing report
     sentence = in_words(error)
-    lost = isinstance(error, dist.DistError) or "closed by peer" in str(error)
+    lost = isinstance(error, dist.DistError) or "by peer" in str(error)
     print(
         f"rank {place.rank} of {place.world_size} on {socket.gethostname()} ({place.device}) ends"
         + (", having lost another rank, whose message tells the cause" if lost else "")
