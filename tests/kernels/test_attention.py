@@ -8,6 +8,7 @@ import torch
 from attention_oracle import check, definition
 
 from fastdeit.kernels import attention, attention_qkvpacked
+from fastdeit.kernels.attention import configs
 from fastdeit.kernels.backend import INTERPRETED
 
 # These are about the plain PyTorch path; the interpreter replaces it.
@@ -92,6 +93,18 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(attention_qkvpacked(qkv).sum(), qkv, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         grad.sum().backward()
+
+
+def test_static_tiles_cover_every_length():
+    """The kernels mask only the last tile, so all before it must be whole"""
+    for config in (configs.forward_config(90, 256, 64, torch.half), configs.forward_config(90, 4096, 64, torch.half)):
+        for tokens in range(1, 257 if config.keys == "resident" else 4097):
+            tiles = config.tiles(tokens)
+            looped = 0 if config.keys == "resident" else (tokens - 1) // config.block_n * config.block_n
+            assert looped + sum(tiles[:-1]) < tokens <= looped + sum(tiles)
+            assert all(tile & (tile - 1) == 0 and tile >= 16 for tile in tiles)
+    assert configs.forward_config(90, 198, 64, torch.half).tiles(198) == (128, 64, 16)
+    assert configs.forward_config(90, 578, 64, torch.half).tiles(578) == (16,)
 
 
 def test_tf32_follows_pytorch():
