@@ -1,5 +1,6 @@
 """What every command shares: a mistake of the user's ends in one sentence and exit code 2, never in a traceback."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -39,6 +40,9 @@ def in_words(error: Exception) -> str | None:
         return None
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRA:
         return f"{error.name} is not installed: pip install 'fastdeit[train]' brings it"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" for {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}: make room, and go on with a run by --resume"
     if _is_ours(type(error).__module__) or (isinstance(error, ValueError) and _is_ours(_raising_module(error))):
         return " ".join(str(error).split())
     return None

@@ -25,7 +25,7 @@ class Log:
         self.started = self.last_line = time.monotonic()
         self.first_step: int | None = None
         self.lines = (folder / "metrics.jsonl").open("a", buffering=1) if folder else None
-        self.tracker = tracker
+        self.tracker, self.disk_failed = tracker, False
         self.bar = self.task = None
         if self.console.is_terminal and not quiet:
             self.bar = Progress(
@@ -70,16 +70,25 @@ class Log:
         if self.bar is not None:
             self.bar.stop()
         if self.lines is not None:
-            self.lines.close()
+            self._on_disk(self.lines.close)
         self._track(lambda tracker: tracker.close())
 
     def _write(self, record: dict) -> None:
         if self.first_step is None:
             self.first_step, self.started = record["step"], time.monotonic()
         if self.lines is not None:
-            self.lines.write(json.dumps(record | {"time": round(time.time(), 2)}) + "\n")
+            line = json.dumps(record | {"time": round(time.time(), 2)}) + "\n"
+            self._on_disk(lambda: self.lines.write(line))
         figures = {f"{record['kind']}/{name}": value for name, value in _flat(record)}
         self._track(lambda tracker: tracker.log(record["step"], figures))
+
+    def _on_disk(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:  # a full disk: what could not be written waits in memory for the next line
+            if not self.disk_failed:
+                self.say(f"warning: metrics.jsonl cannot be written ({error.strerror}); training goes on")
+            self.disk_failed = True
 
     def _track(self, action: Callable[[Tracker], None]) -> None:
         if self.tracker is None:

@@ -5,6 +5,8 @@ import pickle
 import random
 import subprocess
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ import torch
 
 from fastdeit import checkpoint, durable
 from fastdeit.command import UserError
+from fastdeit.log import Log
 from fastdeit.saver import Saver, Snapshot
 
-from .processes import Child
+from .processes import At, Child
 from .runs import RANDOM, assert_same, run, step_of
 
 
@@ -257,20 +260,38 @@ def tiny(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+def fill(path):
+    """Not a byte is left."""
+    with path.open("ab", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
 def test_a_full_disk(tiny, colors, tmp_path):
     straight = tmp_path / "straight"
     run(*RANDOM, "--data-path", colors, "--output-dir", straight)
     command = [*RANDOM, "--data-path", colors, "--output-dir", tiny / "run"]
-    child = Child(*command, log=tmp_path / "log.txt")
-    assert child.wait() == 2
+    child = Child(*command, log=tmp_path / "log.txt", hook=At(4, partial(fill, tiny / "filler")))
+    assert child.wait() == 2, child.text
     assert "could not be written" in child.text and "No space left" in child.text and "training goes on" in child.text
     error = child.text.splitlines()[-1]
     assert error.startswith("error: ") and "make room" in error and "--resume" in error
     assert step_of(tiny / "run") == 3 and not list(tiny.rglob("*.unfinished"))
     checkpoint.read(tiny / "run" / "last")
+    (tiny / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,size=100m", tiny], check=True)
     run("--resume", tiny / "run")
     assert_same(straight, tiny / "run")
+
+
+def test_a_line_of_metrics_that_cannot_be_written(tmp_path, capfd):
+    log = Log(tmp_path, total_steps=2, title="student")
+    log.lines = open("/dev/full", "a", buffering=1)
+    figures = {"loss": 1.0, "lr": 1e-3, "images_per_s": 1.0, "data_share": 0.0}
+    for step in (1, 2):
+        log.train(step=step, epoch=0, **figures)
+    log.close()
+    assert capfd.readouterr().out.count("metrics.jsonl cannot be written (No space left on device)") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
