@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from .model import DeiT, token_cosine_similarity
+from .parallel import is_sharded
 
 SHOWN = 32  # images in the grid
 
@@ -87,6 +88,8 @@ def token_similarity(trainer, folder: Path) -> list[float] | None:
     drawn as token_similarity.png. None for a model without a distillation token."""
     if not (isinstance(trainer.model, DeiT) and trainer.model.arch.distilled):
         return None
+    if is_sharded(trainer.model.cls_token):
+        return None  # this process holds a share of the weights
     batch = next(iter(trainer.val_loader))
     real = batch.indices >= 0
     values = token_cosine_similarity(

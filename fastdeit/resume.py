@@ -31,6 +31,17 @@ def saved_settings(run: Path) -> Config:
     return Config.from_dict(settings)
 
 
+def without_start(config: Config) -> Config:
+    """The settings to build the model with. Where a checkpoint is going to fill it, the weights that a run began with
+    are not read again, and may be gone."""
+    run = config.run.output_dir if config.run.resume == "auto" else config.run.resume
+    if config.run.resume is None or run is None or not (Path(run) / "last").exists():
+        return config
+    config = Config.from_dict(config.to_dict())
+    config.model.finetune, config.model.pretrained = None, False
+    return config
+
+
 def check_unchanged(config: Config, run: Path) -> None:
     """Refuse flags that would make it another run."""
     saved = saved_settings(run).to_dict()

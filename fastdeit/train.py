@@ -45,7 +45,7 @@ def train(config, place) -> dict:
         return summary
     indices = open_images(config, place)
     classes = indices[0].classes
-    model = build_student(config, len(classes))
+    model = build_student(resume.without_start(config), len(classes))
     mean, std = mean_std(model)
     teacher = store = None
     if config.distillation.teacher_store is not None:

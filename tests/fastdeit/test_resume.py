@@ -74,6 +74,17 @@ def test_a_timm_model_with_running_statistics(colors, tmp_path, monkeypatch):
     assert_same(tmp_path / "straight", tmp_path / "stopped")
 
 
+def test_the_weights_a_run_began_with_may_be_gone(straight, colors, tmp_path, monkeypatch):
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(straight / "last" / "model.safetensors", weights)
+    command = [*RANDOM, "--data-path", colors, "--finetune", weights, "--epochs", 1]
+    run(*command, "--output-dir", tmp_path / "straight")
+    run_until(monkeypatch, 1, *command, "--output-dir", tmp_path / "stopped", "--resume", "auto")
+    weights.unlink()
+    run(*command, "--output-dir", tmp_path / "stopped", "--resume", "auto")
+    assert_same(tmp_path / "straight", tmp_path / "stopped")
+
+
 @pytest.mark.parametrize("optimizer", ["lamb", "sgd"])
 def test_other_optimizers(colors, tmp_path, monkeypatch, optimizer):
     command = [*RANDOM, "--data-path", colors, "--epochs", 1, "--opt", optimizer]
