@@ -1,10 +1,12 @@
-"""Accuracy of each head, counted on the device and summed over the processes."""
+"""Accuracy and calibration of each head, counted on the device and summed over the processes."""
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from .calibration import BINS, calibration_counts, expected_calibration_error
 from .command import UserError
 from .distributed import Place
 
@@ -13,31 +15,62 @@ HEADS = ("cls", "dist", "both")
 
 @torch.inference_mode()
 def accuracy(answer: Callable, loader, prepare: Callable, place: Place) -> dict[str, dict]:
-    """{"cls": {"top1": share, "top5": share, "loss": mean cross entropy}, ...} over all processes' images.
+    """`Tally.result` over all processes' images.
 
-    `prepare` turns a batch into the model's input, `answer` that into (class logits, distillation logits or None). With
-    a distillation head there are three entries: class head, distillation head, and "both": the average of the two
-    logits, which is what the model answers in evaluation (facebookresearch/deit; the paper averages softmax outputs).
-    Padding and unlabelled images do not count.
+    `prepare` turns a batch into the model's input, `answer` that into (class logits, distillation logits or None).
     """
-    sums = None
+    tally = Tally()
     for batch in loader:
-        cls_logits, dist_logits = answer(prepare(batch))
-        answers = [cls_logits] if dist_logits is None else [cls_logits, dist_logits, (cls_logits + dist_logits) / 2]
-        counts = torch.stack([_counts(logits.float(), batch.labels) for logits in answers])
-        sums = counts if sums is None else sums + counts
-    return {head: _shares(row) for head, row in zip(HEADS, place.sum(sums).tolist())}
+        tally.add(by_head(*answer(prepare(batch))), batch.labels)
+    return tally.result(place)
 
 
-def _counts(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(4,) float64 on the device: right at first, right among five, sum of cross entropies, images."""
+def by_head(cls_logits: Tensor, dist_logits: Tensor | None) -> dict[str, Tensor]:
+    """The answers of a model by the names of HEADS, (batch, classes) float32 each.
+
+    "both" is the average of the two heads' logits, which is what the model answers in evaluation
+    (facebookresearch/deit; the paper averages softmax outputs). A model with one head has "cls" alone.
+    """
+    answers = [cls_logits] if dist_logits is None else [cls_logits, dist_logits, (cls_logits + dist_logits) / 2]
+    return {head: logits.float() for head, logits in zip(HEADS, answers)}
+
+
+class Tally:
+    """Counts of one model's answers. Padding and unlabelled images do not count."""
+
+    def __init__(self):
+        self.heads: tuple[str, ...] = ()
+        self.sums: Tensor | int = 0  # (heads, 4 + BINS * 3) float64 on the device
+        self.totals = None
+
+    def add(self, answers: dict[str, Tensor], labels: Tensor) -> None:
+        self.heads = tuple(answers)
+        self.sums = self.sums + torch.stack([_counts(logits, labels) for logits in answers.values()])
+
+    def result(self, place: Place) -> dict[str, dict]:
+        """{head: {"top1": share, "top5": share, "loss": mean cross entropy, "ece": calibration error}}, of all processes.
+
+        Raises UserError if there was no labelled image.
+        """
+        self.totals = place.sum(self.sums).cpu()
+        return {head: _shares(row) for head, row in zip(self.heads, self.totals)}
+
+    def calibration(self) -> dict[str, Tensor]:
+        """After `result`: (BINS, 3) counts of each head, see calibration_counts."""
+        return {head: row[4:].view(BINS, 3) for head, row in zip(self.heads, self.totals)}
+
+
+def _counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """Right at first, right among five, sum of cross entropies, images; then the calibration's."""
     right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    return torch.stack([right[:, 0].sum(), right.any(1).sum(), loss, (labels >= 0).sum()]).double()
+    counts = torch.stack([right[:, 0].sum(), right.any(1).sum(), loss, (labels >= 0).sum()]).double()
+    return torch.cat([counts, calibration_counts(logits, labels).flatten()])
 
 
-def _shares(row: list[float]) -> dict:
-    right, among_five, loss, images = row
+def _shares(row: Tensor) -> dict:
+    right, among_five, loss, images = row[:4].tolist()
     if images == 0:
         raise UserError("there is no labelled image to evaluate on")
-    return {"top1": right / images, "top5": among_five / images, "loss": loss / images}
+    ece = expected_calibration_error(row[4:].view(BINS, 3))
+    return {"top1": right / images, "top5": among_five / images, "loss": loss / images, "ece": ece}

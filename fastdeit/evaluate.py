@@ -1,55 +1,159 @@
-"""Top-1 and top-5 of class head, distillation head and their average, of the weights and of their moving average.
+"""Accuracy and calibration of each head and of their average, for the weights and for their moving average.
 
-python -m fastdeit.evaluate CHECKPOINT --data-path DIR
+python -m fastdeit.evaluate RUN --data-path DIR
+python -m fastdeit.evaluate deit_small.pth --model deit_small_patch16_224 --data-path DIR
+python -m fastdeit.evaluate deit_small_patch16_224.fb_in1k --pretrained --data-path DIR
+
+With --output FOLDER also: accuracy.json; classes.csv, the top-1 of each head in each class; confusion.png, the
+confusion matrix of the model's answer (confusion_ema.png for the moving average); calibration.png, accuracy over
+confidence.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from .command import run
+from .command import UserError, run
+
+TITLES = {"cls": "class head", "dist": "distillation head", "both": "both heads, averaged"}
 
 
 def main() -> None:
     import tyro
 
-    from . import checkpoint
-    from .accuracy import accuracy
     from .distributed import join
-    from .inference import load
-    from .student import heads
+    from .inference import has_moving_average, load
     from .tables import accuracy_table
 
     @dataclass(kw_only=True)
     class Evaluate:
-        checkpoint: Annotated[Path, tyro.conf.Positional]
-        """A run's folder, or last or best in it."""
+        checkpoint: Annotated[str, tyro.conf.Positional]
+        """A run's folder, or last or best in it; a file of timm's or facebookresearch/deit's weights (with --model); a
+        folder that fastdeit.export --format timm wrote; a model name of timm's (with --pretrained)."""
         data_path: Path
-        """DIR/val/CLASS/*."""
+        """DIR/val/CLASS/*, or shards."""
+        model: str | None = None
+        """The model a file of weights is of: deit_*, deit3_*, or any other of timm's."""
+        pretrained: bool = False
+        """CHECKPOINT is a timm name, whose published weights are to be taken."""
+        output: Path | None = None
+        """Folder for results by class, confusion matrix and calibration."""
         batch_size: int = 64
         """Images per process and step."""
         input_size: int | None = None
         """Pixels on a side; position embeddings are interpolated. Default: the checkpoint's."""
+        eval_crop_ratio: float | None = None
+        """Share of the resized image's side that the centre crop keeps. Default: the checkpoint's."""
+        precision: Literal["fp32", "bf16", "fp16"] | None = None
+        """The model's arithmetic. Default: fp16 on CUDA, fp32 on the CPU."""
+        max_bad: float = 0.01
+        """Stop when more than this share of the images cannot be read."""
         device: str | None = None
         """cuda, cuda:N or cpu. Default: cuda where present."""
         json: bool = False
         """Print JSON in place of a table."""
 
     arguments = tyro.cli(Evaluate, prog="python -m fastdeit.evaluate", description=__doc__)
-    folder = checkpoint.find(arguments.checkpoint)
+    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
+        raise UserError(f"--output {arguments.output}: there is a file of this name; choose another folder")
+    sources = ["model"]
+    if has_moving_average(arguments.checkpoint, pretrained=arguments.pretrained):
+        sources.append("ema")
     with join(arguments.device) as place:
-        result = {}
-        for source in ("model", "ema"):
-            if source == "ema" and not (folder / "ema.safetensors").is_file():
-                continue
-            classifier = load(folder, device=place.device, weights=source, input_size=arguments.input_size)
-            loader = classifier.evaluation_loader(arguments.data_path, arguments.batch_size, place)
-            result[source] = accuracy(
-                lambda images, model=classifier.model: heads(model, images), loader, classifier.prepare, place
+        classifiers = {
+            source: load(
+                arguments.checkpoint, device=place.device, weights=source, input_size=arguments.input_size,
+                name=arguments.model, pretrained=arguments.pretrained, precision=arguments.precision,
+                crop_ratio=arguments.eval_crop_ratio,
             )
-    if place.is_main:
-        print(json.dumps(result, indent=2) if arguments.json else accuracy_table(result))
+            for source in sources
+        }  # fmt: skip
+        loader = classifiers["model"].evaluation_loader(
+            arguments.data_path, arguments.batch_size, place, max_bad=arguments.max_bad
+        )
+        result = evaluate(classifiers, loader, place, arguments.output)
+    if not place.is_main:
+        return
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(accuracy_table({source: result[source] for source in sources}))
+        print(_about(classifiers["model"], loader, result["data"]))
+
+
+def evaluate(classifiers: dict, loader, place, output: Path | None = None) -> dict:
+    """{"model": {head: {"top1", "top5", "loss", "ece"}}, "ema": ..., "data": {"images", "unreadable", ...}}
+
+    classifiers: "model" and perhaps "ema", which take the same input: every image is decoded once. output: the folder
+    for the files that the head of this page names, or None.
+    """
+    from .accuracy import Tally
+    from .confusion import Answers
+
+    tallies = {source: Tally() for source in classifiers}
+    answers = {source: Answers(len(loader.index), place.device) for source in classifiers}
+    for batch in _with_progress(loader, place):
+        images = classifiers["model"].prepare(batch)
+        for source, classifier in classifiers.items():
+            logits = classifier.answers(images)
+            tallies[source].add(logits, batch.labels)
+            if output is not None:
+                answers[source].add(logits, batch.indices)
+    result = {source: tally.result(place) for source, tally in tallies.items()}
+    result["data"] = {
+        "images": len(loader.index), "classes": len(loader.index.classes), "unreadable": len(loader.bad_files),
+        "input_size": classifiers["model"].input_size,
+    }  # fmt: skip
+    if output is not None:
+        answers = {source: kept.result(place) for source, kept in answers.items()}
+        if place.is_main:
+            _write(output, result, tallies, answers, loader.index)
+    return result
+
+
+def _write(output: Path, result: dict, tallies: dict, answers: dict, index) -> None:
+    from .calibration import draw_calibration
+    from .confusion import draw_confusion, write_classes
+    from .run_directory import write_json
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "accuracy.json", result)
+    prefixes = {"model": "", "ema": "ema_"}
+    columns, diagrams = {}, {}
+    for source, heads in answers.items():
+        moving = ", moving average" if source == "ema" else ""
+        columns |= {f"{prefixes[source]}top1_{head}": kept for head, kept in heads.items()}
+        diagrams |= {TITLES[head] + moving: counts for head, counts in tallies[source].calibration().items()}
+        final = list(heads)[-1]  # what the model answers: both heads, or the only one
+        title = f"{TITLES[final]}{moving}: top-1 {100 * result[source][final]['top1']:.2f} %"
+        file = "confusion.png" if source == "model" else "confusion_ema.png"
+        draw_confusion(output / file, index.classes, heads[final], index.labels, title)
+    write_classes(output / "classes.csv", index.classes, index.labels, columns)
+    draw_calibration(diagrams, output / "calibration.png")
+
+
+def _with_progress(loader, place):
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(
+        loader, "evaluating", console=console, transient=True, disable=not (console.is_terminal and place.is_main)
+    )
+
+
+def _about(classifier, loader, data: dict) -> str:
+    size = data["input_size"]
+    sentences = [
+        f"{data['images']:,} images of {data['classes']:,} classes at {size} x {size} pixels, crop ratio "
+        f"{classifier.crop_ratio:g}",
+        *classifier.notes,
+    ]
+    if data["unreadable"]:
+        name, cause = next(iter(loader.bad_files.causes.items()))
+        sentences.append(f"{data['unreadable']} images could not be read and do not count, the first: {name} ({cause})")
+    return "\n".join(sentences)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,16 @@ def _render(table: Table) -> str:
 
 
 def accuracy_table(result: dict[str, dict]) -> str:
-    """`result`: {"model" or "ema": {head: {"top1", "top5", "loss"}}}."""
-    table = Table("weights", "head", "top-1 %", "top-5 %", "loss")
+    """`result`: {"model" or "ema": {head: {"top1", "top5", "loss", "ece"}}}."""
+    table = Table("weights", "head", "top-1 %", "top-5 %", "loss", "ECE %")
     for source, heads in result.items():
         for head, value in heads.items():
-            figures = f"{100 * value['top1']:.2f}", f"{100 * value['top5']:.2f}", f"{value['loss']:.4f}"
+            figures = (
+                f"{100 * value['top1']:.2f}",
+                f"{100 * value['top5']:.2f}",
+                f"{value['loss']:.4f}",
+                f"{100 * value['ece']:.2f}",
+            )
             table.add_row({"model": "trained", "ema": "moving average"}[source], NAMES[head], *figures)
     return _render(table)
 

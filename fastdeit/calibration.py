@@ -1,0 +1,62 @@
+"""Whether a model is as often right as it is sure: expected calibration error and the diagram behind it.
+
+Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599), section 2: images are put into bins of equal
+width by their highest probability; ECE = sum over bins of n_bin / n * |accuracy_bin - mean confidence_bin|.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BINS = 15
+
+
+def calibration_counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """(BINS, 3) float64 on the device: images, right answers, sum of confidences. Add them up over batches.
+
+    logits: (batch, classes) float32. labels: (batch,) int64, negative ones do not count. Bin b holds the confidences in
+    (b / BINS, (b + 1) / BINS].
+    """
+    confidence, answer = logits.softmax(1).max(1)
+    bins = (confidence.double() * BINS).ceil().long().clamp(1, BINS) - 1
+    columns = torch.stack([torch.ones_like(confidence), (answer == labels).float(), confidence], dim=1).double()
+    # A product with one-hot rows rather than a scatter, whose order of additions varies on a GPU.
+    return (F.one_hot(bins, BINS) * (labels >= 0)[:, None]).double().T @ columns
+
+
+def expected_calibration_error(counts) -> float:
+    """ECE, in [0, 1], from counts (BINS, 3) as `calibration_counts` gives them."""
+    images, right, confidence = np.asarray(counts, dtype=np.float64).T
+    return float(np.abs(right - confidence).sum() / images.sum())
+
+
+def draw_calibration(counts: dict[str, np.ndarray], path: Path) -> None:
+    """A reliability diagram for each title: accuracy over confidence, and how many images are that sure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        2, len(counts), figsize=(3.6 * len(counts), 4.6), squeeze=False, layout="constrained", sharex=True,
+        sharey="row", height_ratios=[3, 1],
+    )  # fmt: skip
+    for (title, table), diagram, histogram in zip(counts.items(), *axes):
+        images, right, confidence = np.asarray(table, dtype=np.float64).T
+        some = images > 0
+        diagram.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
+        diagram.plot(
+            confidence[some] / images[some], right[some] / images[some], marker="o", markersize=4, linewidth=1.2
+        )
+        diagram.set(title=f"{title}\nECE {100 * expected_calibration_error(table):.2f} %", xlim=(0, 1), ylim=(0, 1))
+        diagram.set_aspect("equal")
+        histogram.bar((np.arange(BINS) + 0.5) / BINS, 100 * images / images.sum(), width=0.9 / BINS, color="0.6")
+        histogram.set(xlabel="confidence")
+        diagram.grid(alpha=0.3)
+    axes[0][0].set(ylabel="accuracy")
+    axes[1][0].set(ylabel="images, %")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
