@@ -48,7 +48,7 @@ class Tally:
         self.sums = self.sums + torch.stack([_counts(logits, labels) for logits in answers.values()])
 
     def result(self, place: Place) -> dict[str, dict]:
-        """{head: {"top1": share, "top5": share, "loss": mean cross entropy, "ece": calibration error}}, of all processes.
+        """{head: {"top1": share, "top5": share, "loss": cross entropy, "ece": calibration error}}, of all processes.
 
         Raises UserError if there was no labelled image.
         """

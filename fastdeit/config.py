@@ -53,8 +53,8 @@ class Data:
     """Images and their augmentation."""
 
     data_path: Path | None = None
-    """DIR/train/CLASS/* and DIR/val/CLASS/*, or shards (see the README); `synthetic`: noise that is on the device already,
-    for benchmarks. Default: scikit-learn's digits, written to data/digits."""
+    """DIR/train/CLASS/* and DIR/val/CLASS/*, or shards (see the README); `synthetic`: noise that is already there, for
+    benchmarks. Default: scikit-learn's digits, written to data/digits."""
     input_size: int = 224
     """Pixels on a side."""
     batch_size: int = 64
@@ -273,7 +273,9 @@ def check(config: Config) -> None:
         if count < 0:
             raise UserError(f"{flag} {count}: must not be negative")
     if distillation.unlabelled_path is not None and distillation.distillation_type == "none":
-        raise UserError("--unlabelled-path: images without labels need a teacher; give --distillation-type soft or hard")
+        raise UserError(
+            "--unlabelled-path: without labels there must be a teacher: give --distillation-type hard or soft"
+        )
     if distillation.attention_distillation_weight < 0:
         raise UserError(
             f"--attention-distillation-weight {distillation.attention_distillation_weight}: must not be negative"

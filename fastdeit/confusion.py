@@ -36,7 +36,7 @@ class Answers:
 
 
 def by_class(answers: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(images, right answers) of each class, both (classes,) int64. Unread (-1) and unlabelled (-100) ones are left out."""
+    """(images, right answers) of each class, both (classes,) int64, without unread (-1) and unlabelled (-100) ones."""
     counted = (answers >= 0) & (labels >= 0)
     images = np.bincount(labels[counted], minlength=classes)
     return images, np.bincount(labels[counted & (answers == labels)], minlength=classes)
