@@ -301,10 +301,8 @@ def parse(
     from . import recipes, resume
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    resumed = Path(_flag(arguments, "resume") or "auto")
-    if (resumed / "settings.json").is_file():
-        default = resume.saved_settings(resumed)
-    else:
+    default = resume.defaults(_flag(arguments, "resume"))
+    if default is None:
         chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
         default = recipes.load(chosen)
         default.run.recipe = chosen

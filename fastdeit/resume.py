@@ -31,6 +31,18 @@ def saved_settings(run: Path) -> Config:
     return Config.from_dict(settings)
 
 
+def defaults(resumed: str | None) -> Config | None:
+    """What a command line with --resume starts from: the settings of that run, or of a checkpoint (for --eval)."""
+    if resumed is None:
+        return None
+    folder = Path(resumed)
+    if (folder / "settings.json").is_file():
+        return saved_settings(folder)
+    if (folder / "config.json").is_file():
+        return Config.from_dict(checkpoint.description(folder)["settings"])
+    return None
+
+
 def without_start(config: Config) -> Config:
     """The settings to build the model with. Where a checkpoint is going to fill it, the weights that a run began with
     are not read again, and may be gone."""

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from .accumulation import split
-from .command import run
+from .command import UserError, run
 
 
 def main() -> None:
@@ -38,6 +38,8 @@ def train(config, place) -> dict:
 
     if config.speed.deterministic:
         deterministic()
+    if config.run.eval:
+        return evaluate_only(config, place)
     config = with_digits(config, place)
     if (summary := run_directory.summary_of_finished(config)) is not None:
         if place.is_main:
@@ -88,6 +90,33 @@ def train(config, place) -> dict:
             print("cosine similarity of class and distillation token, input and after each block:", *similarity)
         print(f"curves.png, summary.json and the checkpoints last and best are in {folder}")
     return summary
+
+
+def evaluate_only(config, place) -> dict:
+    """--eval: the accuracies of --resume or --finetune on the validation images, as a table. See fastdeit.evaluate."""
+    from .digits import with_digits
+    from .evaluate import evaluate
+    from .inference import has_moving_average, load
+    from .tables import accuracy_table
+
+    source = config.model.finetune if config.run.resume in (None, "auto") else config.run.resume
+    if source is None:
+        raise UserError("--eval does not know what to evaluate: give --resume RUN or --finetune CHECKPOINT")
+    sources = ["model", "ema"] if has_moving_average(source) else ["model"]
+    classifiers = {
+        weights: load(
+            source, device=place.device, weights=weights, input_size=config.data.input_size, name=config.model.model,
+            precision=config.speed.precision, crop_ratio=config.data.eval_crop_ratio,
+        )
+        for weights in sources
+    }  # fmt: skip
+    config.distillation.distillation_type = "none"  # no teacher is needed
+    data = with_digits(config, place).data
+    loader = classifiers["model"].evaluation_loader(data.data_path, data.batch_size, place, max_bad=data.max_bad)
+    result = evaluate(classifiers, loader, place)
+    if place.is_main:
+        print(accuracy_table({weights: result[weights] for weights in sources}))
+    return result
 
 
 def first_views(trainer, images: int = 512):

@@ -27,8 +27,9 @@ def run(*arguments):
         return train.train(config, place)
 
 
-def run_until(monkeypatch, step, *arguments, part=0, signal=signals.signal.SIGTERM):
-    """The same, but the signal comes while `part` of the batch of `step` (counted from 0) is on its way."""
+def run_until(monkeypatch, step, *arguments, part=0, signal=signals.signal.SIGTERM, late=0):
+    """The same, but the signal comes while `part` of the batch of `step` (counted from 0) is on its way. On a GPU up to
+    two steps more are made: `late`."""
     learn, parts_seen = trainer.Trainer._learn, []
 
     def learn_and_be_told(self, *args, **kwargs):
@@ -43,7 +44,7 @@ def run_until(monkeypatch, step, *arguments, part=0, signal=signals.signal.SIGTE
         with pytest.raises(SystemExit) as stop:
             run(*arguments)
     assert stop.value.code == 128 + signal
-    assert max(parts_seen) == step  # the step was finished, and no further one begun
+    assert step <= max(parts_seen) <= step + late  # the step was finished, and no further one begun
 
 
 def leave(self, number=None):

@@ -141,3 +141,16 @@ def test_torchrun_restarts_go_on(alone, data, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "going on at step 2" in result.stdout
     assert_same(alone, folder, exact=False)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_compiled_blocks_on_several_processes(alone, data, tmp_path, sharding):
+    """Stopped and gone on with in between; compiled code sums in another order, so to fp32 rounding."""
+    folder = tmp_path / "run"
+    command = [*COMMAND, "--data-path", data, "--output-dir", folder, "--batch-size", 6, "--compile"]
+    command += ["--sharding", sharding, "--resume", "auto"]
+    ranks = start_ranks(2, *command, logs=tmp_path, hooks={0: At(1, terminate)})
+    assert [rank.wait(600) for rank in ranks] == [128 + signal.SIGTERM] * 2, ranks[0].text
+    finish(start_ranks(2, *command, logs=tmp_path), seconds=600)
+    assert_same(alone, folder, exact=False)

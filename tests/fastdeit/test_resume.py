@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 
 import pytest
+import torch
 
 from fastdeit import resume, run_directory, train
 from fastdeit.command import UserError
@@ -53,6 +54,20 @@ def test_accumulation_is_the_same_mathematics(colors, tmp_path, monkeypatch):
     run_until(monkeypatch, 1, *command, "--output-dir", tmp_path / "parts", "--batch-size", 6, "--accumulate", 2)
     run("--resume", tmp_path / "parts", "--batch-size", 4, "--accumulate", 3)
     assert_same(tmp_path / "whole", tmp_path / "parts", exact=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["--precision", "fp16"], ["--compile"]])
+def test_resume_is_exact_on_a_gpu(colors, tmp_path, monkeypatch, options):
+    """In deterministic mode."""
+    command = [*RANDOM, "--data-path", colors, "--device", "cuda", "--deterministic", *options]
+    try:
+        run(*command, "--output-dir", tmp_path / "straight")
+        run_until(monkeypatch, 3, *command, "--output-dir", tmp_path / "stopped", late=2)
+        run("--resume", tmp_path / "stopped")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(tmp_path / "straight", tmp_path / "stopped")
 
 
 def test_a_kill_during_evaluation_repeats_only_that(straight, colors, tmp_path, monkeypatch):
@@ -208,3 +223,28 @@ def hold_lock(folder, ready, done):
     ready.wait()
     done.wait(20)
     lock.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --eval
+
+
+def test_eval_says_what_the_run_said(straight, colors, cli, tmp_path, monkeypatch):
+    summary = json.loads((straight / "summary.json").read_text())
+    for source in (straight, straight / "last"):
+        code, out, err = cli(train.main, "--eval", "--resume", source)
+        assert code == 0, err
+        assert out.count(f"{100 * summary['cls']:.2f}") >= 1 and "moving average" in out and "distillation head" in out
+    weights = straight / "last" / "model.safetensors"
+    code, out, err = cli(train.main, *RANDOM, "--data-path", colors, "--eval", "--finetune", weights)
+    assert code == 0 and "moving average" not in out, err
+    assert f"{100 * summary['both']:.2f}" in out
+
+
+def test_eval_of_nothing(colors, cli):
+    code, _, err = cli(train.main, *RANDOM, "--data-path", colors, "--eval")
+    assert code == 2 and "--resume RUN or --finetune" in err
+
+
+def test_training_goes_on_from_runs_only(stopped):
+    refused(["settings.json", "no run"], "--resume", stopped / "best")
