@@ -136,7 +136,7 @@ def _finished(run: Path) -> list[Path]:
 def _is_kept(folder: Path) -> bool:
     try:
         return bool(description(folder).get("keep"))
-    except (OSError, ValueError):
+    except UserError:
         return False
 
 
@@ -154,7 +154,11 @@ def find(source: str | Path) -> Path:
 
 
 def description(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
+    """What config.json says. Raises UserError if that cannot be read."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
 
 
 def training_state(folder: Path) -> dict:
