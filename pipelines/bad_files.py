@@ -74,7 +74,7 @@ class BadFiles:
 
     def _log(self, name: str, cause: str) -> None:
         if len(self) <= LOGGED:
-            log.warning("bad image %s: %s", name, cause)
+            log.warning("bad image %s: %s", _printable(name), cause)
         if len(self) == LOGGED:
             log.warning("further bad images are not logged%s", f", see {self.path}" if self.path else "")
 
@@ -92,3 +92,8 @@ class BadFiles:
             return set()
         with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
             return {line.split("\t", 1)[0] for line in file}
+
+
+def _printable(name: str) -> str:
+    """A file's name may hold bytes that are no UTF-8; what writes logs may not."""
+    return name.encode(errors="backslashreplace").decode()
