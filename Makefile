@@ -15,8 +15,9 @@ train: setup
 
 # One thread a process: two of them share the work of the suite.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not interpreter and not soak"
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak" tests/fastdeit tests/benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not interpreter" tests/kernels tests/pipelines
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m interpreter tests/kernels
 
 # The long versions of the tests that kill, interrupt and resume runs.
 soak: setup
