@@ -42,7 +42,7 @@ class Stop:
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._former_descriptor = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._former = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
         threading.Thread(target=self._listen, args=(self._pipe[0],), name="fastdeit-signals", daemon=True).start()
         return self
 
@@ -55,14 +55,18 @@ class Stop:
         self._former = {}
         os.close(self._pipe[1])  # the thread reads the end of the pipe, and ends
 
+    def _note(self, number: int, *_) -> None:
+        self.received = self.received or number
+
     def _listen(self, pipe: int) -> None:
-        first = 0.0
+        first = None
         while content := os.read(pipe, 1):
             number = content[0]
             if number not in SIGNALS:
                 continue
-            if self.received is None:
-                self.received, first = number, time.monotonic()
+            self._note(number)
+            if first is None:
+                first = time.monotonic()
                 name = signal.Signals(number).name
                 if self.polled:
                     _say(f"{name}: finishing this step, then saving; a second one ends at once")
