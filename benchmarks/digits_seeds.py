@@ -1,4 +1,4 @@
-"""Claim: on the digits, the distilled student beats the same student trained without a teacher.
+"""How far seeds differ in the demo, and whether its student gains from its teacher (recorded: no measurable gain).
 
     python benchmarks/digits_seeds.py [--seeds 5]
 
