@@ -1,5 +1,6 @@
 """From settings to the two loaders of a run."""
 
+import os
 from pathlib import Path
 
 from fastdeit.pipelines import (
@@ -40,6 +41,13 @@ def open_images(config: Config, place: Place):
     return training, validation
 
 
+def threads(config: Config) -> int:
+    """For reading and decoding: --num-workers, or this process's share of the cores. torchrun says how many processes
+    the machine runs; SLURM gives each its own cores to begin with."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.data.num_workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def loaders(config: Config, indices, place: Place, folder: Path | None):
     """(training loader, validation loader) for this process. `folder`: the run's, for bad_files.txt, or None."""
     data, (training, validation) = config.data, indices
@@ -51,7 +59,7 @@ def loaders(config: Config, indices, place: Place, folder: Path | None):
     )  # fmt: skip
     shared = {
         "input_size": data.input_size, "device": str(place.device), "rank": place.rank,
-        "world_size": place.world_size, "num_threads": data.num_workers,
+        "world_size": place.world_size, "num_threads": threads(config),
     }  # fmt: skip
     bad_files = [
         BadFiles.of(index, limit=data.max_bad, path=folder and folder / "bad_files.txt")

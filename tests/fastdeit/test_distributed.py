@@ -144,6 +144,25 @@ def test_torchrun_restarts_go_on(alone, data, tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_torchrun_reaches_all_ranks(data, tmp_path, number):
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--shutdown-timeout", 120]
+    torchrun += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "fastdeit.train"]
+    command = [*COMMAND, "--data-path", data, "--output-dir", folder, "--batch-size", 6, "--epochs", 1000]
+    with log.open("w") as output:
+        job = subprocess.Popen([*map(str, torchrun), *map(str, command)], stdout=output, stderr=output)
+    while not (folder / "last").exists() and job.poll() is None:
+        time.sleep(0.1)
+    job.send_signal(number)
+    assert job.wait(120) != 0
+    text = log.read_text()
+    assert f"{number.name}: finishing this step" in text or f"{number.name}: ending" in text, text
+    assert "Traceback" not in text.split(number.name)[1].split("SignalException")[0], text
+    checkpoint.read(folder / "last")
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_compiled_blocks_on_several_processes(alone, data, tmp_path, sharding):
     """Stopped and gone on with in between; compiled code sums in another order, so to fp32 rounding."""
