@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdeit.kernels.backend import use_triton
 
-from . import reference
+from . import cpu
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 MAX_TOKENS = 4096
@@ -113,7 +113,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 
         attention_forward(q, k, v, out, lse, scale)
     else:
-        for result, value in zip((out, lse), reference.attention_forward(q, k, v, scale)):
+        for result, value in zip((out, lse), cpu.attention_forward(q, k, v, scale)):
             result.copy_(value)
     return out, lse
 
@@ -124,7 +124,7 @@ def _backward(grad_out, q, k, v, out, lse, scale, grad_lse, grads: tuple[Tensor,
 
         attention_backward(grad_out, q, k, v, out, lse, scale, grad_lse, grads)
     else:
-        for grad, value in zip(grads, reference.attention_backward(grad_out, q, k, v, out, lse, scale, grad_lse)):
+        for grad, value in zip(grads, cpu.attention_backward(grad_out, q, k, v, out, lse, scale, grad_lse)):
             grad.copy_(value)
 
 

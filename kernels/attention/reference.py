@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch: the path of CPU tensors, and the meaning of the Triton kernels.
+"""Attention in plain PyTorch: the meaning of the Triton kernels, and the path of what PyTorch has no faster one for.
 
     S = Q Kᵀ · scale      lse = log Σ_j exp S_ij      P = exp(S - lse)      O = P V
     dV = Pᵀ dO      dS = P ∘ (dO Vᵀ - rowsum(O ∘ dO) + dlse)      dQ = dS K · scale      dK = dSᵀ Q · scale

@@ -23,7 +23,21 @@ def make(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("tokens, head_dim", [(1, 32), (17, 80), (198, 64)])
 def test_matches_float64(tokens, head_dim, dtype):
     q, k, v = (make(3, tokens, 2, head_dim, dtype=dtype, seed=i) for i in range(3))
-    check(lambda *x: attention(*x, scale=0.2, return_lse=True), q, k, v, 0.2)
+    lse_floor = 1e-6 if dtype == torch.float32 else 1e-4  # PyTorch's own operator, with a fast exp in half precision
+    for through_lse in (True, False):
+        check(lambda *x: attention(*x, scale=0.2, return_lse=True), q, k, v, 0.2, through_lse, lse_floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_and_expanded_gradients(dtype):
+    q = make(2, 3, 9, 64, dtype=dtype).transpose(1, 2)
+    k = make(9, 2, 3, 64, dtype=dtype, seed=1).transpose(0, 1)
+    v = make(2, 9, 3, 128, dtype=dtype, seed=2)[..., ::2]
+    check(lambda *x: attention(*x, return_lse=True), q, k, v, 0.125, lse_floor=1e-4)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    grads = torch.autograd.grad(attention(*leaves).sum(), leaves)  # the gradient of sum is expanded: strides 0
+    expected = torch.autograd.grad(definition(*leaves, 0.125)[0].sum(), leaves)
+    torch.testing.assert_close(grads, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 5e-2)
 
 
 def test_packed_is_the_same_function():

@@ -69,7 +69,7 @@ def packed(q, k, v, **options):
 def test_matches_float64(batch, tokens, heads, head_dim, device, dtype):
     q, k, v = poisoned(batch, tokens, heads, head_dim, device, dtype).unbind(2)
     check(lambda *x: attention(*x, return_lse=True), q, k, v, head_dim**-0.5)
-    check(packed, q, k, v, head_dim**-0.5)
+    check(packed, q, k, v, head_dim**-0.5, through_lse=False)
 
 
 @DEVICES
