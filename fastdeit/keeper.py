@@ -117,8 +117,9 @@ class Keeper:
     def _leave(self) -> None:
         self.saver.wait()
         step = self.trainer.steps_done
-        if self.folder is not None and self.saver.failure is None:
-            self.trainer.log.say(f"saved at step {step}; --resume {self.folder} goes on")
+        if self.folder is not None:
+            state = f"saved at step {step}" if self.saver.failure is None else f"not saved: {self.saver.failure}"
+            self.trainer.log.say(f"{state}; --resume {self.folder} goes on")
         self.trainer.log.close()
         if self.signal is not None:  # all leave together: one that ends early makes torchrun end the others
             self.place.barrier()

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from fastdeit import resume, run_directory, train
+from fastdeit import checkpoint, resume, run_directory, train
 from fastdeit.command import UserError
 
 from .conftest import write_folder
@@ -85,6 +85,18 @@ def test_a_timm_model_with_running_statistics(colors, tmp_path, monkeypatch):
     command = [*RANDOM, "--data-path", colors, "--epochs", 2, "--model", "test_resnet", "--input-size", 32]
     run(*command, "--output-dir", tmp_path / "straight")
     run_until(monkeypatch, 1, *command, "--output-dir", tmp_path / "stopped")
+    run("--resume", tmp_path / "stopped")
+    assert_same(tmp_path / "straight", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(colors, tmp_path, monkeypatch, precision):
+    """With fp16 the gradient scaler is part of the state."""
+    command = [*RANDOM, "--data-path", colors, "--epochs", 1, "--precision", precision]
+    run(*command, "--output-dir", tmp_path / "straight")
+    run_until(monkeypatch, 1, *command, "--output-dir", tmp_path / "stopped")
+    state = checkpoint.training_state(tmp_path / "stopped" / "last")["scaler"]
+    assert bool(state) == (precision == "fp16")
     run("--resume", tmp_path / "stopped")
     assert_same(tmp_path / "straight", tmp_path / "stopped")
 
