@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .command import UserError
+from .lamb import Lamb
 from .parallel import is_sharded
 
 
@@ -23,14 +24,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build_optimizer(
     model: nn.Module, name: str, *, lr: float, weight_decay: float, eps: float, betas
 ) -> torch.optim.Optimizer:
-    """AdamW (fused), LAMB (timm's, for the DeiT III recipes) or SGD with Nesterov momentum."""
+    """AdamW (fused), LAMB (for the DeiT III recipes) or SGD with Nesterov momentum."""
     groups = parameter_groups(model, weight_decay)
     if name == "adamw":
         # fused: one kernel for all parameters, which on the device itself can leave a step out (see update.py).
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     if name == "lamb":
-        from timm.optim import Lamb
-
         return Lamb(groups, lr=lr, betas=betas, eps=eps)
     if name == "sgd":
         sharded = is_sharded(groups[0]["params"][0])

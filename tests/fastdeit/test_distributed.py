@@ -14,7 +14,7 @@ from fastdeit import checkpoint
 
 from .conftest import write_folder
 from .processes import At, die, fail, start_ranks, terminate
-from .runs import RANDOM, assert_same, run, run_until, step_of
+from .runs import RANDOM, assert_same, assert_same_losses, run, run_until, step_of
 
 # With SGD, weights can be compared: Adam makes full steps of gradients that are zero but for rounding.
 COMMAND = [*RANDOM, "--epochs", "2", "--opt", "sgd", "--lr", "0.1"]
@@ -127,6 +127,16 @@ def test_a_bad_loss_of_one_rank_holds_all(data, tmp_path):
     record = json.loads((folder / "nonfinite.jsonl").read_text())
     assert [len(rank["files"]) for rank in record["ranks"]] == [6, 6]
     assert all(value.isfinite().all() for value in checkpoint.read(folder / "last")["model"].values())
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
+def test_other_optimizers_sharded(data, tmp_path, optimizer):
+    command = [*COMMAND, "--data-path", data, "--opt", optimizer, "--lr", 3e-3]
+    run(*command, "--output-dir", tmp_path / "alone")
+    options = ["--batch-size", 6, "--sharding", "fsdp", "--output-dir", tmp_path / "run"]
+    finish(start_ranks(2, *command, *options, logs=tmp_path))
+    assert_same_losses(tmp_path / "alone", tmp_path / "run")
 
 
 @pytest.mark.soak
