@@ -96,6 +96,11 @@ def note(run: Path, step: int, additions: dict, *, best: bool, keep_count: int |
         remove_unused(run, keep_count)
 
 
+def to_resume(run: Path) -> Path:
+    """What --resume takes to go on here: a comparison run, `undistilled`, lies in the folder of its run."""
+    return run if (run / "settings.json").exists() else run.parent
+
+
 def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 

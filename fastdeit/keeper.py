@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from . import nonfinite
+from . import checkpoint, nonfinite
 from .later import Later
 from .saver import Saver
 from .signals import SIGNALS
@@ -76,9 +76,10 @@ class Keeper:
         self.trainer.steps_done = self.trainer.guard.incident(number)[0]
         self.save()
         self.saver.close()
-        where = (
-            f"{self.folder}/last holds the state before it; --resume {self.folder} repeats it. " if self.folder else ""
-        )
+        where = ""
+        if self.folder is not None:
+            again = checkpoint.to_resume(self.folder)
+            where = f"{self.folder}/last holds the state before it; --resume {again} repeats it. "
         raise nonfinite.NonFinite(
             f"{text}. The step was not applied. {where}A lower --lr, or --clip-grad, may help; --skip-nonfinite N "
             "leaves out up to N such steps"
@@ -119,7 +120,7 @@ class Keeper:
         step = self.trainer.steps_done
         if self.folder is not None:
             state = f"saved at step {step}" if self.saver.failure is None else f"not saved: {self.saver.failure}"
-            self.trainer.log.say(f"{state}; --resume {self.folder} goes on")
+            self.trainer.log.say(f"{state}; --resume {checkpoint.to_resume(self.folder)} goes on")
         self.trainer.log.close()
         if self.signal is not None:  # all leave together: one that ends early makes torchrun end the others
             self.place.barrier()

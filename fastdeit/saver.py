@@ -94,7 +94,7 @@ class Saver:
         """Wait, and raise UserError if the last checkpoint is not on the disk."""
         self.wait()
         if self.failure is not None:
-            raise UserError(f"{self.failure}; make room and go on with --resume {self.run}")
+            raise UserError(f"{self.failure}; make room and go on with --resume {checkpoint.to_resume(self.run)}")
 
     def _submit(self, work: Callable, *arguments, **options) -> None:
         with self.lock:

@@ -121,7 +121,7 @@ def test_other_optimizers(colors, tmp_path, monkeypatch, optimizer):
     assert_same(tmp_path / "straight", tmp_path / "stopped")
 
 
-def test_the_comparison_run_goes_on_too(colors, tmp_path, monkeypatch):
+def test_the_comparison_run_goes_on_too(colors, tmp_path, monkeypatch, capfd):
     command = [*RANDOM, "--data-path", colors, "--epochs", 1, "--compare-undistilled"]
     table = run(*command, "--output-dir", tmp_path / "straight")
     with monkeypatch.context() as patch:
@@ -129,8 +129,10 @@ def test_the_comparison_run_goes_on_too(colors, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             run(*command, "--output-dir", tmp_path / "run")
     # The student is finished; the comparison is stopped in its second step, then finished.
+    capfd.readouterr()
     run_until(monkeypatch, 1, "--resume", tmp_path / "run")
     assert step_of(tmp_path / "run" / "undistilled") == 2
+    assert f"saved at step 2; --resume {tmp_path / 'run'} goes on" in capfd.readouterr().out.replace("\n", "")
     assert run("--resume", tmp_path / "run") == table
     for part in ("", "undistilled"):
         assert_same(tmp_path / "straight" / part, tmp_path / "run" / part)
