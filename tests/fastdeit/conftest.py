@@ -10,10 +10,6 @@ from fastdeit import command
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for published weights should not wait for a network
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "soak: minutes long; only run when asked for by -m soak")
-
-
 def pytest_collection_modifyitems(config, items):
     if "soak" not in config.option.markexpr:
         for item in items:
