@@ -5,24 +5,28 @@ Each operation is a folder: `api.py` (the public function, its checks and its re
 imported at the first call that needs it.
 """
 
-from .add_layer_norm.api import add_layer_norm
-from .apply_to_timm import apply_to_timm
-from .apply_to_transformers import apply_to_transformers, register_with_transformers
-from .attention.api import attention, attention_qkvpacked
-from .attention_distillation_loss.api import attention_distillation_loss
-from .bias_gelu.api import bias_gelu
-from .distillation_loss.api import distillation_loss
-from .mix_normalize.api import mix_normalize
+# With the repository's root on sys.path this folder is also found under the bare name `kernels`, which is how transformers
+# looks for the package of that name on PyPI. Executed a second time, the files would register every operation anew and
+# leave those in use dangling: under that name there is nothing here.
+if __name__ == "fastdeit.kernels":
+    from .add_layer_norm.api import add_layer_norm
+    from .apply_to_timm import apply_to_timm
+    from .apply_to_transformers import apply_to_transformers, register_with_transformers
+    from .attention.api import attention, attention_qkvpacked
+    from .attention_distillation_loss.api import attention_distillation_loss
+    from .bias_gelu.api import bias_gelu
+    from .distillation_loss.api import distillation_loss
+    from .mix_normalize.api import mix_normalize
 
-__all__ = [
-    "add_layer_norm",
-    "apply_to_timm",
-    "apply_to_transformers",
-    "attention",
-    "attention_distillation_loss",
-    "attention_qkvpacked",
-    "bias_gelu",
-    "distillation_loss",
-    "mix_normalize",
-    "register_with_transformers",
-]
+    __all__ = [
+        "add_layer_norm",
+        "apply_to_timm",
+        "apply_to_transformers",
+        "attention",
+        "attention_distillation_loss",
+        "attention_qkvpacked",
+        "bias_gelu",
+        "distillation_loss",
+        "mix_normalize",
+        "register_with_transformers",
+    ]
