@@ -5,9 +5,9 @@ Each operation is a folder: `api.py` (the public function, its checks and its re
 imported at the first call that needs it.
 """
 
-# With the repository's root on sys.path this folder is also found under the bare name `kernels`, which is how transformers
-# looks for the package of that name on PyPI. Executed a second time, the files would register every operation anew and
-# leave those in use dangling: under that name there is nothing here.
+# With the repository's root on sys.path this folder is also found under the bare name `kernels`, which is how
+# transformers looks for the package of that name on PyPI. Executed a second time, the files would register every
+# operation anew and leave those in use dangling: under that name there is nothing here.
 if __name__ == "fastdeit.kernels":
     from .add_layer_norm.api import add_layer_norm
     from .apply_to_timm import apply_to_timm
