@@ -5,6 +5,7 @@ metrics.jsonl     one JSON object per line: training figures, and accuracies aft
 summary.json      the closing table
 curves.png        losses, accuracies, learning rate
 first_batch.png   the first augmented batch with its labels
+.lock             held by the process that works on the run
 bad_files.txt     images that could not be read, with the cause
 nonfinite.jsonl   steps whose loss or gradient was not finite, with their files
 checkpoints/      step-N/ for the steps kept; last and best point to two of them
