@@ -23,12 +23,9 @@ test: setup
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 
-# What can be measured without a GPU; with one, benchmarks/gpu_checks.py runs everything.
+# Ours beside its peers; without a GPU what can be measured on the CPU.
 bench: setup
-	$(BIN)/python benchmarks/pipeline.py --rounds 3 --no-record
-	$(BIN)/python benchmarks/attention.py --device cpu --batch 4 --tokens 198 --no-record
-	$(BIN)/python benchmarks/losses.py --device cpu --no-record
-	$(BIN)/python benchmarks/pointwise.py --device cpu --no-record
+	$(BIN)/python -m benchmarks all
 
 lint: setup
 	$(BIN)/ruff check .

@@ -25,12 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve()
-# Those that are there are run, in this order, each with its limit in minutes.
-BENCHMARKS = {
-    "attention.py": 4.0,
-    "losses.py": 2.0,
-    "pointwise.py": 2.0,
-}
+# Those of python -m benchmarks that are run, in this order, each with its limit in minutes.
+BENCHMARKS = {"attention": 4.0, "loss": 2.0, "attention-distillation": 1.0, "norm": 2.0}
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 
 
@@ -124,8 +120,8 @@ def sanitizer_steps() -> list[Step]:
 
 
 def benchmark_steps() -> list[Step]:
-    present = {name: minutes for name, minutes in BENCHMARKS.items() if (HERE.parent / name).exists()}
-    return [Step(name, [sys.executable, str(HERE.parent / name)], minutes) for name, minutes in present.items()]
+    command = [sys.executable, "-m", "benchmarks"]
+    return [Step(f"benchmark {name}", [*command, name], minutes) for name, minutes in BENCHMARKS.items()]
 
 
 def exercises() -> dict:

@@ -1,65 +1,59 @@
-"""The attention benchmark runs without a GPU, says what it could not measure, and times no peer that is wrong."""
+"""What a kernel's benchmark keeps: what was measured, with its floor; who could not be, with the reason."""
 
-import importlib
+import argparse
+import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks import attention as benchmark
+from benchmarks.kernel_table import KernelTable
+
+SETTINGS = argparse.Namespace(device="cpu", quick=False, no_record=True)
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("attention")
-    for name in ("attention", "harness"):
-        sys.modules.pop(name, None)
+def table(tmp_path):
+    table = KernelTable("attention", SETTINGS, torch.float32, seconds=0.01)
+    table.record.folder = tmp_path
+    return table
 
 
-def test_command_runs_on_the_cpu():
-    flags = "--device cpu --batch 2 --tokens 198 --heads 3 --seconds 0.05 --no-record --peers".split()
-    command = [sys.executable, str(BENCHMARKS / "attention.py"), *flags, "sdpa flash", "sdpa cudnn"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for operation in ("attention_qkvpacked", "attention"):
-        for direction in ("forward", "backward"):
-            assert f"{operation}, {direction}, 2 x 198 x 3 x 64 float32\n" in output
-    lines = [line.split() for line in output.splitlines() if line.startswith("    ")]
-    assert sum(line[0] == "fastdeit" and float(line[1]) > 0 for line in lines) == 4
-    assert sum(line[:2] == ["sdpa", "flash"] and float(line[2]) > 0 for line in lines) == 4
-    assert sum(line[:3] == ["sdpa", "cudnn", "n/a"] for line in lines) == 4
-
-
-def test_record_holds_what_was_measured_and_names_the_rest(benchmark, tmp_path, monkeypatch):
+def test_record_holds_what_was_measured_and_names_the_rest(table, tmp_path, monkeypatch):
     def wrong(q, k, v):
         return 1.01 * torch.nn.functional.scaled_dot_product_attention(q, k, v)  # heads and tokens mistaken, too
 
     def nan(q, k, v):
         return q * k * v * float("nan")
 
-    monkeypatch.setitem(benchmark.PEERS, "wrong", lambda: wrong)
-    monkeypatch.setitem(benchmark.PEERS, "nan", lambda: nan)
-    table = benchmark.Table("attention", "cpu")
-    table.folder = tmp_path
-    benchmark.measure(table, False, (2, 9, 3), torch.float32, 0.01, ["sdpa flash", "wrong", "nan"])
-    rows = (tmp_path / "attention.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 2 and not any("wrong" in row or "nan" in row for row in rows)
-    missing = json.loads((tmp_path / "attention.json").read_text())["not measured"]
+    monkeypatch.setitem(benchmark.PEERS, "wrong", lambda quick: wrong)
+    monkeypatch.setitem(benchmark.PEERS, "nan", lambda quick: nan)
+    benchmark.measure(table, True, (2, 198, 6), torch.float32, ["sdpa flash", "wrong", "nan"])
+
+    rows = list(csv.DictReader((tmp_path / "attention.csv").open()))
+    assert [(row["contender"], row["case"].split(", ")[0]) for row in rows] == [
+        (name, direction) for direction in ("forward", "forward + backward") for name in ("fastdeit", "sdpa flash")
+    ]
+    ceilings = table.ceilings
+    tensor, product = 2 * 198 * 6 * 64 * 4, 2 * 2 * 6 * 198**2 * 64
+    for row, tensors, products in zip(rows[::2], (4, 12), (2, 7)):
+        floor = 1e6 * max(tensors * tensor / ceilings.bandwidth, products * product / ceilings.matmul)
+        assert float(row["floor_us"]) == pytest.approx(floor, abs=0.006)
+        assert float(row["floor_share"]) == pytest.approx(floor / float(row["us"]), abs=0.002)
+
+    described = json.loads((tmp_path / "attention.json").read_text())
+    missing = described["not measured"]
     assert sum("wrong: ValueError: wrong numbers" in entry for entry in missing) == 2
     assert sum("nan: ValueError: wrong numbers, off by nan" in entry for entry in missing) == 2
-    assert (tmp_path / "attention.png").stat().st_size > 1000
+    for headline, ours, theirs in zip(described["headlines"], rows[::2], rows[1::2], strict=True):
+        assert headline["peer"] == "sdpa flash"
+        assert headline["ratio"] == pytest.approx(float(theirs["us"]) / float(ours["us"]), abs=0.002)
+    for picture in ("attention.png", "attention_roofline.png"):
+        assert (tmp_path / picture).stat().st_size > 1000
 
 
-def test_ours_must_be_right(benchmark, monkeypatch):
+def test_ours_must_be_right(table, monkeypatch):
     monkeypatch.setattr(benchmark, "attention", lambda q, k, v: 0 * q)
     with pytest.raises(ValueError, match="wrong numbers"):
-        benchmark.measure(benchmark.Table("x", "cpu", record=False), False, (2, 9, 3), torch.float32, 0.01, [])
-
-
-def test_gpu_checks_names_files_that_exist(benchmark):
-    names = list(importlib.import_module("gpu_checks").BENCHMARKS)
-    sys.modules.pop("gpu_checks")
-    assert "attention.py" in names and all((BENCHMARKS / name).exists() for name in names)
+        benchmark.measure(table, False, (2, 9, 3), torch.float32, [])

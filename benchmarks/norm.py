@@ -1,6 +1,8 @@
-"""The pointwise operations beside what torch.compile makes of them by itself, and beside eager PyTorch.
+"""Claim: the pointwise operations move the bytes they must and no more.
 
-python benchmarks/pointwise.py [--device cpu] [--only mix_normalize add_layer_norm bias_gelu] [--no-record]
+python -m benchmarks norm [--only mix_normalize add_layer_norm bias_gelu]
+
+Beside what torch.compile makes of them by itself, and beside eager PyTorch.
 
 add_layer_norm and bias_gelu are worth having in the model only where they beat torch.compile: that is what the table
 decides, forward and forward with backward, at the widths of DeiT-Ti, S and B. mix_normalize claims to be bound by the
@@ -14,14 +16,16 @@ bytes of a batch: uint8 in, half precision out. Its peers on a batch of 224-pixe
 The floor is the bytes that must move over the memory's bandwidth (see each kernel's file).
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from harness import Table, compare
 
 from fastdeit.kernels import add_layer_norm, bias_gelu, mix_normalize
+
+from .kernel_table import KernelTable
+from .record import parser
+from .timing import compiled
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Contenders = dict[str, Callable[[], object]]
@@ -51,9 +55,9 @@ def bias_gelu_definition(x, bias):
     return F.gelu(x + bias)
 
 
-def sides(ours: Callable, definition: Callable, inputs, grads) -> dict[str, Contenders]:
+def sides(ours: Callable, definition: Callable, inputs, grads, quick: bool) -> dict[str, Contenders]:
     """Contenders by direction. Compiled, ours is what a compiled model would call."""
-    functions = {"fastdeit": ours, "torch.compile": torch.compile(definition, fullgraph=True), "eager": definition}
+    functions = {"fastdeit": ours, "torch.compile": compiled(definition, quick=quick), "eager": definition}
 
     def forward(function):
         def call():
@@ -68,22 +72,26 @@ def sides(ours: Callable, definition: Callable, inputs, grads) -> dict[str, Cont
     }
 
 
-def add_layer_norm_case(batch: int, tokens: int, channels: int, dtype: torch.dtype, device: str):
+def add_layer_norm_case(batch: int, tokens: int, channels: int, dtype: torch.dtype, table: KernelTable):
+    device = table.device
     x, residual, *grads = (torch.randn(batch, tokens, channels, device=device, dtype=dtype) for _ in range(4))
     vectors = [torch.randn(channels, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
     keep = torch.rand(batch, device=device, dtype=dtype).lt(0.9).to(dtype) / 0.9
     inputs = [x.requires_grad_(), residual.requires_grad_(), *vectors, keep]
     tensor_bytes = x.numel() * x.element_size()
     floors = {"forward": 4 * tensor_bytes, "forward + backward": 10 * tensor_bytes}
-    return sides(add_layer_norm_ours, add_layer_norm_definition, inputs, grads), floors
+    return sides(add_layer_norm_ours, add_layer_norm_definition, inputs, grads, table.quick), floors
 
 
-def bias_gelu_case(batch: int, tokens: int, channels: int, dtype: torch.dtype, device: str):
+def bias_gelu_case(batch: int, tokens: int, channels: int, dtype: torch.dtype, table: KernelTable):
+    device = table.device
     x, grad = (torch.randn(batch, tokens, channels, device=device, dtype=dtype) for _ in range(2))
     bias = torch.randn(channels, device=device, dtype=dtype)
     tensor_bytes = x.numel() * x.element_size()
     floors = {"forward": 2 * tensor_bytes, "forward + backward": 5 * tensor_bytes}
-    return sides(bias_gelu, bias_gelu_definition, [x.requires_grad_(), bias.requires_grad_()], [grad]), floors
+    return sides(
+        bias_gelu, bias_gelu_definition, [x.requires_grad_(), bias.requires_grad_()], [grad], table.quick
+    ), floors
 
 
 def mix_normalize_draws(batch: int, size: int, cutmix: bool, device: str) -> dict[str, torch.Tensor]:
@@ -133,62 +141,61 @@ def timm_mix_normalize(images_BCHW, cutmix: bool, dtype: torch.dtype, device: st
     return call
 
 
-def mix_normalize_case(batch: int, size: int, cutmix: bool, dtype: torch.dtype, device: str):
+def mix_normalize_case(batch: int, size: int, cutmix: bool, dtype: torch.dtype, table: KernelTable):
+    device = table.device
     images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
     draws = mix_normalize_draws(batch, size, cutmix, device)
     shift, scale = 255 * torch.tensor(MEAN, device=device), 1 / (255 * torch.tensor(STD, device=device))
     dense_draws = [draws[name] for name in ("partner", "lam", "box", "erase_box")]
-    compiled = torch.compile(dense_mix_normalize, fullgraph=True)
+    dense = compiled(dense_mix_normalize, quick=table.quick)
     contenders = {
         "fastdeit": lambda: mix_normalize(images, MEAN, STD, **draws, dtype=dtype),
-        "torch.compile": lambda: compiled(images, shift, scale, *dense_draws, dtype),
+        "torch.compile": lambda: dense(images, shift, scale, *dense_draws, dtype),
         "timm": timm_mix_normalize(images.permute(0, 3, 1, 2).contiguous(), cutmix, dtype, device),
     }
     # The partner's pixels come from the same batch, which the cache may or may not hold: counted once.
     return contenders, images.numel() * (1 + dtype.itemsize)
 
 
-def pointwise_table(table: Table, operation: str, shapes: list[tuple[int, int, int]], dtype, device, seconds) -> None:
+def measure(table: KernelTable, operation: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
     make = {"add_layer_norm": add_layer_norm_case, "bias_gelu": bias_gelu_case}[operation]
-    for shape in shapes:
-        directions, floors = make(*shape, dtype, device)
-        for direction, contenders in directions.items():
-            case = f"{direction}, {' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
-            timings = compare(contenders, device=device, seconds=seconds)
-            table.add(operation, case, timings, floor_bytes=floors[direction])
-        table.write()
+    directions, floors = make(*shape, dtype, table)
+    for direction, contenders in directions.items():
+        case = f"{direction}, {' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+        headline = direction == "forward + backward" and shape[2] % 384 == 0 and shape[2] % 768 != 0
+        table.measure(operation, case, contenders, floor_bytes=floors[direction], headline=headline)
+    table.write()
 
 
-def mix_normalize_table(table: Table, batch: int, size: int, dtype, device, seconds) -> None:
+def measure_mix_normalize(table: KernelTable, batch: int, size: int, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
     for kind in ("mixup", "cutmix"):
-        contenders, floor_bytes = mix_normalize_case(batch, size, kind == "cutmix", dtype, device)
-        timings = compare(contenders, device=device, seconds=seconds, uncaptured=("timm",))
+        contenders, floor_bytes = mix_normalize_case(batch, size, kind == "cutmix", dtype, table)
         case = f"{kind}, {batch} x {size} x {size} x 3 {str(dtype).removeprefix('torch.')}"
-        table.add("mix_normalize", case, timings, floor_bytes=floor_bytes)
+        table.measure(
+            "mix_normalize", case, contenders, floor_bytes=floor_bytes, uncaptured=("timm",), headline=kind == "cutmix"
+        )
     table.write()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own = parser(__doc__)
     operations = ("mix_normalize", "add_layer_norm", "bias_gelu")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", choices=operations, default=operations)
-    parser.add_argument("--seconds", type=float, default=0.3, help="of measuring for each contender")
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    arguments = parser.parse_args()
-    device, seconds = arguments.device, arguments.seconds
-    table = Table("pointwise", device, record=not arguments.no_record)
-    if device == "cpu":  # a small version: the records that decide are a GPU's
-        dtype, batch, images, widths = torch.float32, 4, 16, (192,)
-    else:
-        dtype, batch, images, widths = torch.bfloat16, 256, 256, (192, 384, 768)
+    own.add_argument("--only", nargs="+", choices=operations, default=operations)
+    own.add_argument("--seconds", type=float, default=0.3, help="of measuring for each contender")
+    arguments = own.parse_args()
+    dtype, batch, tokens, size, widths = torch.bfloat16, 256, 198, 224, (192, 384, 768)
+    if arguments.device == "cpu":  # the interpreter's bfloat16 is wrong
+        dtype, batch, tokens, size, widths = torch.float32, 4, 3, 16, (8,)
+    table = KernelTable("norm", arguments, dtype, arguments.seconds)
     for operation in arguments.only:
         if operation == "mix_normalize":
-            mix_normalize_table(table, images, 224, dtype, device, seconds)
-        else:
-            factor = 4 if operation == "bias_gelu" else 1  # the MLP's hidden width
-            shapes = [(batch, 198, factor * width) for width in widths]
-            pointwise_table(table, operation, shapes, dtype, device, seconds)
+            measure_mix_normalize(table, batch, size, dtype)
+            continue
+        factor = 4 if operation == "bias_gelu" else 1  # the MLP's hidden width
+        for width in widths:
+            measure(table, operation, (batch, tokens, factor * width), dtype)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Every claim of speed, as a command with its record: `python -m benchmarks --help`."""

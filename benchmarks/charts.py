@@ -1,0 +1,81 @@
+"""The pictures of the records."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from .timing import Ceilings
+
+if TYPE_CHECKING:
+    from .kernel_table import Row
+
+
+def times_ours(rows: Sequence["Row"], path: Path) -> None:
+    """A bar for each contender and case: its time over ours."""
+    cases = list(dict.fromkeys((row.operation, row.case) for row in rows))
+    names = list(dict.fromkeys(row.contender for row in rows))
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(rows)), layout="constrained")
+    for k, name in enumerate(names):
+        points = {(row.operation, row.case): row.times_ours for row in rows if row.contender == name}
+        heights = [cases.index(case) + k / (len(names) + 1) for case in points]
+        axes.barh(heights, points.values(), 0.8 / len(names), label=name)
+    axes.set_yticks([i + 0.3 for i in range(len(cases))], [", ".join(case) for case in cases], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.6)
+    axes.set_xlabel("time over ours")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def roofline(rows: Sequence["Row"], ceilings: Ceilings, path: Path) -> None:
+    """FLOP/s reached over the FLOP a byte that the task needs at least, under the two ceilings as measured."""
+    rows = [row for row in rows if row.work[1]]
+    intensities = [row.work[1] / row.work[0] for row in rows]
+    ridge = ceilings.matmul / ceilings.bandwidth
+    left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    axes.plot([left, ridge, right], [left * ceilings.bandwidth / 1e12, *2 * [ceilings.matmul / 1e12]], color="black")
+    axes.text(
+        left, left * ceilings.bandwidth / 1e12, f"  copy: {ceilings.bandwidth / 1e12:.2f} TB/s", fontsize=8, va="top"
+    )
+    axes.text(
+        right,
+        ceilings.matmul / 1e12,
+        f"matmul: {ceilings.matmul / 1e12:.0f} TFLOP/s",
+        fontsize=8,
+        ha="right",
+        va="bottom",
+    )
+    for k, name in enumerate(dict.fromkeys(row.contender for row in rows)):
+        points = [
+            (i, row.work[1] / row.timing.median / 1e6) for i, row in zip(intensities, rows) if row.contender == name
+        ]
+        axes.scatter(*zip(*points), s=18 if k else 40, marker="o" if k else "*", label=name, zorder=3 - bool(k))
+    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte, at least", ylabel="TFLOP/s")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def waterfall(steps: Mapping[str, float], title: str, unit: str, path: Path) -> None:
+    """One bar for each technique, added to those above it: what the step takes, and beside it by how much it fell."""
+    names, values = list(steps), list(steps.values())
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(names) + 1.2), layout="constrained")
+    axes.barh(names, values, color=["0.75", *("C0" if b < a else "C3" for a, b in pairwise(values))])
+    for i, value in enumerate(values):
+        change = f"   {100 * (value / values[i - 1] - 1):+.0f} %" if i else ""
+        axes.text(value, i, f" {value:.4g} {unit}{change}", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set(title=title, xlabel=unit)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

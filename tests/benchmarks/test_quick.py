@@ -1,0 +1,46 @@
+"""`python -m benchmarks NAME --quick` goes every way of a benchmark without a GPU; full runs say what they need."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_checks
+from benchmarks.__main__ import BENCHMARKS, KERNELS
+from benchmarks.record import NO_TIMING, RECORDS
+
+ROOT = Path(__file__).parents[2]
+
+
+def benchmarks(*arguments, code=0):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_quick(name):
+    before = {path: path.stat().st_mtime_ns for path in RECORDS.rglob("*")}
+    output = benchmarks(name, "--quick", "--device", "cpu")
+    assert NO_TIMING in output and "done in" in output
+    if name in KERNELS:
+        assert "fastdeit" in output and " us " not in output
+    assert before == {path: path.stat().st_mtime_ns for path in RECORDS.rglob("*")}
+
+
+def test_kernels_are_not_timed_without_a_gpu():
+    output = benchmarks(*KERNELS, "--device", "cpu")
+    assert output.count("needs a CUDA device") == len(KERNELS)
+
+
+def test_unknown_flags_are_refused_by_the_benchmark():
+    assert "FAILED (exit 2)" in benchmarks("loss", "--device", "cpu", "--quick", "--nonsense", code=1)
+    benchmarks("loss", "norm", "--nonsense", code=2)
+
+
+def test_the_gpu_checks_run_benchmarks_that_exist():
+    assert set(gpu_checks.BENCHMARKS) <= set(BENCHMARKS)
