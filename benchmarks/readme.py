@@ -1,0 +1,88 @@
+"""Brings the README's tables up to date with the records.
+
+python -m benchmarks.readme              writes them
+python -m benchmarks.readme --check      exits with 1 when they are not what the records say
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of TABLES.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .record import RECORDS, Headline
+
+README = Path(__file__).parents[1] / "README.md"
+PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def speed() -> str:
+    """The headlines of every device's records, GPUs first."""
+    folders = sorted(
+        (folder for folder in RECORDS.iterdir() if folder.is_dir()), key=lambda f: (f.name == "cpu", f.name)
+    )
+    parts = [part for folder in folders if (part := _device(folder))]
+    return "\n".join(parts)
+
+
+def _device(folder: Path) -> str:
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        for fields in json.loads(file.read_text()).get("headlines", []):
+            headline = Headline(**fields)
+            share = "" if headline.floor_share is None else f"{100 * headline.floor_share:.0f} %"
+            link = f"[{headline.what}](benchmarks/records/{folder.name}/{file.stem}.csv)"
+            rows.append([link, headline.ours, f"{headline.theirs} ({headline.peer})", f"{headline.ratio:.2f} x", share])
+    if not rows:
+        return ""
+    columns = [f"on {folder.name}", "fastdeit", "fastest peer", "as fast as it", "of the floor"]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return _markdown(columns, rows)
+
+
+def digits_seeds() -> str:
+    """Top-1 of the demo over its seeds, with mean and standard deviation."""
+    columns, *rows = csv.reader((RECORDS / "cpu" / "digits_seeds.csv").read_text().splitlines())
+    names = {"undistilled": "not distilled", "cls": "class head", "dist": "distillation head", "both": "both heads"}
+    return _markdown([names.get(column, column) for column in columns], rows)
+
+
+def digits_distillation() -> str:
+    return (RECORDS / "cpu" / "digits_distillation.md").read_text()
+
+
+TABLES = {"speed": speed, "digits-seeds": digits_seeds, "digits-distillation": digits_distillation}
+
+
+def up_to_date(text: str) -> str:
+    """The README's text with every table as the records have it."""
+    return PLACE.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 when something is stale")
+    arguments = parser.parse_args()
+    text = README.read_text()
+    fresh = up_to_date(text)
+    if fresh == text:
+        return 0
+    if arguments.check:
+        print("README.md is not what the records say: python -m benchmarks.readme", file=sys.stderr)
+        return 1
+    README.write_text(fresh)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
