@@ -1,7 +1,7 @@
 """From image files to batches on the device. Knows images only: nothing of models, losses or the trainer."""
 
 from .augmentation import Augmentation
-from .bad_files import BadFiles, TooManyBadFiles
+from .bad_files import BadFiles, NoImages, TooManyBadFiles
 from .batch import Batch
 from .concatenation import WithUnlabelled
 from .index import Index, open_files, open_folder, open_index
@@ -16,6 +16,7 @@ __all__ = [
     "Index",
     "Loader",
     "Mix",
+    "NoImages",
     "SyntheticIndex",
     "TooManyBadFiles",
     "WithUnlabelled",

@@ -110,17 +110,20 @@ def _draw_operations(a: Augmentation, draws: Draws) -> tuple[np.ndarray, np.ndar
     return np.concatenate(ops, 1), np.concatenate(args, 1)
 
 
-def draw_mix(a: Augmentation, seed: int, epoch: int, step: int, indices: np.ndarray, copies: np.ndarray, size: int):
-    """Who is mixed with whom in a batch of B samples: partner (B,) int64, lam (B,) float32, box (B, 4) int32."""
-    B = len(indices)
+def draw_mix(
+    a: Augmentation, seed: int, epoch: int, steps: np.ndarray, indices: np.ndarray, copies: np.ndarray, size: int
+):
+    """Who is mixed with whom in the batches of `steps`, N samples in all, one batch after the other: partner (N,)
+    int64, a position in the sample's own batch, lam (N,) float32, box (N, 4) int32."""
+    N = len(indices)
     if not a.mixes:
-        return np.arange(B), np.ones(B, np.float32), np.zeros((B, 4), np.int32)
+        return np.arange(N) % (N // len(steps)), np.ones(N, np.float32), np.zeros((N, 4), np.int32)
     lam, box = draw_mixing(
-        mixing_rows(a.mixup_mode, seed, epoch, step, indices, copies),
+        mixing_rows(a.mixup_mode, seed, epoch, steps, indices, copies),
         size=size,
         mixup=a.mixup,
         cutmix=a.cutmix,
         probability=a.mixup_prob,
         switch_probability=a.mixup_switch_prob,
     )
-    return spread_over_batch(a.mixup_mode, lam, box, B)
+    return spread_over_batch(a.mixup_mode, lam, box, N // len(steps))

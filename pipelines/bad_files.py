@@ -21,6 +21,14 @@ class TooManyBadFiles(RuntimeError):
     """More images are bad than the limit allows."""
 
 
+class NoImages(ValueError):
+    """Not one image can be read. bad: (name, cause) of each, as far as they are not reported to a BadFiles."""
+
+    def __init__(self, message: str, bad: tuple = ()):
+        super().__init__(message)
+        self.bad = bad
+
+
 class BadFiles:
     """Counts bad images and raises TooManyBadFiles when they become more than a share of all.
 

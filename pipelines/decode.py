@@ -110,12 +110,14 @@ def view_inputs(index, indices: np.ndarray, views: Views, size: int, layers, cro
     if crop != "window":
         inputs["corner"] = (views.geometry.corner + (PADDING if crop == "padded" else 0)).astype(np.int32)
     inputs["flip"] = views.flip.astype(np.int32)
+    # A row a layer. The geometric operations are one branch, told apart by their matrix.
+    ops, args = np.ascontiguousarray(views.ops.T), np.ascontiguousarray(views.args.T)
+    matrices = affine_matrices(ops, args, size)
+    ops = np.where((ops[..., None] == GEOMETRIC).any(-1), np.int32(Operation.ROTATE), ops)
     for number, possible in enumerate(layers):
-        op, arg = views.ops[:, number], np.ascontiguousarray(views.args[:, number])
-        inputs[f"op{number}"] = np.where(np.isin(op, GEOMETRIC), np.int32(Operation.ROTATE), op)
-        inputs[f"arg{number}"] = arg
+        inputs[f"op{number}"], inputs[f"arg{number}"] = ops[number], args[number]
         if not possible.isdisjoint(GEOMETRIC):
-            inputs[f"matrix{number}"] = affine_matrices(op, arg, size)
+            inputs[f"matrix{number}"] = matrices[number]
     return inputs
 
 

@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from . import folder, index_cache, parquet, webdataset
+from .bad_files import NoImages
 from .layout import list_split
 from .records import BadFile, Listing, Records
 
@@ -123,22 +124,23 @@ def open_folder(path: str | os.PathLike, *, cache_dir: str | os.PathLike | None 
 def open_files(paths: Sequence[str | os.PathLike], *, cache_dir: str | os.PathLike | None = None) -> Index:
     """The given files, and all images under the given folders, in this order, without labels (-100).
 
-    Raises ValueError for a path that does not exist, or if there are no images.
+    Raises ValueError for a path that does not exist, NoImages if there are no images.
     """
     paths = [os.fspath(path) for path in paths]
     listing = folder.list_files(paths)
     if not listing.files:
-        raise ValueError(f"no images under {', '.join(paths)} ({', '.join(sorted(folder.EXTENSIONS))})")
-    return _open(listing, f"the folder {paths[0]}" if len(paths) == 1 else f"{len(paths)} paths", None, cache_dir)
+        raise NoImages(f"no images under {', '.join(paths)} ({', '.join(sorted(folder.EXTENSIONS))})")
+    kind = "folder" if os.path.isdir(paths[0]) else "file"
+    return _open(listing, f"the {kind} {paths[0]}" if len(paths) == 1 else f"{len(paths)} paths", None, cache_dir)
 
 
 def _open(listing: Listing, what: str, classes: Sequence[str] | None, cache_dir: str | os.PathLike | None) -> Index:
     read_records, reader = _KINDS[listing.kind]
     records = _cached(listing, what, cache_dir) if cache_dir is not None else read_records(listing)
-    if not len(records.names):
-        raise ValueError(_nothing_left(records.bad, what))
-    labels, classes = _labels_among(records, classes, what)
     bad = tuple(BadFile(os.path.join(listing.root, name), cause) for name, cause in records.bad)
+    if not len(records.names):
+        raise NoImages(_nothing_left(bad, what), bad)
+    labels, classes = _labels_among(records, classes, what)
     return Index(classes, labels, records.heights, records.widths, bad, records, reader(listing.root, records))
 
 

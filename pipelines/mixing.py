@@ -78,18 +78,18 @@ def _cutmix_box(lam: np.ndarray, y: np.ndarray, x: np.ndarray, size: int) -> np.
     return np.clip(np.stack([y - before, x - before, y + after, x + after], 1), 0, size)
 
 
-def mixing_rows(mode: str, seed: int, epoch: int, step: int, indices: np.ndarray, copies: np.ndarray) -> Draws:
-    """Whose random numbers decide: the step's (one row for the whole batch), each pair's or each sample's."""
+def mixing_rows(mode: str, seed: int, epoch: int, steps: np.ndarray, indices: np.ndarray, copies: np.ndarray) -> Draws:
+    """Whose random numbers decide: each step's (one row for a whole batch), each pair's or each sample's."""
     if mode == "batch":
-        return Draws(seed, epoch, np.array([step]), np.array([0]))
+        return Draws(seed, epoch, steps, np.zeros_like(steps))
     if mode == "pair":
         return Draws(seed, epoch, indices[0::2], indices[1::2])
     return Draws(seed, epoch, indices, copies)
 
 
 def spread_over_batch(mode: str, lam: np.ndarray, box: np.ndarray, batch_size: int):
-    """The rows of `mixing_rows` turned into partner (B,) int64, lam (B,) float32 and box (B, 4) int32."""
+    """The rows of `mixing_rows` turned into rows of samples: partner (N,) int64, lam (N,) float32, box (N, 4) int32."""
     times = {"batch": batch_size, "pair": 2, "elem": 1}[mode]
     lam, box = np.repeat(lam, times), np.repeat(box, times, axis=0)
-    position = np.arange(batch_size)
+    position = np.arange(len(lam)) % batch_size
     return np.where(lam < 1, position ^ 1, position), lam, box

@@ -37,13 +37,13 @@ GEOMETRIC = (Operation.ROTATE, Operation.SHEAR_X, Operation.SHEAR_Y, Operation.T
 def affine_matrices(ops: np.ndarray, args: np.ndarray, size: int) -> np.ndarray:
     """(..., 2, 3) float32 for ops and args (...) on a size x size image: where in the source (x, y) each pixel of the
     result comes from, pixel centres at half integers as in Pillow. The identity for operations that are no geometry."""
-    a = args.astype(np.float64)
-    angle = np.where(ops == Operation.ROTATE, -np.radians(a), 0.0)
+    rotate, shear_x, shear_y, move_x, move_y = (args.astype(np.float64) * (ops == op) for op in map(int, GEOMETRIC))
+    angle = -np.radians(rotate)
     cos, sin, half = np.cos(angle), np.sin(angle), size / 2
-
-    def only(op: Operation) -> np.ndarray:
-        return np.where(ops == op, a, 0.0)
-
-    first = [cos, sin + only(Operation.SHEAR_X), half - cos * half - sin * half + only(Operation.TRANSLATE_X) * size]
-    second = [-sin + only(Operation.SHEAR_Y), cos, half + sin * half - cos * half + only(Operation.TRANSLATE_Y) * size]
-    return np.stack([np.stack(first, -1), np.stack(second, -1)], -2).astype(np.float32)
+    matrices = np.empty((*ops.shape, 2, 3), np.float32)
+    matrices[..., 0, 0] = matrices[..., 1, 1] = cos
+    matrices[..., 0, 1] = sin + shear_x
+    matrices[..., 1, 0] = shear_y - sin
+    matrices[..., 0, 2] = half - cos * half - sin * half + move_x * size
+    matrices[..., 1, 2] = half + sin * half - cos * half + move_y * size
+    return matrices

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .augmentation import Augmentation, Views, draw_mix, draw_views
+from .bad_files import NoImages
 from .crop import evaluation_crop
 from .draws import Draws, Purpose, integers
 from .sampler import batch_slice, epoch_order, evaluation_order, steps_per_epoch
@@ -64,11 +65,13 @@ class TrainPlans:
         if block != self.block:
             steps = range(block * per_block, min((block + 1) * per_block, self.steps))
             self.block, self.drawn = block, self._draw(steps)
-        indices, copies, views = self.drawn
+        indices, copies, views, *mix = self.drawn
         rows = slice(row * self.batch_size, (row + 1) * self.batch_size)
-        return self._plan(step, indices[rows], copies[rows], views[rows])
+        counted = np.ones(self.batch_size, bool)
+        return Plan(step, indices[rows], copies[rows], counted, views[rows], *(part[rows] for part in mix))
 
-    def _draw(self, steps: range) -> tuple[np.ndarray, np.ndarray, Views]:
+    def _draw(self, steps: range) -> tuple:
+        """Indices, copies, views, partner, lam and box of these steps, one after the other."""
         if self.order is None:
             self.order, self.copies = epoch_order(
                 len(self.index),
@@ -81,16 +84,13 @@ class TrainPlans:
             [np.r_[batch_slice(step, self.batch_size, self.rank, self.world_size)] for step in steps]
         )
         indices, copies = self.order[positions], self.copies[positions]
-        return indices, copies, self._views(indices, copies)
+        return indices, copies, *self._draw_samples(np.array(steps), indices, copies)
 
-    def _views(self, indices: np.ndarray, copies: np.ndarray) -> Views:
+    def _draw_samples(self, steps: np.ndarray, indices: np.ndarray, copies: np.ndarray) -> tuple:
         draws = Draws(self.seed, self.epoch, indices, copies)
         heights, widths = self.index.heights[indices], self.index.widths[indices]
-        return draw_views(self.augmentation, draws, heights, widths, self.size)
-
-    def _plan(self, step: int, indices: np.ndarray, copies: np.ndarray, views: Views) -> Plan:
-        mix = draw_mix(self.augmentation, self.seed, self.epoch, step, indices, copies, self.size)
-        return Plan(step, indices, copies, np.ones(len(indices), bool), views, *mix)
+        views = draw_views(self.augmentation, draws, heights, widths, self.size)
+        return views, *draw_mix(self.augmentation, self.seed, self.epoch, steps, indices, copies, self.size)
 
     def without(self, plan: Plan, bad: set[int]) -> Plan:
         """The same plan with other images in the place of `bad` ones: drawn from the same random numbers, each keyed
@@ -100,7 +100,8 @@ class TrainPlans:
             indices[row] = self._substitute(int(indices[row]), int(plan.copies[row]), bad)
         if np.array_equal(indices, plan.indices):
             return plan
-        return self._plan(plan.step, indices, plan.copies, self._views(indices, plan.copies))
+        drawn = self._draw_samples(np.array([plan.step]), indices, plan.copies)
+        return Plan(plan.step, indices, plan.copies, plan.counted, *drawn)
 
     def _substitute(self, index: int, copy: int, bad: set[int]) -> int:
         draws = Draws(self.seed, self.epoch, np.array([index]), np.array([copy]))
@@ -148,5 +149,5 @@ class EvaluationPlans:
             return plan
         good = next((i for i in range(len(self.index)) if i not in bad), None)
         if good is None:
-            raise ValueError("not one image of the index can be decoded")
+            raise NoImages("not one image of the index can be decoded")
         return self._plan(plan.step, np.where(is_bad, good, plan.indices), plan.counted & ~is_bad)

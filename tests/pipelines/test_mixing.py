@@ -84,7 +84,7 @@ def test_erased_boxes_are_distributed_as_timms(size):
 @pytest.mark.parametrize("mode, distinct", [("batch", 1), ("pair", 16), ("elem", 32)])
 def test_neighbours_mix(mode, distinct):
     indices, copies = np.arange(32) * 3 + 1, np.zeros(32, int)
-    partner, lam, box = draw_mix(Augmentation(mixup_mode=mode, cutmix=0), 0, 0, 5, indices, copies, SIZE)
+    partner, lam, box = draw_mix(Augmentation(mixup_mode=mode, cutmix=0), 0, 0, np.array([5]), indices, copies, SIZE)
     assert partner.tolist() == [i ^ 1 for i in range(32)] and not box.any()
     assert len(np.unique(lam)) == distinct
     if mode == "pair":
@@ -95,23 +95,25 @@ def test_neighbours_mix(mode, distinct):
 def test_mixing_does_not_depend_on_how_a_batch_is_shared(mode):
     indices, copies = np.random.default_rng(0).permutation(48), np.arange(48) % 3
     augmentation = Augmentation(mixup_mode=mode)
-    partner, lam, box = draw_mix(augmentation, 1, 2, 3, indices, copies, SIZE)
+    partner, lam, box = draw_mix(augmentation, 1, 2, np.array([3]), indices, copies, SIZE)
     for ranks in (2, 3, 4):
         for rank in range(ranks):
             rows = slice(rank * 48 // ranks, (rank + 1) * 48 // ranks)
-            part = draw_mix(augmentation, 1, 2, 3, indices[rows], copies[rows], SIZE)
+            part = draw_mix(augmentation, 1, 2, np.array([3]), indices[rows], copies[rows], SIZE)
             assert np.array_equal(part[0] + rows.start, partner[rows])
             assert np.array_equal(part[1], lam[rows]) and np.array_equal(part[2], box[rows])
 
 
 def test_where_nothing_is_mixed_a_sample_is_its_own_partner():
     indices = np.arange(400)
-    partner, lam, box = draw_mix(Augmentation(mixup_mode="elem", mixup_prob=0.5), 0, 0, 0, indices, indices * 0, SIZE)
+    partner, lam, box = draw_mix(
+        Augmentation(mixup_mode="elem", mixup_prob=0.5), 0, 0, np.array([0]), indices, indices * 0, SIZE
+    )
     alone = lam == 1
     assert 120 < alone.sum() < 280
     assert np.array_equal(partner[alone], indices[alone]) and not box[alone].any()
     assert np.array_equal(partner[~alone], (indices ^ 1)[~alone])
-    partner, lam, box = draw_mix(Augmentation(mixup=0, cutmix=0), 0, 0, 0, indices, indices * 0, SIZE)
+    partner, lam, box = draw_mix(Augmentation(mixup=0, cutmix=0), 0, 0, np.array([0]), indices, indices * 0, SIZE)
     assert np.array_equal(partner, indices) and (lam == 1).all() and not box.any()
 
 
