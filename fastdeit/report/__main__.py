@@ -1,0 +1,4 @@
+from ..command import run
+from . import main
+
+run(main)

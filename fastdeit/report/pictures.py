@@ -1,0 +1,152 @@
+"""Pictures for the page: what the tokens look at, drawn from the checkpoint; PNGs of the run; all as data URIs."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from fastdeit.pipelines import BadFiles, Index, eval_loader, open_index
+
+from .. import attention_maps, inference
+from ..model import DeiT, token_cosine_similarity
+
+SHOWN = 8  # validation images, evenly spaced over the split
+SIDE = 160  # pixels of a drawn image
+LARGE = 300_000  # bytes of a PNG above which it is stored as JPEG
+
+
+@dataclass(frozen=True)
+class Look:
+    """A validation image, where the tokens look in it, and the model's answer. Pictures are data URIs.
+
+    maps: a picture for each name of `Looks.maps`
+    """
+
+    name: str
+    image: str
+    maps: list[str]
+    true: str
+    answer: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Looks:
+    """similarity: of class and distillation token at the input and after each block; [] for one token."""
+
+    maps: list[str]
+    looks: list[Look]
+    similarity: list[float]
+    images: int  # in the validation split
+
+
+class NotDrawn(Exception):
+    """There is nothing to draw for this run; says why."""
+
+
+def look(run: Path, settings: dict) -> Looks:
+    """Draw what the tokens of the run's last checkpoint look at.
+
+    Raises NotDrawn for a student without such tokens, and what `load` and `open_index` raise.
+    """
+    data_path, batch_size = settings["data"]["data_path"], settings["data"]["batch_size"]
+    if data_path in (None, "synthetic"):
+        raise NotDrawn("the run was trained on synthetic images")
+    classifier = inference.load(run, device="cpu")
+    if not isinstance(classifier.model, DeiT):
+        raise NotDrawn(f"{settings['model']['model']} has no class token that fastdeit could follow")
+    cache = run.parent / "index-cache"
+    index = open_index(data_path, "val", classes=classifier.classes, cache_dir=cache if cache.is_dir() else None)
+    spread = np.unique(np.linspace(0, len(index) - 1, min(SHOWN, len(index))).round().astype(int))
+    return Looks(
+        maps=_titles(classifier.model),
+        looks=_looks(classifier, index.take(spread)),
+        similarity=_similarity(classifier, index.take(np.arange(min(batch_size, len(index))))),
+        images=len(index),
+    )
+
+
+def _titles(model: DeiT) -> list[str]:
+    tokens = attention_maps.TOKENS[: model.num_prefix_tokens]
+    return [f"{token}, last block" for token in tokens] + [f"{token}, rollout" for token in tokens]
+
+
+def _batch(classifier: inference.Classifier, index: Index):
+    """(model's input, labels, positions) of the images of a small index, without those that cannot be read."""
+    loader = eval_loader(
+        index, batch_size=len(index), input_size=classifier.input_size, crop_pct=classifier.crop_ratio,
+        bad_files=BadFiles.of(index, limit=1.0),
+    )  # fmt: skip
+    batch = next(iter(loader))
+    read = batch.indices >= 0
+    return classifier.prepare(batch)[read], batch.labels[read], batch.indices[read]
+
+
+def _similarity(classifier: inference.Classifier, index: Index) -> list[float]:
+    """As pictures.token_similarity of the training: over the first validation batch."""
+    if not classifier.model.arch.distilled:
+        return []
+    with torch.inference_mode():
+        return token_cosine_similarity(classifier.model, _batch(classifier, index)[0]).tolist()
+
+
+def _looks(classifier: inference.Classifier, index: Index) -> list[Look]:
+    model, (images, labels, positions) = classifier.model, _batch(classifier, index)
+    probabilities, answers = classifier.probabilities(images).max(1)
+    names = inference.class_names(classifier)
+    last_BTRC = attention_maps.attention_maps(model, images)[:, -1].mean(1)
+    maps_BTRC = torch.cat([last_BTRC, attention_maps.attention_rollout(model, images)], dim=1)
+    pixels = (images * torch.tensor(classifier.std).view(3, 1, 1) + torch.tensor(classifier.mean).view(3, 1, 1)).clamp(
+        0, 1
+    )
+    # Pixels that can be counted stay square; photographs are only made smaller.
+    mode = {"mode": "nearest"} if images.shape[-1] < SIDE else {"mode": "area"}
+    pixels = F.interpolate(pixels, (SIDE, SIDE), **mode).permute(0, 2, 3, 1).numpy()
+    heat = F.interpolate(maps_BTRC, (SIDE, SIDE), mode="bilinear", align_corners=False)
+    heat = (heat / heat.amax((2, 3), keepdim=True)).numpy()
+    return [
+        Look(
+            name=Path(index.name(position)).name,
+            image=_jpeg(pixels[i]),
+            maps=[_jpeg(_overlay(pixels[i], map)) for map in heat[i]],
+            true=names[labels[i]],
+            answer=names[answers[i]],
+            probability=float(probabilities[i]),
+        )
+        for i, position in enumerate(positions.tolist())
+    ]
+
+
+def _overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """heat in [0, 1], on the image without its colours, which would mix with the map's."""
+    from matplotlib import colormaps
+
+    grey, alpha = pixels.mean(-1, keepdims=True), 0.85 * heat[..., None]
+    return grey * (1 - alpha) + colormaps["inferno"](heat)[..., :3] * alpha
+
+
+def _jpeg(pixels: np.ndarray) -> str:
+    """pixels: (height, width, 3) in [0, 1]"""
+    return _encoded(Image.fromarray((pixels * 255).round().astype("uint8")))
+
+
+def embedded(path: Path) -> str:
+    """A PNG as a data URI; a large one, which is full of photographs, as JPEG."""
+    content = path.read_bytes()
+    if len(content) > LARGE:
+        with Image.open(io.BytesIO(content)) as image:
+            on_white = Image.new("RGB", image.size, "white")
+            on_white.paste(image, mask=image.getchannel("A") if "A" in image.getbands() else None)
+            return _encoded(on_white)
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _encoded(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

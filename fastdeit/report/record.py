@@ -1,0 +1,202 @@
+"""What the folder of a run tells, read without changing it; the files are those of run_directory.py."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..command import UserError
+
+STANDSTILL = 60  # seconds between two lines of the log beyond the time measured in them: the run was not at work
+
+
+@dataclass(frozen=True)
+class Record:
+    """settings, summary and description (last/config.json) are {} where there is no such file.
+
+    training, evaluations: the lines of metrics.jsonl by their kind
+    undistilled: the evaluations of the comparison run
+    bad_files: (name, cause) of images that could not be read
+    nonfinite: what nonfinite.py wrote about steps that were not finite
+    """
+
+    folder: Path
+    settings: dict
+    summary: dict
+    description: dict
+    training: list[dict]
+    evaluations: list[dict]
+    undistilled: list[dict]
+    bad_files: list[tuple[str, str]]
+    nonfinite: list[dict]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """Raises UserError for a folder that is no run, or whose settings cannot be read."""
+        if not (folder / "settings.json").is_file():
+            holder = "the comparison run of another one" if (folder.parent / "settings.json").is_file() else "no run"
+            raise UserError(
+                f"{folder} is {holder}: give the folder that holds settings.json and metrics.jsonl, such as runs/RUN"
+            )
+        try:
+            settings = json.loads((folder / "settings.json").read_text())
+        except ValueError as error:
+            raise UserError(
+                f"{folder / 'settings.json'} is damaged ({error}): last/config.json holds the settings too"
+            ) from error
+        lines = _lines(folder / "metrics.jsonl")
+        return cls(
+            folder=folder,
+            settings=settings,
+            summary=_json(folder / "summary.json"),
+            description=_json(folder / "last" / "config.json"),
+            training=_of_kind(lines, "train"),
+            evaluations=_of_kind(lines, "eval"),
+            undistilled=_of_kind(_lines(folder / "undistilled" / "metrics.jsonl"), "eval"),
+            bad_files=_bad_files(folder / "bad_files.txt"),
+            nonfinite=_lines(folder / "nonfinite.jsonl"),
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # How far it is
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.summary)
+
+    @cached_property
+    def lines(self) -> list[dict]:
+        """All lines of the log, in the order they were written."""
+        return sorted(self.training + self.evaluations, key=lambda line: (line["step"], line["kind"] == "eval"))
+
+    @property
+    def step(self) -> int:
+        steps = [line["step"] for line in self.lines]
+        return max([*steps, self.description.get("step", 0)])
+
+    @cached_property
+    def steps_per_epoch(self) -> int | None:
+        """None before the first epoch has ended."""
+        if not self.evaluations:
+            return None
+        return self.evaluations[0]["step"] // (self.evaluations[0]["epoch"] + 1)
+
+    @property
+    def total_steps(self) -> int | None:
+        return self.steps_per_epoch and self.steps_per_epoch * self.setting("optimization", "epochs")
+
+    def setting(self, group: str, name: str):
+        """None for one that the run's version did not have."""
+        return self.settings.get(group, {}).get(name)
+
+    @property
+    def processes(self) -> int | None:
+        """How many worked on it; None before the first checkpoint."""
+        batch = self.description.get("progress", {}).get("global_batch")
+        own = self.setting("data", "batch_size") * (self.setting("optimization", "accumulate") or 1)
+        return batch and batch // own
+
+    @property
+    def images_per_step(self) -> int | None:
+        return self.description.get("progress", {}).get("global_batch")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Accuracy
+
+    def best(self, source: str, head: str) -> tuple[float, int] | None:
+        """(top-1, epoch counted from 1) of the best evaluation, the first of equals."""
+        found = [(line[source][head], -line["epoch"] - 1) for line in self.evaluations if head in line.get(source, {})]
+        top1, epoch = max(found, default=(None, None))
+        return None if top1 is None else (top1, -epoch)
+
+    @cached_property
+    def accuracies(self) -> dict[str, dict]:
+        """Of the last evaluation: {"model" or "ema": {head: {"top1"}}}; its checkpoint adds "top5", "loss", "ece"."""
+        if not self.evaluations:
+            return {}
+        last = self.evaluations[-1]
+        known = self.description.get("accuracy", {}) if self.description.get("step") == last["step"] else {}
+        return {
+            source: {head: {**known.get(source, {}).get(head, {}), "top1": top1} for head, top1 in last[source].items()}
+            for source in ("model", "ema")
+            if source in last
+        }
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Time
+
+    @cached_property
+    def began(self) -> float | None:
+        """Seconds since 1970; None for logs without times."""
+        first = self.lines[0] if self.lines else {}
+        return first["time"] - _measured(first) if "time" in first else None
+
+    @property
+    def ended(self) -> float | None:
+        return self.lines[-1].get("time") if self.lines else None
+
+    @cached_property
+    def standstill(self) -> float:
+        """Seconds between two lines of the log in which the run was not at work: it was stopped, and gone on with."""
+        return sum(gap for gap in self._gaps if gap > STANDSTILL)
+
+    @cached_property
+    def _gaps(self) -> list[float]:
+        if self.began is None:
+            return []
+        pairs = zip(self.lines, self.lines[1:])
+        return [after["time"] - before["time"] - _measured(after) for before, after in pairs if "time" in before]
+
+    @cached_property
+    def phases(self) -> dict[str, float]:
+        """Seconds by phase, as metrics.jsonl names them, in the order of a step; "rest" is what no phase covers. They
+        add up to the time the run was at work."""
+        phases: dict[str, float] = {}
+        for line in self.lines:
+            for phase, value in line.get("seconds", {}).items():
+                phases[phase] = phases.get(phase, 0.0) + value
+        if "evaluation" in phases:  # after what belongs to the steps, whichever line came first
+            phases["evaluation"] = phases.pop("evaluation")
+        if phases and self.began is not None:
+            phases["rest"] = max(0.0, self.ended - self.began - self.standstill - sum(phases.values()))
+        return phases
+
+    @property
+    def timed_steps(self) -> int:
+        return max((line["step"] for line in self.training if "seconds" in line), default=0)
+
+
+def _measured(line: dict) -> float:
+    return sum(line.get("seconds", {}).values())
+
+
+def _json(path: Path) -> dict:
+    """{} for a file that is not there, or is just being replaced."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _lines(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # cut off by a kill or a full disk, or half written at this moment
+    return found
+
+
+def _of_kind(lines: list[dict], kind: str) -> list[dict]:
+    return [line for line in lines if line["kind"] == kind and math.isfinite(line.get("loss", 0.0))]
+
+
+def _bad_files(path: Path) -> list[tuple[str, str]]:
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
+    return [(name, cause) for name, _, cause in (line.partition("\t") for line in lines)]
