@@ -144,6 +144,9 @@ def _decoded_windows(from_files: bool, device: str):
         encoded = fn.io.file.read(encoded)
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+    # In a batch of more than 4 (threads + 1) images DALI 2.4's decoders read headers in several threads, and one that
+    # cannot be read ends in a segmentation fault. Read here before, it is an error as any other.
+    start += 0 * fn.cast(fn.peek_image_shape(encoded)[:2], dtype=types.INT32)
     # Without fancy upsampling the GPU's decoder repeats chroma values where libjpeg interpolates them.
     upsampling = {} if device == "cpu" else {"jpeg_fancy_upsampling": True}
     return fn.decoders.image_slice(
