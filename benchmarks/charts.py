@@ -79,3 +79,34 @@ def waterfall(steps: Mapping[str, float], title: str, unit: str, path: Path) -> 
     axes.set(title=title, xlabel=unit)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def shares(totals: Mapping[str, float], floor: str, title: str, unit: str, path: Path) -> None:
+    """A bar for each total, of which the part that `floor` takes too is grey."""
+    names, least = list(totals), totals[floor]
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(names) + 1.2), layout="constrained")
+    axes.barh(names, [min(least, total) for total in totals.values()], color="0.75", label=floor)
+    rest = [max(0.0, total - least) for total in totals.values()]
+    bars = axes.barh(names, rest, left=least, color="C1", label="on top of it")
+    axes.bar_label(bars, labels=[f"{total:.4g} {unit}" for total in totals.values()], padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(title=title, xlabel=unit)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def bars(columns: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """A picture for each column, side by side, with a bar for each of its values; those called fastdeit stand out."""
+    names = list(next(iter(columns.values())))
+    size = (5 * len(columns), 0.4 * len(names) + 1)
+    figure, many = plt.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axes, (title, values) in zip(many[0], columns.items()):
+        drawn = axes.barh(names, values.values(), color=["C1" if "fastdeit" in name else "C0" for name in names])
+        axes.bar_label(drawn, fmt="%.4g", padding=3, fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.margins(x=0.15)
+    many[0][0].invert_yaxis()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

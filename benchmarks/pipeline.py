@@ -1,6 +1,6 @@
-"""The loader feeds more images a second than its peers, and more for each second of CPU time.
+"""Claim: the loader feeds more images a second than its peers, and more for each second of CPU time.
 
-python benchmarks/pipeline.py [--data-path DIR] [--device cpu] [--rounds 5]
+python -m benchmarks pipeline [--data-path DIR] [--rounds 5]
 
 A training epoch of random resized crops of 224 (bicubic), flipped, with and without RandAugment, in shuffled batches of
 uint8; nothing else runs, so this is the most that a trainer can get. Ours beside
@@ -16,19 +16,15 @@ time and in CPU time of all threads and processes (which other work on the machi
 400 JPEGs of 500 x 375 cut from two photographs, about the size of ImageNet's; all in the page cache.
 
 On a GPU also: what decoding alone takes, for shares of it given to the hardware decoder and numbers of CPU threads, and
-with chroma interpolated as libjpeg does (ours) or repeated. Writes records/DEVICE/pipeline.csv, .png and .json.
+with chroma interpolated as libjpeg does (ours) or repeated.
 """
 
-import argparse
-import csv
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +32,9 @@ import torch
 from PIL import Image, ImageOps
 
 from fastdeit.pipelines import Augmentation, open_index, train_loader
+
+from . import charts
+from .record import Headline, Record, parser
 
 SIZE, RAND_AUGMENT = 224, "rand-m9-mstd0.5-inc1"
 CORES = len(os.sched_getaffinity(0))
@@ -72,7 +71,8 @@ def ours(index, batch_size: int, device: str, rand_augment: bool) -> Epoch:
     return epoch
 
 
-def timm(root: Path, batch_size: int, device: str, rand_augment: bool) -> Epoch:
+def timm_loader(root: Path, batch_size: int, device: str, **settings):
+    """timm's loader over ROOT/train/CLASS/*, a worker for each core."""
     from timm.data import auto_augment, create_dataset, create_loader
 
     def posterize(image, bits, **_):  # Pillow 13 refuses 0 bits, which timm asks for at the highest magnitude
@@ -80,16 +80,22 @@ def timm(root: Path, batch_size: int, device: str, rand_augment: bool) -> Epoch:
 
     for name in ("Posterize", "PosterizeIncreasing"):
         auto_augment.NAME_TO_OP[name] = posterize
-    loader = create_loader(
+    return create_loader(
         create_dataset("", str(root), split="train"),
-        input_size=(3, SIZE, SIZE),
         batch_size=batch_size,
         is_training=True,
-        auto_augment=RAND_AUGMENT if rand_augment else None,
         color_jitter=None,
         interpolation="bicubic",
         num_workers=CORES,
+        pin_memory=device != "cpu",
         device=torch.device(device),
+        **settings,
+    )
+
+
+def timm(root: Path, batch_size: int, device: str, rand_augment: bool) -> Epoch:
+    loader = timm_loader(
+        root, batch_size, device, input_size=(3, SIZE, SIZE), auto_augment=RAND_AUGMENT if rand_augment else None
     )
     if device == "cpu":
         loader = loader.loader  # uint8 as ours: without the normalising on top
@@ -178,10 +184,10 @@ def settle() -> None:
         before, now = now, cpu_seconds()
 
 
-def measure(contestants: dict[str, Epoch], rounds: int) -> dict[str, tuple[float, float]]:
+def measure(contestants: dict[str, Epoch], rounds: int, *, warm_up: bool = True) -> dict[str, tuple[float, float]]:
     """Images a second and images a CPU-second, medians of the rounds; each first runs an epoch to warm up."""
     speeds = {name: [] for name in contestants}
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         for name, epoch in contestants.items():
             wall, cpu = time.perf_counter(), cpu_seconds()
             images = sum(epoch())
@@ -197,7 +203,7 @@ def contestants(root: Path, batch_size: int, device: str) -> dict[str, Epoch]:
     index = open_index(root)
     runs = {}
     for rand_augment in (False, True):
-        for peer in ("ours", "timm", "torchvision v2", "DALI"):
+        for peer in ("fastdeit", "timm", "torchvision v2", "DALI"):
             make = {"timm": timm, "torchvision v2": torchvision, "DALI": dali}.get(peer)
             name = f"{peer}, RandAugment" if rand_augment else peer
             where = index if make is None else root
@@ -232,67 +238,62 @@ def _decoder(root: Path, batch_size: int, threads: int, load: float, fancy: bool
     return lambda: (len(pipeline.run()[1]) for _ in range(steps))
 
 
-def show(speeds: dict[str, tuple[float, float]]) -> None:
-    for name, (wall, cpu) in speeds.items():
-        print(f"{name:46}{wall:8.0f} images/s{cpu:8.0f} per CPU-second{ratio_to_timm(speeds, name):6.2f} x timm")
-
-
 def ratio_to_timm(speeds: dict[str, tuple[float, float]], name: str) -> float:
     return speeds[name][1] / speeds["timm, RandAugment" if "RandAugment" in name else "timm"][1]
 
 
-def record(speeds: dict[str, tuple[float, float]], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "pipeline.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["what", "cores", "images_per_s", "images_per_cpu_s", "cpu_ratio_to_timm"])
-        for name, (wall, cpu) in speeds.items():
-            writer.writerow([name, CORES, f"{wall:.1f}", f"{cpu:.1f}", f"{ratio_to_timm(speeds, name):.3f}"])
-    draw(speeds, folder / "pipeline.png")
-    modules = ("torch", "torchvision", "timm", "nvidia.dali", "PIL")
-    conditions = {
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {name: import_module(name).__version__ for name in modules},
-        "load_average_at_the_end": os.getloadavg(),
-    }
-    (folder / "pipeline.json").write_text(json.dumps(conditions, indent=1) + "\n")
+def headlines(speeds: dict[str, tuple[float, float]], device: str) -> Iterable[Headline]:
+    """Images a second on a GPU; on the CPU a CPU-second. Of the peers only timm has the same RandAugment."""
+    column, unit = (1, "images/CPU-s") if device == "cpu" else (0, "images/s")
+    values = {name: speed[column] for name, speed in speeds.items()}
+    plain = {name: values[name] for name in ("timm", "torchvision v2", "DALI")}
+    equal = {"timm": values["timm, RandAugment"]}
+    for what, ours, theirs in (
+        (f"loader, random crops of {SIZE}", "fastdeit", plain),
+        (f"loader, random crops of {SIZE}, RandAugment", "fastdeit, RandAugment", equal),
+    ):
+        peer = max(theirs, key=theirs.get)
+        ratio = round(values[ours] / theirs[peer], 3)
+        yield Headline(what, f"{values[ours]:,.0f} {unit}", peer, f"{theirs[peer]:,.0f} {unit}", ratio)
 
 
-def draw(speeds: dict[str, tuple[float, float]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    names = list(speeds)[::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(names) + 1), sharey=True, layout="constrained")
-    for axis, column, title in zip(axes, (0, 1), (f"images/s, {CORES} cores", "images per CPU-second")):
-        values = [speeds[name][column] for name in names]
-        bars = axis.barh(names, values, color=["C1" if name.startswith("ours") else "C0" for name in names])
-        axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
-        axis.set_title(title)
-        axis.margins(x=0.12)
-    figure.savefig(path, dpi=100)
+def needs_dali() -> None:
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        sys.exit("this benchmark reads images, which needs DALI: pip install 'fastdeit[train]'")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", type=Path, help="a folder DIR/train/CLASS of JPEGs")
-    parser.add_argument("--images", type=int, default=400, help="how many to make without --data-path")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    arguments = parser.parse_args()
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    own = parser(__doc__)
+    own.add_argument("--data-path", type=Path, help="a folder DIR/train/CLASS of JPEGs")
+    own.add_argument("--images", type=int, default=400, help="how many to make without --data-path")
+    own.add_argument("--batch-size", type=int, default=32)
+    own.add_argument("--rounds", type=int, default=5)
+    arguments = own.parse_args()
+    needs_dali()
+    if arguments.quick:
+        arguments.images, arguments.batch_size, arguments.rounds = 8, 4, 1
+    columns = ("what", "cores", "images_per_s", "images_per_cpu_s", "cpu_ratio_to_timm")
+    record = Record("pipeline", arguments, columns)
     with tempfile.TemporaryDirectory() as folder:
         root = arguments.data_path or Path(folder)
         if arguments.data_path is None:
             make_images(root, arguments.images)
         runs = contestants(root, arguments.batch_size, arguments.device)
-        if arguments.device == "cuda":
+        if arguments.device != "cpu":
             runs |= decoders(root, arguments.batch_size)
-        speeds = measure(runs, arguments.rounds)
-    show(speeds)
-    if not arguments.no_record:
-        record(speeds, Path(__file__).parent / "records" / device.replace(" ", "-").lower())
+        speeds = measure(runs, arguments.rounds, warm_up=not arguments.quick)
+    for name, (wall, cpu) in speeds.items():
+        ratio = ratio_to_timm(speeds, name)
+        record.rows.append([name, CORES, f"{wall:.1f}", f"{cpu:.1f}", f"{ratio:.3f}"])
+        figures = f"{wall:8.0f} images/s{cpu:8.0f} per CPU-second{ratio:6.2f} x timm"
+        print(f"{name:46}{' runs' if arguments.quick else figures}")
+    record.headlines += headlines(speeds, arguments.device)
+    record.write()
+    if (chart := record.path("pipeline.png")) is not None:
+        titles = (f"images/s, {CORES} cores", "images per CPU-second")
+        charts.bars({title: {name: v[i] for name, v in speeds.items()} for i, title in enumerate(titles)}, chart)
 
 
 if __name__ == "__main__":

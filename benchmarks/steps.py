@@ -1,0 +1,178 @@
+"""What the benchmarks of whole training steps share: our trainer on noise, answers from a store, steps in turn.
+
+Steps are called as training calls them, launches and all, with nothing captured and no cache flushed in between. A
+sample is, on a GPU, the time between two events around a few steps in a row; on the CPU, a step's CPU time over all
+threads, which other work on the machine disturbs less than the clock.
+"""
+
+import argparse
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastdeit import teacher_store
+from fastdeit.config import Config
+from fastdeit.distributed import Place
+from fastdeit.pipelines import Augmentation, SyntheticIndex
+from fastdeit.pipelines.batch import Batch, batch_of
+from fastdeit.pipelines.plan import TrainPlans
+from fastdeit.pipelines.synthetic import ResidentViews
+from fastdeit.stored_teacher import answers_of
+from fastdeit.student import build_student
+from fastdeit.trainer import Trainer
+
+from .timing import Timing
+
+CLASSES = 1000
+RESIDENT = 8  # batches: one noise, mixed and erased in so many ways
+IN_A_ROW = 5  # steps of a sample on a GPU
+STORED_STEPS = 64  # answers go round
+Step = Callable[[], torch.Tensor]  # one training step; returns its loss, a tensor on the device
+
+
+def fill_in(arguments: argparse.Namespace, **choices: tuple) -> argparse.Namespace:
+    """Each choice that the command line leaves open: (on a GPU, on the CPU, in a quick run)."""
+    for name, values in choices.items():
+        if getattr(arguments, name, None) is None:
+            setattr(arguments, name, values[2 if arguments.quick else int(arguments.device == "cpu")])
+    return arguments
+
+
+def speed(images_per_s: float, device: torch.device) -> str:
+    return f"{images_per_s:,.{1 if images_per_s < 100 else 0}f} images/{'CPU-s' if device.type == 'cpu' else 's'}"
+
+
+def configuration(student: str, *, batch_size: int, pixels: int, compile: bool, attention: str = "sdpa") -> Config:
+    """The DeiT recipe with hard distillation, as the settings' defaults have it."""
+    config = Config()
+    config.data.data_path, config.data.batch_size, config.data.input_size = Path("synthetic"), batch_size, pixels
+    config.model.model, config.distillation.distillation_type = student, "hard"
+    config.speed.compile, config.speed.attention = compile, attention
+    return config
+
+
+class Noise:
+    """A training loader of what `--data-path synthetic` gives: noise on the device, with what to mix and to erase drawn
+    as for real images. Needs no DALI."""
+
+    def __init__(self, config: Config, device: torch.device):
+        size, pixels = config.data.batch_size, config.data.input_size
+        self.index, self.images = SyntheticIndex(), ResidentViews(size, pixels, device).images
+        self.plans = TrainPlans(
+            self.index, batch_size=size, size=pixels, augmentation=Augmentation(), seed=config.run.seed, rank=0,
+            world_size=1,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return self.plans.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in range(len(self)):
+            yield batch_of(self.plans[step], self.images, self.index.labels)
+
+
+def trainer_on(config: Config, place: Place, loader) -> Trainer:
+    """The trainer, without a teacher yet, silent, writing nothing."""
+    trainer = Trainer(
+        config, place, build_student(config, CLASSES), None, (loader, None), [str(i) for i in range(CLASSES)], None
+    )  # fmt: skip
+    trainer.log.close()
+    trainer.model.train()
+    return trainer
+
+
+def our_step(trainer: Trainer, teacher, batches: list[Batch]) -> Step:
+    """Trainer.step, and the look at what lies behind that the trainer's loop takes after it. A loss that is not finite
+    raises there."""
+    endless = itertools.cycle(batches)
+
+    def step() -> torch.Tensor:
+        trainer.teacher = teacher
+        loss = trainer.step(next(endless))[0]
+        trainer.keeper.look()
+        return loss
+
+    return step
+
+
+def random_store(folder: Path, indices: np.ndarray, batch_size: int) -> teacher_store.Store:
+    """A store with a random decision for each position. indices: (views, positions), the images they are of."""
+    views, positions = indices.shape
+    steps = positions // batch_size
+    header = {
+        "format": teacher_store.FORMAT, "kind": "hard", "classes": CLASSES, "views": views, "positions": positions,
+        "global_batch": batch_size, "piece_steps": steps,
+    }  # fmt: skip
+    teacher_store.create(folder, header, np.zeros(1))
+    writer = teacher_store.Writer(folder, header, 0, 1)
+    labels = np.random.default_rng(0).integers(CLASSES, size=indices.shape)
+    for view in range(views):
+        rows = {"indices": indices[view], "labels": labels[view]}
+        writer.write((view, 0, steps), {name: row.reshape(steps, batch_size) for name, row in rows.items()})
+    writer.close()
+    return teacher_store.Store(folder)
+
+
+def stored_answers(folder: Path, batch_size: int, device: torch.device) -> Callable:
+    """In a teacher's place: answers as the loader of a stored run reads them, from a mapped file to the device."""
+    store = random_store(folder, np.zeros((1, STORED_STEPS * batch_size), np.int64), batch_size)
+    starts = itertools.cycle(range(0, STORED_STEPS * batch_size, batch_size))
+
+    def answers(images, batch):
+        start = next(starts)
+        return answers_of(store.rows(0, slice(start, start + batch_size)), device)
+
+    return answers
+
+
+def built(build: Callable[[], Step], device: torch.device, warm_up: int) -> tuple[Step, int | None]:
+    """A step, built, compiled and found to give finite losses; and the most bytes that it and what it was built of hold
+    at once, None on the CPU."""
+    gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if gpu else 0
+    step = build()
+    for _ in range(warm_up):
+        loss = step().item()
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss}")
+    if not gpu:
+        return step, None
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return step, torch.cuda.max_memory_allocated() - before
+
+
+def in_turn(steps: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, Timing]:
+    """The time of a step of each, microseconds, over so many samples each, taken in turns."""
+    sample = _gpu_sample if device.type == "cuda" else _cpu_sample
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            samples[name].append(sample(step))
+    quantiles = torch.tensor([0.5, 0.1, 0.9])
+    return {
+        name: Timing(*torch.tensor(times).quantile(quantiles).tolist(), graph=False) for name, times in samples.items()
+    }
+
+
+def _cpu_sample(step: Callable[[], object]) -> float:
+    started = time.process_time()
+    step()
+    return 1e6 * (time.process_time() - started)
+
+
+def _gpu_sample(step: Callable[[], object]) -> float:
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before.record()
+    for _ in range(IN_A_ROW):
+        step()
+    after.record()
+    torch.cuda.synchronize()
+    return 1e3 * before.elapsed_time(after) / IN_A_ROW
