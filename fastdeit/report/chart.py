@@ -47,7 +47,7 @@ def chart(series: list[Series], *, label: str, low: float | None = None, high: f
     grid.append(el("path", d=f"M{left} {floor}H{WIDTH - RIGHT}", class_="axis"))
     grid += [el("path", d=f"M{place(x, y_low)[0]} {floor}v4", class_="axis") for x in x_ticks]
     texts = [el("text", tick(y), x=left - 6, y=place(x_low, y)[1] + 4, text_anchor="end") for y in y_ticks]
-    texts += [el("text", short(x), x=place(x, y_low)[0], y=floor + 17, text_anchor="middle") for x in x_ticks]
+    texts += [_below(short(x), place(x, y_low)[0], floor + 17) for x in x_ticks]
     texts.append(el("text", x_label, x=WIDTH - RIGHT, y=height - 4, text_anchor="end"))
     drawn = [_line([place(*point) for point in line.points], line.style) for line in reversed(lines)]
     return el("svg", grid, texts, drawn, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=label)
@@ -62,6 +62,12 @@ def sample(style: str) -> Html:
     middle = el("circle", cx=12, cy=5, r=3, class_=style) if "marked" in style else None
     line = el("path", d="M1 5H23", class_=f"line {style}")
     return el("svg", line, middle, viewBox="0 0 24 10", class_="sample", aria_hidden="true")
+
+
+def _below(text: str, x: float, y: float) -> Html:
+    """A label in the middle under a tick; at the right edge it ends there."""
+    at_edge = x + len(text) * CHARACTER / 2 > WIDTH
+    return el("text", text, x=WIDTH if at_edge else x, y=y, text_anchor="end" if at_edge else "middle")
 
 
 def _line(places: list[tuple[float, float]], style: str) -> list[Html]:

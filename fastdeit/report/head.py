@@ -7,13 +7,13 @@ from pathlib import Path
 from shlex import quote
 
 from .. import recipes
-from ..command import UserError
 from ..schedule import scaled_peak
 from .markup import Html, count, duration, el, moment, percent, short
 from .record import Record
 from .settings import command
 
 CLASSES = 12  # class names beyond which a few must do
+NOT_LEARNED = ("__metadata__", "running_mean", "running_var", "num_batches_tracked")  # in a file of weights
 
 
 def head(record: Record, title: str, drawn, changed: dict, recipe: dict | None) -> list:
@@ -39,6 +39,8 @@ def _state(record: Record) -> list[Html]:
     else:
         epochs = record.setting("optimization", "epochs")
         where = f"step {record.step:,}, in epoch {record.lines[-1]['epoch'] + 1} of {epochs}"
+    if record.undistilled:
+        where += f", and of the comparison run {record.undistilled[-1]['step']:,}"
     last = ["; the last figures are from ", moment(record.ended)] if record.ended else []
     return [_sentence(el("strong", "Not finished: "), f"{where}{_at_work(record)}", last, "."), again]
 
@@ -91,14 +93,11 @@ def _facts(record: Record, drawn) -> Html:
     return el("dl", rows, class_="facts")
 
 
-def _recipe(record: Record):
+def _recipe(record: Record) -> str | None:
     name = record.setting("run", "recipe")
-    if name is None:
-        return None
-    try:
-        return f"{name}: {recipes.describe(name).splitlines()[0].rstrip('.')}"
-    except UserError:
+    if name not in recipes.names():
         return name
+    return f"{name}: {recipes.describe(name).splitlines()[0].rstrip('.')}"
 
 
 def _student(record: Record) -> str:
@@ -117,8 +116,7 @@ def _parameters(file: Path) -> int | None:
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
     except (OSError, ValueError):
         return None
-    shapes = [tensor["shape"] for name, tensor in header.items() if name != "__metadata__"]
-    return sum(prod(shape) for shape in shapes)
+    return sum(prod(tensor["shape"]) for name, tensor in header.items() if not name.endswith(NOT_LEARNED))
 
 
 def _teacher(record: Record) -> str | None:

@@ -39,7 +39,7 @@ def _draw(record: Record):
     from . import pictures
 
     if not record.description:
-        return None, "there is no checkpoint yet"
+        return None, "there is no checkpoint"
     try:
         return pictures.look(record.folder, record.settings), None
     except pictures.NotDrawn as error:

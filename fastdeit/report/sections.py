@@ -37,27 +37,40 @@ def _missing(sentence: str) -> Html:
 def _accuracy(record: Record, drawn) -> list[Html]:
     if not record.evaluations:
         return [_missing("Nothing has been evaluated yet: that happens after each epoch.")]
-    rows = []
-    for source, heads in record.accuracies.items():
-        rows.append(_group({"model": "trained weights", "ema": "their moving average"}[source]))
-        rows += [[HEADS[head], *_figures(value), *_best(record, source, head)] for head, value in heads.items()]
-    others = [key for key in ("undistilled", "teacher") if key in record.summary]
-    if others:
-        rows.append(_group("for comparison"))
-        rows += [[NAMES[key], percent(record.summary[key]), *5 * ["–"]] for key in others]
+    groups = _accuracy_rows(record)
     last = record.evaluations[-1]["epoch"] + 1
     head = [f"after epoch {last}", "top-1, %", "top-5, %", "cross entropy", "ECE, %", "best top-1, %", "in epoch"]
-    notes = ["ECE: expected calibration error, the mean distance between confidence and accuracy."]
+    known = [i for i in range(len(head)) if any(row[i] != "–" for rows in groups.values() for row in rows)]
+    rows = []
+    for name, members in groups.items():
+        rows += [_group(name, len(known)), *[[row[i] for i in known] for row in members]]
+    notes = []
+    if 4 in known:
+        notes.append("ECE: expected calibration error, the mean distance between confidence and accuracy.")
     if drawn is not None:
         notes.append(f"One validation image is {100 / drawn.images:.2g} %.")
     return [
-        el("div", table(head, rows, class_="figures"), class_="scroll"),
+        el("div", table([head[i] for i in known], rows, class_="figures"), class_="scroll"),
         el("p", " ".join(notes), class_="note"),
     ]
 
 
-def _group(name: str) -> Html:
-    return el("tr", el("th", name, colspan=7, scope="rowgroup"), class_="group")
+def _accuracy_rows(record: Record) -> dict[str, list[list[str]]]:
+    """By their title. Cells: name, top-1, top-5, cross entropy, ECE, best top-1, its epoch; – where it is not known."""
+    groups = {
+        {"model": "trained weights", "ema": "their moving average"}[source]: [
+            [HEADS[head], *_figures(value), *_best(record, source, head)] for head, value in heads.items()
+        ]
+        for source, heads in record.accuracies.items()
+    }
+    others = [key for key in ("undistilled", "teacher") if key in record.summary]
+    if others:
+        groups["for comparison"] = [[NAMES[key], percent(record.summary[key]), *5 * ["–"]] for key in others]
+    return groups
+
+
+def _group(name: str, columns: int) -> Html:
+    return el("tr", el("th", name, colspan=columns, scope="rowgroup"), class_="group")
 
 
 def _figures(value: dict) -> list[str]:
@@ -106,7 +119,7 @@ def _looks(record: Record, drawn, reason: str | None) -> list[Html]:
         ),
     ]
     if drawn.similarity:
-        parts.append(el("div", similarity_figure(drawn.similarity), _similarity_note(), class_="grid"))
+        parts.append(el("div", similarity_figure(drawn.similarity), _similarity_note(), class_="beside"))
     return parts
 
 
@@ -179,7 +192,7 @@ def _bad(line: dict) -> str:
 def _settings(record: Record, changed: dict, recipe: dict | None) -> Html:
     rows = []
     for group, values in record.settings.items():
-        rows.append(_group(group))
+        rows.append(_group(group, 3))
         for name, value in values.items():
             differs = (group, name) in changed
             cells = [el("code", name), written(value), written(changed[group, name]) if differs else ""]

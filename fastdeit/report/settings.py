@@ -6,7 +6,7 @@ from .. import recipes
 from ..command import UserError
 
 NOT_ASKED = {"recipe", "resume", "eval", "dry_run", "print_config"}  # how the command was used, not what was trained
-WIDTH = 110  # of the command's lines
+WIDTH = 118  # of the command's lines
 _MISSING = object()
 
 

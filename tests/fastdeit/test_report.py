@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 
 from fastdeit import report, teach, train
 from fastdeit.command import UserError
@@ -149,6 +150,8 @@ def test_the_head(page, run):
         and "after 6 steps" in page.text
         and "2 epochs of 3 steps, 12 images a step" in page.text
     )
+    parameters = sum(weight.numel() for weight in load_file(run / "last" / "model.safetensors").values())
+    assert f"{parameters / 1e6:.2f} M parameters" in page.text
     assert "3 classes" in page.text and "12 validation images" in page.text
 
 
@@ -258,6 +261,7 @@ def test_a_run_without_distillation_of_another_model(teacher, tmp_path):
     page = read(report.write(teacher, tmp_path / "page.html"))
     assert page.headline().keys() >= {"top-1"} and "Teacher" not in page.headline()
     assert "Not drawn: test_resnet has no class token" in page.text
+    assert "teacher" not in [row[0] for row in page.rows("phase")]
     chart = next(e for e in page.all("svg") if e.attributes.get("aria-label", "").startswith("Training loss"))
     assert "term" not in chart.attributes["aria-label"]
 
@@ -272,11 +276,21 @@ def test_a_run_that_was_stopped(monkeypatch, data, tmp_path):
     assert len(page.all("img")) == 8 * 5
 
 
+def test_a_recipe_that_is_gone(copy):
+    settings = json.loads((copy / "settings.json").read_text())
+    settings["run"]["recipe"] = "of_another_version"
+    settings["data"]["of_another_version"] = 1
+    (copy / "settings.json").write_text(json.dumps(settings))
+    page = read(report.write(copy))
+    assert "Recipeof_another_version" in page.text and not page.all("pre")
+    assert ["of_another_version", "1", ""] in page.rows("setting")
+
+
 def test_a_run_before_its_first_figures(copy):
     for name in ("summary.json", "metrics.jsonl", "last", "best", "first_batch.png"):
         (copy / name).unlink()
     page = read(report.write(copy))
-    assert "the log holds no figures yet" in page.text and "there is no checkpoint yet" in page.text
+    assert "the log holds no figures yet" in page.text and "Not drawn: there is no checkpoint." in page.text
 
 
 def test_a_log_cut_off_and_without_times(copy):
