@@ -29,6 +29,7 @@ import copy
 import gc
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -188,12 +189,14 @@ class Result:
         self.case, self.steps, self.peaks, self.missing = case, {}, {}, []
         for name, build in case.contenders(waterfall).items():
             gc.collect()
+            began = time.monotonic()
             try:
                 self.steps[name], self.peaks[name] = built(build, case.device, warm_up)
             except Exception as error:  # the others are worth having all the same
                 traceback.print_exc()
                 self.missing.append(f"{case.student}, {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-            print(f"    {case.student}, {name}: {'runs' if name in self.steps else 'FAILED'}", flush=True)
+            became = "runs" if name in self.steps else "FAILED"
+            print(f"    {case.student}, {name}: {became} after {time.monotonic() - began:.0f} s", flush=True)
         self.flops = case.arguments.batch_size * flops_per_image(case.student, case.arguments.pixels)
         self.work: dict[str, Work] = {}
 
