@@ -1,19 +1,23 @@
-"""Attention backward: one launch while all keys of a head fit in one program (256 at head_dim 64), two beyond.
+"""Attention backward: one launch at the sizes of vision transformers, two beyond.
 
     P = exp(S · scale - lse)      dV = Pᵀ dO      dP = dO Vᵀ      delta_i = Σ_d O_id dO_id - dlse_i
     dS = P ∘ (dP - delta)         dQ = dS K · scale               dK = dSᵀ Q · scale
 
 It must read Q, K, V, O, dO and write dQ, dK, dV once: 16 · tokens · head_dim bytes per head in half precision.
 
-backward_kv: a program holds K, V and the sums of dK, dV for KV_ROWS keys, and walks over the queries. It works with
-Sᵀ (keys × queries) so that Pᵀ and dSᵀ are in registers where wgmma wants the first operand of dV = Pᵀ dO and
-dK = dSᵀ Q; with dQᵀ = Kᵀ dSᵀ, so that no product has fewer than 64 rows even with 32 queries at a time; and it starts
-the accumulator of Sᵀ at -lse / scale, which saves holding lse through the product and masks absent keys at no cost.
-When KV_ROWS covers all keys, each dQ is final at once: no atomics, no second pass, no separate kernel for delta, which
-the program first leaves, with lse, in a scratch buffer where its loop finds them in the layout of Sᵀ's columns.
+key_block holds K, V and the sums of dK, dV for KV_ROWS keys, and walks over the queries. It works with Sᵀ (keys ×
+queries) so that Pᵀ and dSᵀ are in registers where wgmma wants the first operand of dV = Pᵀ dO and dK = dSᵀ Q; with
+dQᵀ = Kᵀ dSᵀ, so that no product has fewer than 64 rows even with 32 queries at a time; and it starts the accumulator
+of Sᵀ at -lse / scale, which saves holding lse through the product and masks absent keys at no cost.
 
-backward_q: beyond that, a first launch computes dQ with one program per block of queries, and leaves delta for
-backward_kv, which then runs with one program per block of keys. Sums are in a fixed order in both.
+backward_kernel, the one launch: a program takes a head and goes through its blocks of keys. Where one block holds all
+keys (198 tokens), each dQ is final at once; else dQ is summed in a float32 scratch of its own, 4 · tokens · head_dim
+bytes, which mostly stays in the L2 cache. No atomics, no second pass, no separate kernel for delta, which with lse is
+first left where key_block finds it in the layout of Sᵀ's columns.
+
+backward_q_kernel and backward_kv_kernel, the two launches: for long sequences, and where there are too few heads to
+keep every multiprocessor busy. The first computes dQ with one program per block of queries and leaves delta for the
+second, which has one program per block of keys; S and dP are computed in both. Sums are in a fixed order everywhere.
 """
 
 import torch
@@ -43,34 +47,16 @@ def row_statistics(
 
 
 @triton.jit
-def backward_kv_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, rows_ptr, dq_ptr, dk_ptr, dv_ptr,
-    scale, heads, tokens, splits, padded,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, d_b, d_n, d_h,
+def key_block(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, rows_ptr, dq_sum_ptr, dq_ptr, dk_ptr, dv_ptr,
+    block, scale, heads, tokens, padded, q_n, k_n, v_n, d_n,
     HEAD_DIM: tl.constexpr, COLS: tl.constexpr, KV_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
-    ONE_LAUNCH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of KV_ROWS keys. In ONE_LAUNCH these are all keys, and dQ is computed too. `splits` blocks of keys."""
-    item = tl.program_id(0) // splits
-    b, h, item = (item // heads).to(tl.int64), item % heads, item.to(tl.int64)
-    q_ptr += b * q_b + h * q_h
-    grad_out_ptr += (b * tokens * heads + h) * HEAD_DIM
-    rows_ptr += item * 2 * padded
-    scale = tl.cast(scale, tl.float32)
-    scale_log2 = scale * LOG2_E
-
-    keys = tl.program_id(0) % splits * KV_ROWS + tl.arange(0, KV_ROWS)
-    k = load_rows(k_ptr + b * k_b + h * k_h, keys, k_n, tokens, HEAD_DIM, COLS, True)
-    v = load_rows(v_ptr + b * v_b + h * v_h, keys, v_n, tokens, HEAD_DIM, COLS, True)
-    if ONE_LAUNCH:
-        own_grad_out = load_rows(grad_out_ptr, keys, heads * HEAD_DIM, tokens, HEAD_DIM, COLS, True)
-        if grad_lse_ptr is not None:
-            grad_lse_ptr += item * tokens
-        row_statistics(
-            out_ptr + (b * tokens * heads + h) * HEAD_DIM, own_grad_out, lse_ptr + item * tokens, grad_lse_ptr,
-            rows_ptr, padded, keys, heads * HEAD_DIM, tokens, 1.0 / scale, HEAD_DIM, COLS,
-        )  # fmt: skip
-        tl.debug_barrier()  # other threads of this program read what these wrote
+    """dK and dV of one block of keys. With BLOCKS of them in a program dQ too: final after the last one."""
+    keys = block * KV_ROWS + tl.arange(0, KV_ROWS)
+    k = load_rows(k_ptr, keys, k_n, tokens, HEAD_DIM, COLS, True)
+    v = load_rows(v_ptr, keys, v_n, tokens, HEAD_DIM, COLS, True)
     key_bias = tl.where(keys < tokens, 0.0, float("-inf"))  # else exp(0 - lse), perhaps inf, for keys that do not exist
     dk = tl.zeros((KV_ROWS, COLS), tl.float32)
     dv = tl.zeros((KV_ROWS, COLS), tl.float32)
@@ -82,16 +68,82 @@ def backward_kv_kernel(
         delta = tl.load(rows_ptr + padded + rows)
 
         s_t = tl.dot(k, tl.trans(q), key_bias[:, None] - lse[None, :], input_precision=PRECISION)
-        p_t = tl.exp2(s_t * scale_log2)
+        p_t = tl.exp2(s_t * (scale * LOG2_E))
         dp_t = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         ds_t = (p_t * (dp_t - delta[None, :])).to(q.dtype)
         dv = tl.dot(p_t.to(q.dtype), grad_out, dv, input_precision=PRECISION)
         dk = tl.dot(ds_t, q, dk, input_precision=PRECISION)
-        if ONE_LAUNCH:
+        if BLOCKS == 1:
             dq_t = tl.dot(tl.trans(k), ds_t, input_precision=PRECISION)
-            store_rows(dq_ptr + b * d_b + h * d_h, rows, d_n, tl.trans(dq_t * scale), tokens, HEAD_DIM, COLS)
-    store_rows(dk_ptr + b * d_b + h * d_h, keys, d_n, dk * scale, tokens, HEAD_DIM, COLS)
-    store_rows(dv_ptr + b * d_b + h * d_h, keys, d_n, dv, tokens, HEAD_DIM, COLS)
+            store_rows(dq_ptr, rows, d_n, tl.trans(dq_t * scale), tokens, HEAD_DIM, COLS)
+        elif BLOCKS > 1:
+            # A tile of the sum lies as the product leaves it: coalesced, and mostly read by the threads that wrote it.
+            sums = dq_sum_ptr + start * COLS + tl.arange(0, COLS)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+            dq_t = tl.load(sums, mask=(block > 0) & (rows < tokens)[None, :], other=0.0)
+            dq_t = tl.dot(tl.trans(k), ds_t, dq_t, input_precision=PRECISION)
+            if block < BLOCKS - 1:
+                tl.store(sums, dq_t)
+            else:
+                store_rows(dq_ptr, rows, d_n, tl.trans(dq_t * scale), tokens, HEAD_DIM, COLS)
+    store_rows(dk_ptr, keys, d_n, dk * scale, tokens, HEAD_DIM, COLS)
+    store_rows(dv_ptr, keys, d_n, dv, tokens, HEAD_DIM, COLS)
+
+
+@triton.jit
+def backward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, rows_ptr, dq_sum_ptr, dq_ptr, dk_ptr, dv_ptr,
+    scale, heads, tokens, padded,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, d_b, d_n, d_h,
+    HEAD_DIM: tl.constexpr, COLS: tl.constexpr, KV_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All three gradients of one (batch, head) item."""
+    item = tl.program_id(0)
+    b, h, item = (item // heads).to(tl.int64), item % heads, item.to(tl.int64)
+    token_offset = (b * tokens * heads + h) * HEAD_DIM
+    scale = tl.cast(scale, tl.float32)
+    grad_out_ptr += token_offset
+    rows_ptr += item * 2 * padded
+    if grad_lse_ptr is not None:
+        grad_lse_ptr += item * tokens
+    for block in range(BLOCKS):
+        rows = block * KV_ROWS + tl.arange(0, KV_ROWS)
+        grad_out = load_rows(grad_out_ptr, rows, heads * HEAD_DIM, tokens, HEAD_DIM, COLS, True)
+        row_statistics(
+            out_ptr + token_offset, grad_out, lse_ptr + item * tokens, grad_lse_ptr,
+            rows_ptr, padded, rows, heads * HEAD_DIM, tokens, 1.0 / scale, HEAD_DIM, COLS,
+        )  # fmt: skip
+    if BLOCKS > 1:
+        dq_sum_ptr += item * padded * COLS
+    for block in range(BLOCKS):
+        tl.debug_barrier()  # other threads of this program read what these wrote
+        key_block(
+            q_ptr + b * q_b + h * q_h, k_ptr + b * k_b + h * k_h, v_ptr + b * v_b + h * v_h,
+            grad_out_ptr, rows_ptr, dq_sum_ptr,
+            dq_ptr + b * d_b + h * d_h, dk_ptr + b * d_b + h * d_h, dv_ptr + b * d_b + h * d_h,
+            block, scale, heads, tokens, padded, q_n, k_n, v_n, d_n,
+            HEAD_DIM, COLS, KV_ROWS, BLOCK_M, BLOCKS, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def backward_kv_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, rows_ptr, dk_ptr, dv_ptr,
+    scale, heads, tokens, splits, padded,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, d_b, d_n, d_h,
+    HEAD_DIM: tl.constexpr, COLS: tl.constexpr, KV_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of KV_ROWS keys, after backward_q. `splits` blocks of keys."""
+    item = tl.program_id(0) // splits
+    b, h, item = (item // heads).to(tl.int64), item % heads, item.to(tl.int64)
+    key_block(
+        q_ptr + b * q_b + h * q_h, k_ptr + b * k_b + h * k_h, v_ptr + b * v_b + h * v_h,
+        grad_out_ptr + (b * tokens * heads + h) * HEAD_DIM, rows_ptr + item * 2 * padded, None,
+        None, dk_ptr + b * d_b + h * d_h, dv_ptr + b * d_b + h * d_h,
+        tl.program_id(0) % splits, tl.cast(scale, tl.float32), heads, tokens, padded, q_n, k_n, v_n, d_n,
+        HEAD_DIM, COLS, KV_ROWS, BLOCK_M, 0, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -146,24 +198,36 @@ def attention_backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, tokens, heads, head_dim = q.shape
     columns = max(64, padded_columns(head_dim))  # dQᵀ has that many rows, and wgmma needs 64
-    config = backward_config(architecture(q), tokens, columns, q.dtype)
-    key_blocks, query_blocks = triton.cdiv(tokens, config.kv_rows), triton.cdiv(tokens, config.q_block_m)
-    padded = config.kv_rows if key_blocks == 1 else query_blocks * config.q_block_m
-    assert config.q_block_m % config.kv_block_m == 0  # backward_kv reads no statistics past the padding
-    rows = torch.empty((batch * heads, 2, padded), dtype=torch.float32, device=q.device)
-
+    config = backward_config(architecture(q), tokens, columns, q.dtype, batch * heads)
+    one, by_query, by_key = config
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3])
     shared = {"HEAD_DIM": head_dim, "COLS": columns, "PRECISION": dot_precision(q), "enable_fp_fusion": True}
+
+    def scratch(*shape: int) -> Tensor:
+        return torch.empty((batch * heads, *shape), dtype=torch.float32, device=q.device)
+
     with torch.cuda.device_of(q):
-        if key_blocks > 1:
-            backward_q_kernel[(batch * heads * query_blocks,)](
-                q, k, v, out, grad_out, lse, grad_lse, rows, dq, scale, heads, tokens, query_blocks, padded, *strides,
-                BLOCK_M=config.q_block_m, BLOCK_N=config.q_block_n,
-                num_warps=config.q_warps, num_stages=config.q_stages, **shared,
+        if one is not None:
+            blocks = triton.cdiv(tokens, one.keys)
+            padded = blocks * one.keys
+            backward_kernel[(batch * heads,)](
+                q, k, v, out, grad_out, lse, grad_lse, scratch(2, padded),
+                scratch(padded, columns) if blocks > 1 else None, dq, dk, dv, scale, heads, tokens, padded, *strides,
+                KV_ROWS=one.keys, BLOCK_M=one.queries, BLOCKS=blocks,
+                num_warps=one.num_warps, num_stages=one.num_stages, **shared,
             )  # fmt: skip
+            return
+        query_blocks, key_blocks = triton.cdiv(tokens, by_query.queries), triton.cdiv(tokens, by_key.keys)
+        padded = query_blocks * by_query.queries
+        assert by_query.queries % by_key.queries == 0  # backward_kv reads no statistics past the padding
+        rows = scratch(2, padded)
+        backward_q_kernel[(batch * heads * query_blocks,)](
+            q, k, v, out, grad_out, lse, grad_lse, rows, dq, scale, heads, tokens, query_blocks, padded, *strides,
+            BLOCK_M=by_query.queries, BLOCK_N=by_query.keys,
+            num_warps=by_query.num_warps, num_stages=by_query.num_stages, **shared,
+        )  # fmt: skip
         backward_kv_kernel[(batch * heads * key_blocks,)](
-            q, k, v, out, grad_out, lse, grad_lse, rows, dq, dk, dv,
-            scale, heads, tokens, key_blocks, padded, *strides,
-            KV_ROWS=config.kv_rows, BLOCK_M=config.kv_block_m, ONE_LAUNCH=key_blocks == 1,
-            num_warps=config.kv_warps, num_stages=config.kv_stages, **shared,
+            q, k, v, grad_out, rows, dk, dv, scale, heads, tokens, key_blocks, padded, *strides,
+            KV_ROWS=by_key.keys, BLOCK_M=by_key.queries,
+            num_warps=by_key.num_warps, num_stages=by_key.num_stages, **shared,
         )  # fmt: skip

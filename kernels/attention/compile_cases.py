@@ -6,8 +6,8 @@ import torch
 
 from fastdeit.kernels.compile_case import ARCHITECTURES, CompileCase
 
-from .backward import backward_kv_kernel, backward_q_kernel
-from .configs import BackwardConfig, ForwardConfig, backward_config, forward_config
+from .backward import backward_kernel, backward_kv_kernel, backward_q_kernel
+from .configs import FULL_GPU, BackwardConfig, ForwardConfig, backward_config, forward_config
 from .forward import forward_kernel
 from .launch import padded_columns
 
@@ -27,8 +27,12 @@ def shape_cases(tokens: int, head_dim: int, dtype: torch.dtype) -> Iterator[Comp
     name = f"N={tokens} D={head_dim} {TYPES[dtype]}"
     for config, architectures in _by_config(forward_config, shape):
         yield forward_case(f"attention forward {name}", tokens, head_dim, dtype, config, architectures)
-    for config, architectures in _by_config(backward_config, shape):
-        yield from backward_cases(f"attention backward {name}", tokens, head_dim, dtype, config, architectures)
+    # With many heads and with few, which may take one launch and two.
+    for items, few in ((FULL_GPU, ""), (1, " few heads")):
+        for config, architectures in _by_config(backward_config, (*shape, items)):
+            if not few or backward_config(architectures[0], *shape, FULL_GPU) != config:
+                title = f"attention backward{few} {name}"
+                yield from backward_cases(title, tokens, head_dim, dtype, config, architectures)
 
 
 def forward_case(
@@ -49,20 +53,23 @@ def backward_cases(
     name: str, tokens: int, head_dim: int, dtype: torch.dtype, config: BackwardConfig, architectures=ARCHITECTURES
 ) -> Iterator[CompileCase]:
     columns = max(64, padded_columns(head_dim))
-    shared = {"HEAD_DIM": head_dim, "COLS": columns, "PRECISION": "ieee", "grad_lse_ptr": None}
-    one_launch = tokens <= config.kv_rows
-    kv = {**shared, "KV_ROWS": config.kv_rows, "BLOCK_M": config.kv_block_m, "ONE_LAUNCH": one_launch}
-    if one_launch:
-        kv["splits"] = 1
-        yield _case(name, backward_kv_kernel, kv, dtype, architectures, config.kv_warps, config.kv_stages)
+    shared = {"HEAD_DIM": head_dim, "COLS": columns, "PRECISION": "ieee"}
+    if config.one is not None:
+        keys, queries, *launch = config.one
+        blocks = -(-tokens // keys)
+        one = {**shared, "KV_ROWS": keys, "BLOCK_M": queries, "BLOCKS": blocks, "grad_lse_ptr": None}
+        one |= {"dq_sum_ptr": None} if blocks == 1 else {}
+        yield _case(name, backward_kernel, one, dtype, architectures, *launch)
         return
-    q = {**shared, "BLOCK_M": config.q_block_m, "BLOCK_N": config.q_block_n}
-    yield _case(f"{name} dK dV", backward_kv_kernel, kv, dtype, architectures, config.kv_warps, config.kv_stages)
-    yield _case(f"{name} dQ", backward_q_kernel, q, dtype, architectures, config.q_warps, config.q_stages)
+    kv = {**shared, "KV_ROWS": config.kv.keys, "BLOCK_M": config.kv.queries}
+    q = {**shared, "BLOCK_M": config.q.queries, "BLOCK_N": config.q.keys, "grad_lse_ptr": None}
+    yield _case(f"{name} dK dV", backward_kv_kernel, kv, dtype, architectures, *config.kv[2:])
+    yield _case(f"{name} dQ", backward_q_kernel, q, dtype, architectures, *config.q[2:])
 
 
 def _case(name, kernel, constexprs, dtype, architectures, num_warps, num_stages) -> CompileCase:
-    types = {"lse_ptr": "*fp32", "rows_ptr": "*fp32", "grad_lse_ptr": "*fp32", "scale": "fp32"}
+    floats = ("lse_ptr", "rows_ptr", "grad_lse_ptr", "dq_sum_ptr")
+    types = {"scale": "fp32"} | dict.fromkeys(floats, "*fp32")
     names = [argument for argument in kernel.arg_names if argument not in constexprs]
     signature = {a: types.get(a, f"*{TYPES[dtype]}" if a.endswith("_ptr") else "i32") for a in names}
     strides = tuple(a for a in names if a[1:] in ("_b", "_n", "_h") or a == "padded")

@@ -37,34 +37,60 @@ def forward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype) -> 
     return ForwardConfig(64, 128, "resident", 4, 1) if tokens <= 256 else ForwardConfig(128, 64, "tail", 8, 3)
 
 
+class Tiles(NamedTuple):
+    keys: int
+    queries: int
+    num_warps: int
+    num_stages: int
+
+
 class BackwardConfig(NamedTuple):
-    kv_rows: int  # keys a program of backward_kv holds; all of them when tokens <= kv_rows, and one launch does it all
-    kv_block_m: int  # rows of Q it takes at a time
-    kv_warps: int
-    kv_stages: int
-    q_block_m: int  # the same for backward_q: rows of Q a program holds
-    q_block_n: int  # keys it takes at a time
-    q_warps: int
-    q_stages: int
+    one: Tiles | None  # the one launch: a program holds blocks of keys in turn; None where two launches are made:
+    q: Tiles  # backward_q holds queries, keys pass by,
+    kv: Tiles  # backward_kv holds keys, queries pass by
 
 
-def backward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype) -> BackwardConfig:
+def backward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype, items: int) -> BackwardConfig:
+    """items: batch * heads, the programs of one launch."""
     if dtype == torch.float32:
-        return BackwardConfig(*((32, 32, 8, 1, 32, 32, 8, 1) if columns <= 64 else (16, 16, 8, 1, 16, 16, 8, 1)))
-    by_query = (128 if columns <= 64 or _data_center(arch) else 64, 64, 8, 2)
-    table = HOPPER_KV if _data_center(arch) else AMPERE_KV
-    return BackwardConfig(*next(by_key for limit, by_key in table[columns == 128] if tokens <= limit), *by_query)
+        side = 32 if columns <= 64 else 16
+        return BackwardConfig(Tiles(side, side, 8, 1) if tokens <= side else None, *2 * (Tiles(side, side, 8, 1),))
+    one = next((tiles for limit, tiles in _one_launch(arch)[columns == 128] if tokens <= limit), None)
+    if one is not None and tokens > one.keys and items < FULL_GPU // 2:
+        one = None  # more programs are worth more than fewer products
+    if columns <= 64:
+        return BackwardConfig(one, Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 3 if _data_center(arch) else 2))
+    if _data_center(arch):
+        return BackwardConfig(one, Tiles(64, 128, 8, 2), Tiles(128, 32, 8, 2))
+    return BackwardConfig(one, Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2))
 
 
-# (tokens up to, (kv_rows, kv_block_m, kv_warps, kv_stages)), for columns up to 64 and for 128.
-HOPPER_KV = (
-    ((64, (64, 64, 4, 2)), (128, (128, 64, 8, 2)), (256, (256, 32, 8, 2)), (4096, (128, 64, 8, 3))),
-    ((64, (64, 32, 8, 2)), (4096, (128, 32, 8, 2))),
-)
-AMPERE_KV = (
-    ((64, (64, 32, 4, 2)), (128, (128, 32, 8, 2)), (4096, (128, 64, 8, 2))),
-    ((64, (64, 32, 8, 2)), (4096, (64, 64, 8, 2))),
-)
+# (tokens up to, tiles), for columns up to 64 and for 128. What is missing would spill; beyond 1,024 tokens the scratch
+# for dQ would be large.
+ONE_LAUNCH = {
+    80: (
+        ((64, Tiles(64, 32, 4, 2)), (128, Tiles(128, 32, 8, 2)), (1024, Tiles(64, 32, 8, 2))),
+        ((64, Tiles(64, 32, 8, 2)),),
+    ),
+    90: (
+        (
+            (64, Tiles(64, 64, 4, 2)), (128, Tiles(128, 64, 8, 2)), (256, Tiles(256, 32, 8, 2)),
+            (1024, Tiles(128, 64, 8, 3)),
+        ),
+        ((64, Tiles(64, 32, 8, 2)), (128, Tiles(128, 32, 8, 2)), (1024, Tiles(64, 32, 8, 2))),
+    ),
+    100: (
+        (
+            (64, Tiles(64, 64, 4, 2)), (128, Tiles(128, 64, 8, 2)), (256, Tiles(256, 32, 8, 2)),
+            (1024, Tiles(128, 32, 8, 2)),
+        ),
+        ((64, Tiles(64, 32, 8, 2)), (128, Tiles(128, 32, 8, 2))),
+    ),
+}  # fmt: skip
+
+
+def _one_launch(arch: int) -> tuple:
+    return ONE_LAUNCH[80 if not _data_center(arch) else 90 if arch < 100 else 100]
 
 
 def _data_center(arch: int) -> bool:

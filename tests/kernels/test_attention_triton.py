@@ -1,7 +1,7 @@
 """The Triton attention kernels against float64: in the interpreter here, compiled on a GPU.
 
 Sizes: 1 (a softmax of one), 5, 16 and 17 (around the smallest tile), 63 and 65 (around a matrix instruction's rows),
-197 and 198 (DeiT), 257 (ViT-H, and the first that needs two backward launches), 577 (384 pixels). head_dim 32 is
+197 and 198 (DeiT), 257 (ViT-H; from here on few heads take two backward launches), 577 (384 pixels). head_dim 32 is
 padded in the backward pass only, 80 and 96 in both.
 """
 
@@ -110,11 +110,18 @@ def test_equal_rows_average_the_values(device):
 
 
 @DEVICES
-def test_one_program_walks_over_all_queries(device, monkeypatch):
-    """What a full GPU does at ViT sizes, with few heads."""
+@pytest.mark.parametrize("arch, tokens, head_dim", [(90, 198, 64), (80, 198, 64), (90, 300, 64), (90, 257, 80)])
+def test_full_gpu_in_small(arch, tokens, head_dim, device, monkeypatch):
+    """What many heads take at ViT sizes, with few: one program walks over all queries forward; one launch backward,
+    which sums dQ over blocks of keys where these do not fit at once."""
     monkeypatch.setattr(configs, "FULL_GPU", 1)
-    q, k, v = (make(1, 198, 1, 64, device=device, dtype=torch.float16, seed=i) for i in range(3))
-    check(lambda *x: attention(*x, return_lse=True), q, k, v, 0.125)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "architecture", lambda x: arch)
+    half = torch.float16
+    assert configs.backward_config(arch, tokens, max(64, 1 << (head_dim - 1).bit_length()), half, 1).one is not None
+    q, k, v = poisoned(1, tokens, 1, head_dim, device, half).unbind(2)
+    check(lambda *x: attention(*x, return_lse=True), q, k, v, head_dim**-0.5)
+    check(packed, q, k, v, head_dim**-0.5, through_lse=False)
 
 
 @DEVICES
@@ -127,7 +134,9 @@ def test_two_backward_launches_on_other_gpus(device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch, tokens, heads, head_dim", [(64, 198, 6, 64), (8, 578, 12, 64), (4, 257, 16, 80)])
+@pytest.mark.parametrize(
+    "batch, tokens, heads, head_dim", [(64, 198, 6, 64), (16, 578, 12, 64), (2, 578, 6, 64), (16, 257, 16, 80)]
+)
 def test_full_gpu(batch, tokens, heads, head_dim):
     q, k, v = make(batch, tokens, 3, heads, head_dim, device="cuda", dtype=torch.bfloat16).unbind(2)
     check(lambda *x: attention(*x, return_lse=True), q, k, v, head_dim**-0.5)
@@ -136,8 +145,8 @@ def test_full_gpu(batch, tokens, heads, head_dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [198, 578])
 def test_deterministic(tokens):
-    qkv = make(16, tokens, 3, 6, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    grad_out = make(16, tokens, 6, 64, device="cuda", dtype=torch.bfloat16, seed=1)
+    qkv = make(32, tokens, 3, 6, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    grad_out = make(32, tokens, 6, 64, device="cuda", dtype=torch.bfloat16, seed=1)
 
     def run():
         out, lse = attention_qkvpacked(qkv, return_lse=True)
