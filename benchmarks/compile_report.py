@@ -54,8 +54,9 @@ def update_record(results: list[tuple[dict, list[str]]]):
     def key(row):
         return row["triton"], row["operation"], row["case"], int(row["arch"])
 
-    replaced, known = {key(row) for row in new}, {(operation, case.name) for operation, case in all_cases()}
-    kept = [row for row in old if key(row) not in replaced and key(row)[1:3] in known]
+    replaced = {key(row) for row in new}
+    known = {(operation, case.name, arch) for operation, case in all_cases() for arch in case.architectures}
+    kept = [row for row in old if key(row) not in replaced and key(row)[1:] in known]
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     with RECORD.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

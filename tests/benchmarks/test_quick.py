@@ -32,6 +32,13 @@ def test_quick(name):
     assert before == {path: path.stat().st_mtime_ns for path in RECORDS.rglob("*")}
 
 
+def test_tuning_quickly():
+    command = [sys.executable, "-m", "benchmarks.tune_attention", "--quick", "--device", "cpu"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert output.count("table: ") == 2 and output.count("runs") == 4
+
+
 def test_kernels_are_not_timed_without_a_gpu():
     output = benchmarks(*KERNELS, "--device", "cpu")
     assert output.count("needs a CUDA device") == len(KERNELS)
