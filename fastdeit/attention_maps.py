@@ -56,11 +56,18 @@ def _attention(model: DeiT, images: Tensor) -> Iterator[Tensor]:
 
 
 def draw_attention(
-    model: DeiT, images: Tensor, mean: Sequence[float], std: Sequence[float], paths: Sequence[Path]
+    model: DeiT,
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    paths: Sequence[Path],
+    captions: Sequence[str] | None = None,
 ) -> None:
     """One PNG an image: the image, where each prefix token looks in the last block (mean of the heads), its rollout.
 
-    images: normalised by mean and std, as the model takes them. Each map is scaled by its own maximum.
+    images: normalised by mean and std, as the model takes them. The colours of each map go from its least to its
+    greatest value; below it stands what these are, as multiples of the map's mean: from 0.9 to 1.1 nothing stands out.
+    captions: what stands above each image, up to two lines.
     """
     import matplotlib
 
@@ -68,23 +75,25 @@ def draw_attention(
     from matplotlib import pyplot as plt
 
     last_BTRC = attention_maps(model, images)[:, -1].mean(1)
-    rollout_BTRC = attention_rollout(model, images)
+    maps_BTRC = torch.cat([last_BTRC, attention_rollout(model, images)], dim=1)
+    maps_BTRC /= maps_BTRC.mean((2, 3), keepdim=True)
     shift, scale = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (mean, std))
     pixels = (images.float() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     tokens = TOKENS[: model.num_prefix_tokens]
     titles = [f"{token},\nlast block" for token in tokens] + [f"{token},\nrollout" for token in tokens]
-    for i, path in enumerate(paths):
-        maps_TRC = torch.cat([last_BTRC[i], rollout_BTRC[i]])
-        heat = F.interpolate(maps_TRC[None], model.img_size, mode="bilinear", align_corners=False)[0]
-        heat = (heat / heat.amax((1, 2), keepdim=True)).cpu().numpy()
+    for maps_TRC, picture, caption, path in zip(maps_BTRC, pixels, captions or ["image"] * len(paths), paths):
+        heat = F.interpolate(maps_TRC[None], model.img_size, mode="bilinear", align_corners=False)[0].cpu().numpy()
         figure, axes = plt.subplots(1, 1 + len(heat), figsize=(2.4 * (1 + len(heat)), 3), layout="constrained")
-        for axis, title, overlay in zip(axes, ["image\n", *titles], [None, *heat]):
+        for axis in axes:
+            axis.set(xticks=[], yticks=[])
+            axis.set_frame_on(False)
+        axes[0].set_title(caption if "\n" in caption else f"{caption}\n", fontsize=9, parse_math=False)
+        axes[0].imshow(picture, interpolation="nearest")
+        for axis, title, overlay, values in zip(axes[1:], titles, heat, maps_TRC):
             axis.set_title(title, fontsize=9)
-            axis.axis("off")
-            if overlay is None:
-                axis.imshow(pixels[i], interpolation="nearest")
-            else:  # on the image without its colours, which would mix with the map's
-                axis.imshow(pixels[i].mean(-1), interpolation="nearest", cmap="gray", vmin=0, vmax=1)
-                axis.imshow(overlay, cmap="inferno", alpha=0.8 * overlay, vmin=0, vmax=1)
+            axis.set_xlabel(f"{values.min():.2g} to {values.max():.2g} x mean", fontsize=8)
+            # The image without its colours, which would mix with the map's.
+            axis.imshow(picture.mean(-1), interpolation="nearest", cmap="gray", vmin=0, vmax=1)
+            axis.imshow(overlay, cmap="viridis", alpha=0.65)
         figure.savefig(path, dpi=100)
         plt.close(figure)

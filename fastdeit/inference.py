@@ -5,7 +5,6 @@ load("deit_small.pth", name="deit_small_patch16_224")                 a file, an
 load("deit_tiny_patch16_224.fb_in1k", pretrained=True)                timm's published weights
 """
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +78,8 @@ class Classifier:
         return self._loader(index, batch_size, place, BadFiles.of(index, limit=1.0))
 
     def _loader(self, index, batch_size: int, place: Place, bad_files: BadFiles):
+        if batch_size < 1:
+            raise UserError(f"--batch-size {batch_size}: take at least one image per step")
         return eval_loader(
             index, batch_size=batch_size, input_size=self.input_size, crop_pct=self.crop_ratio,
             device=str(place.device), rank=place.rank, world_size=place.world_size, bad_files=bad_files,
@@ -249,8 +250,7 @@ def _create(name: str, input_size: int | None, **options) -> nn.Module:
 
 
 def _written_by_timm(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and "architecture" in json.loads(file.read_text())
+    return (folder / "config.json").is_file() and "architecture" in checkpoint.description(folder)
 
 
 def _nothing_at(source: str) -> str:

@@ -1,60 +1,256 @@
 """The most probable classes of images.
 
-python -m fastdeit.predict CHECKPOINT IMAGE...
+    python -m fastdeit.predict runs/RUN photo.jpg holidays/ 'archive/**/*.jpg'
+    python -m fastdeit.predict runs/RUN holidays/ --csv --top 3 > classes.csv
+    python -m fastdeit.predict deit_small.pth --model deit_small_patch16_224 holidays/ --json | jq '.classes[0]'
+    python -m fastdeit.predict runs/RUN holidays/ --attention maps/
+
+Answers come in the order of the images, a batch at a time; a file that is meant twice is answered once. What cannot be
+read is named on stderr, and the rest goes on: the exit code is 2 only if nothing could be read. As in training, EXIF
+rotation is not applied.
 """
 
-import json
+import logging
+import os
+import sys
+from collections import ChainMap, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from .command import UserError, run
+from .prediction import Prediction, as_csv, as_json, as_line, csv_header
 
 
 def main() -> None:
     import tyro
 
     from .distributed import join
-    from .inference import load
+    from .image_files import image_files
+    from .inference import class_names, has_moving_average, load
 
     @dataclass(kw_only=True)
     class Predict:
-        checkpoint: Annotated[Path, tyro.conf.Positional]
-        """A run's folder, or last or best in it."""
-        images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-        """Image files."""
+        checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+        """A run's folder, or last or best in it; a file of timm's or facebookresearch/deit's weights (with --model); a
+        folder that fastdeit.export --format timm wrote; a model name of timm's (with --pretrained)."""
+        images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
+        """Files; folders, which are searched with all below them, and patterns such as 'photos/**/*.jpg', which give
+        the files with an image's extension, sorted."""
         top: int = 5
         """Classes to show."""
         head: Literal["cls", "dist", "both"] = "both"
         """Class head, distillation head, or the average of their logits."""
         ema: bool = False
         """Use the moving average of the weights."""
+        attention: Path | None = None
+        """Folder for a picture of each image: where each token looks in the last block, and its attention rollout."""
+        json: bool = False
+        """One JSON object per line: {"image": ..., "classes": [{"class": ..., "probability": ...}, ...]}, or
+        {"image": ..., "error": ...} for one that cannot be read."""
+        csv: bool = False
+        """A header and a row for each image: image, class_1, probability_1, class_2, ..."""
+        model: str | None = None
+        """The model a file of weights is of: deit_*, deit3_*, or any other of timm's."""
+        pretrained: bool = False
+        """CHECKPOINT is a timm name, whose published weights are to be taken."""
         batch_size: int = 64
         """Images per step."""
+        input_size: int | None = None
+        """Pixels on a side; position embeddings are interpolated. Default: the checkpoint's."""
+        eval_crop_ratio: float | None = None
+        """Share of the resized image's side that the centre crop keeps. Default: the checkpoint's."""
+        precision: Literal["fp32", "bf16", "fp16"] | None = None
+        """The model's arithmetic. Default: fp16 on CUDA, fp32 on the CPU."""
         device: str | None = None
         """cuda, cuda:N or cpu. Default: cuda where present."""
-        json: bool = False
-        """One JSON object per line: {"image": ..., "classes": [{"class": ..., "probability": ...}, ...]}."""
 
     arguments = tyro.cli(Predict, prog="python -m fastdeit.predict", description=__doc__)
-    if not arguments.images:
-        raise UserError("give at least one image file")
+    if arguments.json and arguments.csv:
+        raise UserError("--json and --csv are two forms of the same answer: choose one")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("predict is one process: start it with python, not with torchrun")
+    if arguments.top < 1:
+        raise UserError(f"--top {arguments.top}: show at least one class")
+    files = image_files(arguments.images)
+    pictures = None if arguments.attention is None else _picture_paths(files, arguments.attention)
+    if arguments.ema and not has_moving_average(arguments.checkpoint, pretrained=arguments.pretrained):
+        raise UserError(f"{arguments.checkpoint} holds no moving average of the weights: leave --ema away")
     with join(arguments.device) as place:
-        classifier = load(arguments.checkpoint, device=place.device, weights="ema" if arguments.ema else "model")
-        loader = classifier.files_loader(list(arguments.images), arguments.batch_size, place)
-        top = min(arguments.top, len(classifier.classes))
-        for batch in loader:
-            values, classes = classifier.probabilities(classifier.prepare(batch), arguments.head).topk(top, dim=1)
-            for position, row, best in zip(batch.indices.tolist(), values.tolist(), classes.tolist()):
-                if position >= 0:
-                    answers = [(classifier.classes[i], value) for i, value in zip(best, row)]
-                    print(_line(loader.index.name(position), answers, arguments.json))
+        classifier = load(
+            arguments.checkpoint, device=place.device, weights="ema" if arguments.ema else "model",
+            input_size=arguments.input_size, name=arguments.model, pretrained=arguments.pretrained,
+            precision=arguments.precision, crop_ratio=arguments.eval_crop_ratio,
+        )  # fmt: skip
+        answers = predict(
+            classifier, files, place, top=arguments.top, head=arguments.head, batch_size=arguments.batch_size,
+            pictures=pictures,
+        )  # fmt: skip
+        classes, header = class_names(classifier), None
+        if arguments.json:
+            form = as_json
+        elif arguments.csv:
+            form, header = as_csv, csv_header(min(arguments.top, len(classes)))
+        else:
+            form = as_line(files, classes)
+        for note in classifier.notes:
+            print(note, file=sys.stderr)
+        try:
+            some = _print(answers, header, form, len(files))
+        except BrokenPipeError:  # whoever reads, `head` say, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
+    if not some:
+        raise UserError("no image could be read")
 
 
-def _line(image: str, answers: list[tuple[str, float]], as_json: bool) -> str:
-    if as_json:
-        return json.dumps({"image": image, "classes": [{"class": name, "probability": p} for name, p in answers]})
-    return f"{image}  " + "  ".join(f"{name} {100 * p:.1f} %" for name, p in answers)
+def predict(
+    classifier,
+    files: Sequence[str],
+    place,
+    *,
+    top: int = 5,
+    head: str = "both",
+    batch_size: int = 64,
+    pictures: dict[str, Path] | None = None,
+) -> Iterator[list[Prediction]]:
+    """The answers to `files`, in their order, a batch at a time.
+
+    classifier: from inference.load. files: names, each once. top: classes to name, or as many as there are. head: see
+    Classifier.probabilities. pictures: where the attention to each file is drawn; None for nowhere.
+
+    Raises UserError for a head the model does not have, and for pictures of a model whose attention is not known.
+    """
+    from .inference import class_names
+
+    if pictures is not None:
+        _refuse_other_models(classifier.model)
+    classes = class_names(classifier)
+    missing = {file: "there is no such file" for file in files if not os.path.exists(file)}
+    loader, errors = _loader(classifier, [file for file in files if file not in missing], batch_size, place)
+    errors, waiting = ChainMap(missing, errors), deque(files)
+    for step, batch in enumerate(_batches(loader)):
+        images = classifier.prepare(batch)
+        best = classifier.probabilities(images, head).topk(min(top, len(classes)), dim=1)
+        answers = {
+            loader.index.name(i): [(classes[label], value) for label, value in zip(labels, values)]
+            for i, labels, values in zip(batch.indices.tolist(), best.indices.tolist(), best.values.tolist())
+            if i >= 0
+        }
+        if pictures is not None and answers:
+            _draw(classifier, images[(batch.indices >= 0).to(images.device)], answers, pictures)
+        last = loader.index.name(min((step + 1) * batch_size, len(loader.index)) - 1)
+        done = [waiting.popleft()]
+        while done[-1] != last:
+            done.append(waiting.popleft())
+        yield [Prediction(name, answers.get(name, []), errors.get(name)) for name in done]
+    yield [Prediction(name, [], errors[name]) for name in waiting]
+
+
+def _loader(classifier, files: list[str], batch_size: int, place) -> tuple:
+    """(batches of the files, causes by name of those that cannot be read, to which decoding adds); no batches, None,
+    where no file looks like an image."""
+    from fastdeit.pipelines import NoImages
+
+    if not files:
+        return None, {}
+    try:
+        loader = classifier.files_loader(files, batch_size, place)
+    except NoImages as none:
+        return None, dict(none.bad)
+    return loader, loader.bad_files.causes
+
+
+def _batches(loader) -> Iterator:
+    from fastdeit.pipelines import NoImages
+
+    try:
+        yield from loader or ()
+    except NoImages:  # every single one turned out to be damaged, which bad_files has noted
+        return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of the attention
+
+
+def _picture_paths(files: Sequence[str], folder: Path) -> dict[str, Path]:
+    """A PNG for each file, named like it, below `folder` as the files are below the folder they have in common."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--attention {folder}: there is a file of this name; choose another folder")
+    absolute = [os.path.abspath(file) for file in files]
+    common = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    pictures = {file: folder / f"{os.path.relpath(path, common)}.png" for file, path in zip(files, absolute)}
+    overwritten = {os.path.abspath(path) for path in pictures.values()} & set(absolute)
+    if overwritten:
+        raise UserError(
+            f"--attention {folder}: the picture {min(overwritten)} is one of the images, too; choose another folder"
+        )
+    return pictures
+
+
+def _refuse_other_models(model) -> None:
+    from .model import DeiT
+
+    if not isinstance(model, DeiT):
+        raise UserError(
+            f"--attention: where a {type(model).__name__} of timm's looks is not known here, only that of DeiT and "
+            "DeiT III; leave the flag away"
+        )
+
+
+def _draw(classifier, images, answers: dict[str, list], pictures: dict[str, Path]) -> None:
+    from .attention_maps import draw_attention
+
+    paths = [pictures[name] for name in answers]
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--attention: {path.parent} cannot be made: {error.strerror}") from error
+    captions = [f"{classes[0][0][:28]}\n{100 * classes[0][1]:.1f} %" for classes in answers.values()]
+    draw_attention(classifier.model, images, classifier.mean, classifier.std, paths, captions)
+
+
+def _print(answers: Iterator[list[Prediction]], header: str | None, form: Callable, total: int) -> bool:
+    """Answers to stdout, images that cannot be read to stderr; whether there was an answer at all."""
+    logging.getLogger("fastdeit.pipelines.bad_files").addHandler(logging.NullHandler())  # they are named here
+    sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 come out as they are
+    some = False
+    with _progress(total) as (say, advance):
+        for batch in answers:
+            for answer in batch:
+                if header is not None:
+                    print(header)
+                    header = None
+                if answer.error is not None:
+                    say(f"{answer.image}: {answer.error}")
+                if (line := form(answer)) is not None:
+                    print(line)
+                some |= answer.error is None
+            sys.stdout.flush()
+            advance(len(batch))
+    return some
+
+
+@contextmanager
+def _progress(total: int):
+    """(say, advance): a bar on stderr where that is a terminal which the answers do not go to."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False,
+        disable=sys.stdout.isatty() or not console.is_terminal,
+    )  # fmt: skip
+    task = bar.add_task("", total=total)
+    with bar:
+        yield lambda text: console.print(Text(text), soft_wrap=True), lambda count: bar.advance(task, count)
 
 
 if __name__ == "__main__":

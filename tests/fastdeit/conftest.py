@@ -57,3 +57,27 @@ SMALL = (
     "--recipe demo --input-size 16 --batch-size 12 --epochs 2 --warmup-epochs 0 --num-workers 1 "
     "--distillation-type none --no-compare-undistilled"
 ).split()
+
+
+@pytest.fixture(scope="session")
+def run(colors, tmp_path_factory):
+    """A finished run on the colours: its folder. Not to be written to."""
+    from fastdeit import train
+    from fastdeit.config import parse
+    from fastdeit.distributed import join
+
+    folder = tmp_path_factory.mktemp("runs") / "colors"
+    config = parse([*SMALL, "--data-path", str(colors), "--output-dir", str(folder), "--epochs", "3"])
+    with join("cpu") as place:
+        train.train(config, place)
+    return folder
+
+
+def refused(cli, main, *arguments, words):
+    """Bad input gets one sentence that names the thing and the remedy, and exit code 2."""
+    code, _, err = cli(main, *arguments)
+    assert code == 2, err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in err
+    for word in words:
+        assert word in errors[0], errors[0]

@@ -3,25 +3,11 @@
 import json
 import shutil
 
-import pytest
 from safetensors.torch import load_file
 
-from fastdeit import evaluate, predict, teach, train
+from fastdeit import teach, train
 
-from .conftest import COLORS, SMALL, write_folder
-
-
-@pytest.fixture(scope="module")
-def run(colors, tmp_path_factory):
-    """A finished run on the colours."""
-    from fastdeit.config import parse
-    from fastdeit.distributed import join
-
-    folder = tmp_path_factory.mktemp("runs") / "colors"
-    config = parse([*SMALL, "--data-path", str(colors), "--output-dir", str(folder), "--epochs", "3"])
-    with join("cpu") as place:
-        train.train(config, place)
-    return folder
+from .conftest import SMALL, refused, write_folder
 
 
 def test_a_run_leaves_what_the_readme_says(run):
@@ -59,28 +45,6 @@ def test_timm_loads_the_checkpoint(run):
     torch.testing.assert_close(ours(images), theirs.eval()(images), atol=1e-5, rtol=1e-5)
 
 
-def test_evaluate_agrees_with_the_run(run, colors, cli):
-    code, out, _ = cli(evaluate.main, run, "--data-path", colors, "--json", "--device", "cpu")
-    assert code == 0
-    result = json.loads(out)
-    summary = json.loads((run / "summary.json").read_text())
-    assert {head: value["top1"] for head, value in result["model"].items()} == pytest.approx(summary)
-    assert result["ema"].keys() == {"cls", "dist", "both"}
-    code, out, _ = cli(evaluate.main, run, "--data-path", colors, "--device", "cpu")
-    assert code == 0 and "both heads, averaged" in out
-
-
-def test_predict(run, colors, cli):
-    images = sorted((colors / "val" / "red").iterdir())
-    code, out, _ = cli(predict.main, run, *images, "--json", "--top", "2", "--device", "cpu")
-    assert code == 0
-    lines = [json.loads(line) for line in out.splitlines()]
-    assert [line["image"] for line in lines] == [str(path) for path in images]
-    for line in lines:
-        first, second = line["classes"]
-        assert first["class"] in COLORS and 1 >= first["probability"] >= second["probability"] >= 0
-
-
 def test_dry_run_writes_nothing(colors, tmp_path, cli):
     target = tmp_path / "run"
     code, out, _ = cli(train.main, *SMALL, "--data-path", colors, "--output-dir", target, "--dry-run")
@@ -107,15 +71,6 @@ def test_fit_a_teacher_and_learn_from_it(colors, tmp_path, cli):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one sentence that names the thing and the remedy, exit code 2, nothing overwritten.
-
-
-def refused(cli, main, *arguments, words):
-    code, _, err = cli(main, *arguments)
-    assert code == 2, err
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in err
-    for word in words:
-        assert word in errors[0], errors[0]
 
 
 def test_a_wrong_path(cli, tmp_path):
@@ -145,27 +100,12 @@ def test_an_unknown_model(cli, colors):
     )
 
 
-def test_a_checkpoint_that_is_none(cli, colors, tmp_path):
-    refused(cli, evaluate.main, tmp_path, "--data-path", colors, words=[str(tmp_path), "checkpoint"])
-
-
-def test_a_checkpoint_of_other_classes(cli, run, tmp_path):
-    root = write_folder(tmp_path / "data", train=2, val=2, colors={"cat": (9, 9, 9), "dog": (200, 200, 200)})
-    refused(cli, evaluate.main, run, "--data-path", root, words=["cat"])
-
-
 def test_a_teacher_of_other_classes(cli, run, tmp_path):
     root = write_folder(tmp_path / "data", train=12, val=2, colors={"cat": (9, 9, 9), "dog": (200, 200, 200)})
     refused(
         cli, train.main, *SMALL, "--data-path", root, "--distillation-type", "hard", "--teacher-path", run,
         words=["3 classes", "2 classes", "teach fit"],
     )  # fmt: skip
-
-
-def test_an_image_predict_cannot_read(cli, run, tmp_path):
-    (tmp_path / "text.jpg").write_text("this is no image")
-    refused(cli, predict.main, run, tmp_path / "text.jpg", words=["text.jpg"])
-    refused(cli, predict.main, run, tmp_path / "absent.jpg", words=["absent.jpg"])
 
 
 def test_a_batch_larger_than_the_data(cli, colors):
