@@ -80,8 +80,10 @@ def draw_confusion(path: Path, classes: Sequence[str], answers: np.ndarray, labe
     )
     matrix.set(title=title, xlabel="answer", ylabel="class")
     named = count <= NAMED
-    matrix.set_xticks(range(count) if named else [], [_short(name) for name in classes] if named else [], rotation=90)
-    matrix.set_yticks(range(count) if named else [], [_short(name) for name in classes] if named else [])
+    names = [_short(name) for name in classes] if named else []
+    ticks = range(len(names))
+    matrix.set_xticks(ticks, names, rotation=90, parse_math=False)
+    matrix.set_yticks(ticks, names, parse_math=False)
     if named:
         for (row, column), share in np.ndenumerate(100 * shares):
             if share >= 0.5:
@@ -94,7 +96,7 @@ def draw_confusion(path: Path, classes: Sequence[str], answers: np.ndarray, labe
     bars.set(title="most frequent confusions" if listed else "not one confusion", xlabel="images")
     for row, (label, answer, images) in enumerate(listed):
         text = f" {_short(classes[label])} taken for {_short(classes[answer])}: {images}"
-        bars.text(0, row, text, va="center", fontsize=9)
+        bars.text(0, row, text, va="center", fontsize=9, parse_math=False)
     bars.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -1,8 +1,8 @@
 """Accuracy and calibration of each head and of their average, for the weights and for their moving average.
 
-python -m fastdeit.evaluate RUN --data-path DIR
-python -m fastdeit.evaluate deit_small.pth --model deit_small_patch16_224 --data-path DIR
-python -m fastdeit.evaluate deit_small_patch16_224.fb_in1k --pretrained --data-path DIR
+    python -m fastdeit.evaluate RUN --data-path DIR
+    python -m fastdeit.evaluate deit_small.pth --model deit_small_patch16_224 --data-path DIR
+    python -m fastdeit.evaluate deit_small_patch16_224.fb_in1k --pretrained --data-path DIR
 
 With --output FOLDER also: accuracy.json; classes.csv, the top-1 of each head in each class; confusion.png, the
 confusion matrix of the model's answer (confusion_ema.png for the moving average); calibration.png, accuracy over
@@ -28,7 +28,7 @@ def main() -> None:
 
     @dataclass(kw_only=True)
     class Evaluate:
-        checkpoint: Annotated[str, tyro.conf.Positional]
+        checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
         """A run's folder, or last or best in it; a file of timm's or facebookresearch/deit's weights (with --model); a
         folder that fastdeit.export --format timm wrote; a model name of timm's (with --pretrained)."""
         data_path: Path
@@ -79,12 +79,14 @@ def main() -> None:
         print(json.dumps(result, indent=2))
     else:
         print(accuracy_table({source: result[source] for source in sources}))
-        print(_about(classifiers["model"], loader, result["data"]))
+        print(_about(classifiers["model"], result["data"]))
 
 
 def evaluate(classifiers: dict, loader, place, output: Path | None = None) -> dict:
-    """{"model": {head: {"top1", "top5", "loss", "ece"}}, "ema": ..., "data": {"images", "unreadable", ...}}
+    """{"model": {head: {"top1", "top5", "loss", "ece"}}, "ema": ..., "data": {...}}
 
+    "data" tells the number of "images" that count, of "classes", the "input_size", and the "unreadable" images with the
+    cause of each.
     classifiers: "model" and perhaps "ema", which take the same input: every image is decoded once. output: the folder
     for the files that the head of this page names, or None.
     """
@@ -101,9 +103,12 @@ def evaluate(classifiers: dict, loader, place, output: Path | None = None) -> di
             if output is not None:
                 answers[source].add(logits, batch.indices)
     result = {source: tally.result(place) for source, tally in tallies.items()}
+    unreadable = {}
+    for causes in place.gather(loader.bad_files.causes):  # each process has met its own
+        unreadable |= causes
     result["data"] = {
-        "images": len(loader.index), "classes": len(loader.index.classes), "unreadable": len(loader.bad_files),
-        "input_size": classifiers["model"].input_size,
+        "images": len(loader.index) + len(loader.index.bad) - len(unreadable), "classes": len(loader.index.classes),
+        "unreadable": unreadable, "input_size": classifiers["model"].input_size,
     }  # fmt: skip
     if output is not None:
         answers = {source: kept.result(place) for source, kept in answers.items()}
@@ -143,7 +148,7 @@ def _with_progress(loader, place):
     )
 
 
-def _about(classifier, loader, data: dict) -> str:
+def _about(classifier, data: dict) -> str:
     size = data["input_size"]
     sentences = [
         f"{data['images']:,} images of {data['classes']:,} classes at {size} x {size} pixels, crop ratio "
@@ -151,8 +156,9 @@ def _about(classifier, loader, data: dict) -> str:
         *classifier.notes,
     ]
     if data["unreadable"]:
-        name, cause = next(iter(loader.bad_files.causes.items()))
-        sentences.append(f"{data['unreadable']} images could not be read and do not count, the first: {name} ({cause})")
+        name, cause = next(iter(data["unreadable"].items()))
+        count = len(data["unreadable"])
+        sentences.append(f"{count} images could not be read and do not count, the first: {name} ({cause})")
     return "\n".join(sentences)
 
 
