@@ -59,7 +59,10 @@ class Place:
 
 def pick_device(name: str | None) -> torch.device:
     """`name`, or CUDA where present and the CPU elsewhere. Under torchrun, CUDA means this process's own GPU."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: there is no device of this name; choose cuda, cuda:N or cpu") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch sees no CUDA device here; leave the flag away to use the CPU")

@@ -82,9 +82,11 @@ class Stop:
         process."""
         if self.before_exit is not None:
             self.before_exit()
-        if sys.stdout.isatty():
-            sys.stdout.write("\x1b[?25h")  # a progress bar hides the cursor
         sys.stdout.flush()
+        for stream in (sys.__stdout__, sys.__stderr__):  # the terminal's own, not what a progress bar puts before them
+            if stream.isatty():
+                stream.write("\x1b[?25h")  # a progress bar hides the cursor
+                stream.flush()
         # Without unwinding: the main thread may be waiting for something that never comes.
         os._exit(128 + (self.received or number))
 
