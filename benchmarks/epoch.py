@@ -33,7 +33,7 @@ import torch
 from timm.data import FastCollateMixup
 
 from fastdeit.data import loaders
-from fastdeit.distributed import Place, pick_device
+from fastdeit.distributed import Place
 from fastdeit.pipelines import Loader, SyntheticIndex, open_index
 from fastdeit.pipelines.sampler import epoch_order
 from fastdeit.stored_teacher import StoredTeacher, TaughtLoader
@@ -42,7 +42,7 @@ from fastdeit.trainer import Trainer
 from . import charts, peers
 from .pipeline import CORES, Epoch, make_images, measure, needs_dali, timm_loader
 from .record import Headline, Record, parser
-from .steps import CLASSES, configuration, fill_in, random_store, speed, trainer_on
+from .steps import CLASSES, configuration, fill_in, pick_place, random_store, speed, trainer_on
 
 COLUMNS = ("contender", "cores", "images_an_epoch", "images_per_s", "images_per_cpu_s", "share_of_noise")
 VIEWS = 4  # of the store; epochs go round
@@ -148,7 +148,7 @@ def headline(arguments: argparse.Namespace, speeds: dict[str, float], device: to
 def main() -> None:
     arguments = settings()
     needs_dali()
-    record, place = Record("epoch", arguments, COLUMNS), Place(pick_device(arguments.device))
+    record, place = Record("epoch", arguments, COLUMNS), pick_place(arguments.device)
     record.conditions |= {name: getattr(arguments, name) for name in ("student", "teacher", "batch_size", "rounds")}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -6,6 +6,7 @@ Everything that is theirs and can be imported is. The order of operations is tha
     Deit    facebookresearch/deit engine.py and losses.py, with the model from timm, as there
 
 Both wait for the loss at every step, as they do. What costs nothing beside the step is left out: schedule, meters.
+Images are mixed on the device, as by timm without its prefetcher (with it, the loader's workers mix) and by deit.
 """
 
 import importlib.util

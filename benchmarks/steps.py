@@ -1,8 +1,8 @@
 """What the benchmarks of whole training steps share: our trainer on noise, answers from a store, steps in turn.
 
 Steps are called as training calls them, launches and all, with nothing captured and no cache flushed in between. A
-sample is, on a GPU, the time between two events around a few steps in a row; on the CPU, a step's CPU time over all
-threads, which other work on the machine disturbs less than the clock.
+sample is, on a GPU, the time between two events around a few steps in a row; on the CPU, the CPU time of a step, which
+other work on the machine disturbs less than the clock, on one thread, because threads that wait take CPU time too.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 
 from fastdeit import teacher_store
 from fastdeit.config import Config
-from fastdeit.distributed import Place
+from fastdeit.distributed import Place, pick_device
 from fastdeit.pipelines import Augmentation, SyntheticIndex
 from fastdeit.pipelines.batch import Batch, batch_of
 from fastdeit.pipelines.plan import TrainPlans
@@ -45,6 +45,12 @@ def fill_in(arguments: argparse.Namespace, **choices: tuple) -> argparse.Namespa
 
 def speed(images_per_s: float, device: torch.device) -> str:
     return f"{images_per_s:,.{1 if images_per_s < 100 else 0}f} images/{'CPU-s' if device.type == 'cpu' else 's'}"
+
+
+def pick_place(device: str) -> Place:
+    if device == "cpu":
+        torch.set_num_threads(1)
+    return Place(pick_device(device))
 
 
 def configuration(student: str, *, batch_size: int, pixels: int, compile: bool, attention: str = "sdpa") -> Config:

@@ -24,7 +24,6 @@ import timm
 import torch
 from torch import nn
 
-from fastdeit.distributed import Place, pick_device
 from fastdeit.student import mean_std
 from fastdeit.teacher import Teacher
 from fastdeit.teacher_loading import Loaded
@@ -41,6 +40,7 @@ from .steps import (
     fill_in,
     in_turn,
     our_step,
+    pick_place,
     speed,
     stored_answers,
     trainer_on,
@@ -171,7 +171,7 @@ def main() -> None:
     record = Record("teacher", arguments, COLUMNS)
     names = ("student", "teacher", "batch_size", "rounds", "compile")
     record.conditions |= {name: getattr(arguments, name) for name in names}
-    place = Place(pick_device(arguments.device))
+    place = pick_place(arguments.device)
     torch._dynamo.config.recompile_limit = 64  # of states that in training have a process each
     config = configuration(
         arguments.student, batch_size=arguments.batch_size, pixels=arguments.pixels, compile=arguments.compile

@@ -41,7 +41,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeit.distributed import Place, pick_device
 from fastdeit.model import create_model
 
 from . import charts, peers
@@ -57,6 +56,7 @@ from .steps import (
     fill_in,
     in_turn,
     our_step,
+    pick_place,
     speed,
     stored_answers,
     trainer_on,
@@ -97,7 +97,7 @@ class Case:
 
     def __init__(self, arguments: argparse.Namespace, student: str, folder: Path):
         self.arguments, self.student, self.folder = arguments, student, folder
-        self.place = Place(pick_device(arguments.device))
+        self.place = pick_place(arguments.device)
         self.device, self.gpu = self.place.device, arguments.device != "cpu"
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         self.network = timm.create_model(arguments.teacher, num_classes=CLASSES)
