@@ -29,6 +29,10 @@ class NoImages(ValueError):
         self.bad = bad
 
 
+class DecodeError(Exception):
+    """A batch could not be decoded: at least one of its images is bad. Later batches are not touched."""
+
+
 class BadFiles:
     """Counts bad images and raises TooManyBadFiles when they become more than a share of all.
 

@@ -15,13 +15,10 @@ import nvidia.dali.types as types
 from nvidia.dali import pipeline_def
 
 from .augmentation import Views
+from .bad_files import DecodeError
 from .crop import PADDING
 from .dali_operations import layer
 from .operations import GEOMETRIC, Operation, affine_matrices
-
-
-class DecodeError(Exception):
-    """A batch could not be decoded: at least one of its images is bad. Later batches are not touched."""
 
 
 class Graph:

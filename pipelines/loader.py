@@ -20,6 +20,7 @@ from .augmentation import Augmentation
 from .bad_files import BadFiles
 from .batch import Batch, batch_of
 from .plan import EvaluationPlans, TrainPlans
+from .supply import AHEAD, Supply
 from .synthetic import ResidentViews, SyntheticIndex
 
 
@@ -101,8 +102,6 @@ class Loader:
         bad_files: BadFiles | None,
         augmentation: Augmentation | None,
     ):
-        from .supply import AHEAD, Supply  # loads DALI, which an index alone does not need
-
         self.plans, self.index, self.device = plans, plans.index, torch.device(device)
         self.bad_files = bad_files if bad_files is not None else BadFiles.of(self.index)
         self.supply = Supply(plans, self._views(num_threads or _usable_cores(), augmentation), self.bad_files)

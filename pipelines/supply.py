@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .bad_files import BadFiles
+from .bad_files import BadFiles, DecodeError
 from .crop import whole
-from .decode import DecodeError, window_graph, window_inputs
 from .plan import EvaluationPlans, Plan, TrainPlans
 
 AHEAD = 2  # batches in the making while one is used
@@ -81,6 +80,8 @@ class Supply:
         return found
 
     def _decodes(self, i: int) -> bool:
+        from .decode import window_graph, window_inputs  # DALI, which synthetic images do without
+
         self.single = self.single or window_graph(self.index, 1, 1)
         indices = np.array([i])
         window = whole(self.index.heights[indices], self.index.widths[indices])

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import torch
 
 from fastdeit.pipelines import Augmentation, SyntheticIndex, eval_loader, show, train_loader
@@ -14,6 +17,18 @@ def test_synthetic_batches_are_resident_and_mixed_like_real_ones(photos):
     assert torch.equal(real.indices, first.indices)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first.mix, real.mix))
     assert sum((batch.indices >= 0).sum() for batch in eval_loader(index, batch_size=40)) == 96
+
+
+def test_synthetic_images_do_without_dali():
+    program = """
+import sys
+sys.modules["nvidia.dali"] = None  # importing it raises
+from fastdeit.pipelines import SyntheticIndex, eval_loader, train_loader
+index = SyntheticIndex(images=16, classes=2)
+assert len(list(train_loader(index, batch_size=8, input_size=32))) == 2
+assert len(list(eval_loader(index, batch_size=8, input_size=32))) == 2
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_show_draws_a_picture(photos, tmp_path, monkeypatch):
