@@ -54,6 +54,7 @@ def key_block(
     BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys. With BLOCKS of them in a program dQ too: final after the last one."""
+    scale_log2 = scale * LOG2_E
     keys = block * KV_ROWS + tl.arange(0, KV_ROWS)
     k = load_rows(k_ptr, keys, k_n, tokens, HEAD_DIM, COLS, True)
     v = load_rows(v_ptr, keys, v_n, tokens, HEAD_DIM, COLS, True)
@@ -68,7 +69,7 @@ def key_block(
         delta = tl.load(rows_ptr + padded + rows)
 
         s_t = tl.dot(k, tl.trans(q), key_bias[:, None] - lse[None, :], input_precision=PRECISION)
-        p_t = tl.exp2(s_t * (scale * LOG2_E))
+        p_t = tl.exp2(s_t * scale_log2)
         dp_t = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         ds_t = (p_t * (dp_t - delta[None, :])).to(q.dtype)
         dv = tl.dot(p_t.to(q.dtype), grad_out, dv, input_precision=PRECISION)
@@ -115,15 +116,26 @@ def backward_kernel(
         )  # fmt: skip
     if BLOCKS > 1:
         dq_sum_ptr += item * padded * COLS
-    for block in range(BLOCKS):
-        tl.debug_barrier()  # other threads of this program read what these wrote
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    dq_ptr += b * d_b + h * d_h
+    dk_ptr += b * d_b + h * d_h
+    dv_ptr += b * d_b + h * d_h
+    tl.debug_barrier()  # other threads of this program read what these wrote
+    if BLOCKS == 1:  # without the loop, for whose counters the 198-token configuration has no register left
         key_block(
-            q_ptr + b * q_b + h * q_h, k_ptr + b * k_b + h * k_h, v_ptr + b * v_b + h * v_h,
-            grad_out_ptr, rows_ptr, dq_sum_ptr,
-            dq_ptr + b * d_b + h * d_h, dk_ptr + b * d_b + h * d_h, dv_ptr + b * d_b + h * d_h,
-            block, scale, heads, tokens, padded, q_n, k_n, v_n, d_n,
-            HEAD_DIM, COLS, KV_ROWS, BLOCK_M, BLOCKS, PRECISION,
+            q_ptr, k_ptr, v_ptr, grad_out_ptr, rows_ptr, None, dq_ptr, dk_ptr, dv_ptr,
+            0, scale, heads, tokens, padded, q_n, k_n, v_n, d_n, HEAD_DIM, COLS, KV_ROWS, BLOCK_M, 1, PRECISION,
         )  # fmt: skip
+    else:
+        for block in range(BLOCKS):
+            key_block(
+                q_ptr, k_ptr, v_ptr, grad_out_ptr, rows_ptr, dq_sum_ptr, dq_ptr, dk_ptr, dv_ptr,
+                block, scale, heads, tokens, padded, q_n, k_n, v_n, d_n,
+                HEAD_DIM, COLS, KV_ROWS, BLOCK_M, BLOCKS, PRECISION,
+            )  # fmt: skip
+            tl.debug_barrier()
 
 
 @triton.jit
