@@ -29,22 +29,8 @@ from fastdeit.teacher import Teacher
 from fastdeit.teacher_loading import Loaded
 from fastdeit.trainer import Trainer
 
-from . import charts, peers
+from . import charts, peers, steps
 from .record import Headline, Record, parser
-from .steps import (
-    CLASSES,
-    RESIDENT,
-    Noise,
-    built,
-    configuration,
-    fill_in,
-    in_turn,
-    our_step,
-    pick_place,
-    speed,
-    stored_answers,
-    trainer_on,
-)  # fmt: skip
 from .timing import Timing
 
 COLUMNS = ("measured", "teacher", "ms", "ms_p10", "ms_p90", "images_per_s", "teacher_share", "ratio_to_first")
@@ -98,16 +84,16 @@ def states(network: nn.Module, trainer: Trainer, *, compiled: bool) -> dict[str,
 
 
 def compare_steps(arguments, network: nn.Module, trainer: Trainer) -> dict[str, Timing]:
-    device, batches = trainer.place.device, list(islice(trainer.train_loader, RESIDENT))
+    device, batches = trainer.place.device, list(islice(trainer.train_loader, steps.RESIDENT))
     with tempfile.TemporaryDirectory() as folder:
         teachers = states(network, trainer, compiled=arguments.compile)
-        teachers["stored answers"] = stored_answers(Path(folder), arguments.batch_size, device)
+        teachers["stored answers"] = steps.stored_answers(Path(folder), arguments.batch_size, device)
         ready = torch.zeros(arguments.batch_size, dtype=torch.int64, device=device)
         teachers[FLOOR] = lambda images, batch: ready
-        steps = {name: our_step(trainer, teacher, batches) for name, teacher in teachers.items()}
-        for step in steps.values():
-            built(lambda step=step: step, device, 1 if arguments.quick else 2)
-        return in_turn(steps, device, arguments.rounds)
+        calls = {name: steps.our_step(trainer, teacher, batches) for name, teacher in teachers.items()}
+        for step in calls.values():
+            steps.built(lambda step=step: step, device, 1 if arguments.quick else 2)
+        return steps.in_turn(calls, device, arguments.rounds)
 
 
 @torch.no_grad()
@@ -127,7 +113,7 @@ def compare_forwards(arguments, network: nn.Module, trainer: Trainer) -> dict[st
     for call in calls.values():
         for _ in range(1 if arguments.quick else 2):
             call()
-    return in_turn(calls, device, arguments.rounds)
+    return steps.in_turn(calls, device, arguments.rounds)
 
 
 def report(record: Record, measured: str, timings: dict[str, Timing], images: int) -> None:
@@ -150,8 +136,8 @@ def headline(arguments, forwards: dict[str, Timing], device: torch.device) -> He
     ours, *theirs = (1e6 * arguments.batch_size / t.median for t in forwards.values())
     fastest = max(theirs)
     return Headline(
-        f"teacher's forward pass, {arguments.teacher}, batch {arguments.batch_size}", speed(ours, device),
-        [*forwards][1 + theirs.index(fastest)], speed(fastest, device), round(ours / fastest, 3),
+        f"teacher's forward pass, {arguments.teacher}, batch {arguments.batch_size}", steps.speed(ours, device),
+        [*forwards][1 + theirs.index(fastest)], steps.speed(fastest, device), round(ours / fastest, 3),
     )  # fmt: skip
 
 
@@ -163,7 +149,7 @@ def main() -> None:
     own.add_argument("--rounds", type=int)
     own.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     tiny = "deit_tiny_distilled_patch16_224"
-    arguments = fill_in(
+    arguments = steps.fill_in(
         own.parse_args(), student=("deit_small_distilled_patch16_224", tiny, tiny),
         teacher=("regnety_160", "regnety_016", "test_byobnet"), batch_size=(256, 8, 4), rounds=(8, 7, 1),
         compile=(True, False, False), pixels=(224, 224, 32),
@@ -171,15 +157,15 @@ def main() -> None:
     record = Record("teacher", arguments, COLUMNS)
     names = ("student", "teacher", "batch_size", "rounds", "compile")
     record.conditions |= {name: getattr(arguments, name) for name in names}
-    place = pick_place(arguments.device)
+    place = steps.pick_place(arguments.device)
     torch._dynamo.config.recompile_limit = 64  # of states that in training have a process each
-    config = configuration(
+    config = steps.configuration(
         arguments.student, batch_size=arguments.batch_size, pixels=arguments.pixels, compile=arguments.compile
     )
-    trainer = trainer_on(config, place, Noise(config, place.device))
-    network = timm.create_model(arguments.teacher, num_classes=CLASSES)
-    steps = compare_steps(arguments, network, trainer)
-    report(record, "step", steps, arguments.batch_size)
+    trainer = steps.trainer_on(config, place, steps.Noise(config, place.device))
+    network = timm.create_model(arguments.teacher, num_classes=steps.CLASSES)
+    whole = compare_steps(arguments, network, trainer)
+    report(record, "step", whole, arguments.batch_size)
     record.write()
     forwards = compare_forwards(arguments, network, trainer)
     report(record, "forward", forwards, arguments.batch_size)
@@ -188,7 +174,7 @@ def main() -> None:
     record.write()
     if (chart := record.path("teacher.png")) is not None:
         title = f"a step of {arguments.student}, teacher {arguments.teacher}, batch {arguments.batch_size}"
-        charts.shares({name: t.median / 1e3 for name, t in steps.items()}, FLOOR, title, "ms", chart)
+        charts.shares({name: t.median / 1e3 for name, t in whole.items()}, FLOOR, title, "ms", chart)
 
 
 if __name__ == "__main__":

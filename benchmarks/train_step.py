@@ -43,24 +43,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeit.model import create_model
 
-from . import charts, peers
+from . import charts, peers, steps
 from .gpu_work import Work, work_of
 from .record import Headline, Record, parser
-from .steps import (
-    CLASSES,
-    RESIDENT,
-    Noise,
-    Step,
-    built,
-    configuration,
-    fill_in,
-    in_turn,
-    our_step,
-    pick_place,
-    speed,
-    stored_answers,
-    trainer_on,
-)  # fmt: skip
+from .steps import CLASSES, Step
 from .teacher import best_teacher, make_teacher
 from .timing import measure_ceilings
 
@@ -97,12 +83,12 @@ class Case:
 
     def __init__(self, arguments: argparse.Namespace, student: str, folder: Path):
         self.arguments, self.student, self.folder = arguments, student, folder
-        self.place = pick_place(arguments.device)
+        self.place = steps.pick_place(arguments.device)
         self.device, self.gpu = self.place.device, arguments.device != "cpu"
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         self.network = timm.create_model(arguments.teacher, num_classes=CLASSES)
-        self.noise = Noise(self._configuration(), self.device)
-        self.batches = list(islice(self.noise, RESIDENT))
+        self.noise = steps.Noise(self._configuration(), self.device)
+        self.batches = list(islice(self.noise, steps.RESIDENT))
 
     def contenders(self, waterfall: bool) -> dict[str, Callable[[], Step]]:
         """How to build each."""
@@ -132,13 +118,13 @@ class Case:
 
     def ours(self, make: Callable | None, *, attention: str = "sdpa", compile: bool | None = None) -> Step:
         """make: of the timm model and the trainer its teacher; None for stored answers."""
-        trainer = trainer_on(self._configuration(attention, compile), self.place, self.noise)
+        trainer = steps.trainer_on(self._configuration(attention, compile), self.place, self.noise)
         if make is None:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
-            teacher = stored_answers(folder, self.arguments.batch_size, self.device)
+            teacher = steps.stored_answers(folder, self.arguments.batch_size, self.device)
         else:
             teacher = make(self.network, trainer)
-        return our_step(trainer, teacher, self.batches)
+        return steps.our_step(trainer, teacher, self.batches)
 
     def timm(self, *, channels_last: bool) -> Step:
         step = peers.Timm(
@@ -154,7 +140,7 @@ class Case:
         return lambda: step(*next(batches))
 
     def _configuration(self, attention: str = "sdpa", compile: bool | None = None):
-        return configuration(
+        return steps.configuration(
             self.student, batch_size=self.arguments.batch_size, pixels=self.arguments.pixels, attention=attention,
             compile=self.arguments.compile if compile is None else compile,
         )  # fmt: skip
@@ -191,7 +177,7 @@ class Result:
             gc.collect()
             began = time.monotonic()
             try:
-                self.steps[name], self.peaks[name] = built(build, case.device, warm_up)
+                self.steps[name], self.peaks[name] = steps.built(build, case.device, warm_up)
             except Exception as error:  # the others are worth having all the same
                 traceback.print_exc()
                 self.missing.append(f"{case.student}, {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
@@ -201,7 +187,7 @@ class Result:
         self.work: dict[str, Work] = {}
 
     def measure(self, rounds: int) -> None:
-        self.timings = in_turn(self.steps, self.case.device, rounds)
+        self.timings = steps.in_turn(self.steps, self.case.device, rounds)
 
     def profile(self) -> None:
         self.work = {name: work_of(step) for name, step in self.steps.items()}
@@ -239,7 +225,7 @@ class Result:
                 continue
             what = f"training step, {self.case.student}, {teacher}, batch {arguments.batch_size}"
             ours, share = self.images_per_s(name), self.mfu(name, measured_peak) if name == STORED else None
-            speeds = speed(ours, self.case.device), peer, speed(theirs[peer], self.case.device)
+            speeds = steps.speed(ours, self.case.device), peer, steps.speed(theirs[peer], self.case.device)
             found.append(Headline(what, *speeds, round(ours / theirs[peer], 3), share and round(share, 3)))
         return found
 
@@ -271,7 +257,7 @@ def settings() -> argparse.Namespace:
     own.add_argument("--rounds", type=int, help="samples of each contender")
     own.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     small, base, tiny = (f"deit_{size}_distilled_patch16_224" for size in ("small", "base", "tiny"))
-    return fill_in(
+    return steps.fill_in(
         own.parse_args(), students=([small, base], [tiny], [tiny]), batch_size=(256, 8, 4), rounds=(8, 7, 1),
         teacher=("regnety_160", "regnety_016", "test_byobnet"), compile=(True, False, False), pixels=(224, 224, 32),
     )  # fmt: skip
