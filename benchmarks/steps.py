@@ -88,6 +88,7 @@ def trainer_on(config: Config, place: Place, loader) -> Trainer:
         config, place, build_student(config, CLASSES), None, (loader, None), [str(i) for i in range(CLASSES)], None
     )  # fmt: skip
     trainer.log.close()
+    trainer.log.console.quiet = True
     trainer.model.train()
     return trainer
 
