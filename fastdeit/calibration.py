@@ -49,10 +49,16 @@ def draw_calibration(counts: dict[str, np.ndarray], path: Path) -> None:
         some = images > 0
         diagram.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
         diagram.plot(
-            confidence[some] / images[some], right[some] / images[some], marker="o", markersize=4, linewidth=1.2
+            confidence[some] / images[some],
+            right[some] / images[some],
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            clip_on=False,
         )
         diagram.set(title=f"{title}\nECE {100 * expected_calibration_error(table):.2f} %", xlim=(0, 1), ylim=(0, 1))
-        diagram.set_aspect("equal")
+        diagram.set_box_aspect(1)
+        histogram.set_box_aspect(1 / 3)
         histogram.bar((np.arange(BINS) + 0.5) / BINS, 100 * images / images.sum(), width=0.9 / BINS, color="0.6")
         histogram.set(xlabel="confidence")
         diagram.grid(alpha=0.3)
