@@ -9,7 +9,7 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,9 @@ import torch
 
 from fastdeit import teacher_store
 from fastdeit.config import Config
+from fastdeit.data import loaders, open_images
 from fastdeit.distributed import Place, pick_device
-from fastdeit.pipelines import Augmentation, SyntheticIndex
-from fastdeit.pipelines.batch import Batch, batch_of
-from fastdeit.pipelines.plan import TrainPlans
-from fastdeit.pipelines.synthetic import ResidentViews
+from fastdeit.pipelines import Batch, Loader
 from fastdeit.stored_teacher import answers_of
 from fastdeit.student import build_student
 from fastdeit.trainer import Trainer
@@ -62,24 +60,10 @@ def configuration(student: str, *, batch_size: int, pixels: int, compile: bool, 
     return config
 
 
-class Noise:
-    """A training loader of what `--data-path synthetic` gives: noise on the device, with what to mix and to erase drawn
-    as for real images. Needs no DALI."""
-
-    def __init__(self, config: Config, device: torch.device):
-        size, pixels = config.data.batch_size, config.data.input_size
-        self.index, self.images = SyntheticIndex(), ResidentViews(size, pixels, device).images
-        self.plans = TrainPlans(
-            self.index, batch_size=size, size=pixels, augmentation=Augmentation(), seed=config.run.seed, rank=0,
-            world_size=1,
-        )  # fmt: skip
-
-    def __len__(self) -> int:
-        return self.plans.steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(len(self)):
-            yield batch_of(self.plans[step], self.images, self.index.labels)
+def noise(config: Config, place: Place) -> Loader:
+    """The training loader of `--data-path synthetic`: noise on the device, with what to mix and to erase drawn as for
+    real images."""
+    return loaders(config, open_images(config, place), place, None)[0]
 
 
 def trainer_on(config: Config, place: Place, loader) -> Trainer:

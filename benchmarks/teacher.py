@@ -151,7 +151,7 @@ def main() -> None:
     tiny = "deit_tiny_distilled_patch16_224"
     arguments = steps.fill_in(
         own.parse_args(), student=("deit_small_distilled_patch16_224", tiny, tiny),
-        teacher=("regnety_160", "regnety_016", "test_byobnet"), batch_size=(256, 8, 4), rounds=(8, 7, 1),
+        teacher=("regnety_160", "regnety_016", "test_byobnet"), batch_size=(256, 8, 4), rounds=(8, 15, 1),
         compile=(True, False, False), pixels=(224, 224, 32),
     )  # fmt: skip
     record = Record("teacher", arguments, COLUMNS)
@@ -162,7 +162,7 @@ def main() -> None:
     config = steps.configuration(
         arguments.student, batch_size=arguments.batch_size, pixels=arguments.pixels, compile=arguments.compile
     )
-    trainer = steps.trainer_on(config, place, steps.Noise(config, place.device))
+    trainer = steps.trainer_on(config, place, steps.noise(config, place))
     network = timm.create_model(arguments.teacher, num_classes=steps.CLASSES)
     whole = compare_steps(arguments, network, trainer)
     report(record, "step", whole, arguments.batch_size)

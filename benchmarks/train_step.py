@@ -87,7 +87,7 @@ class Case:
         self.device, self.gpu = self.place.device, arguments.device != "cpu"
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         self.network = timm.create_model(arguments.teacher, num_classes=CLASSES)
-        self.noise = steps.Noise(self._configuration(), self.device)
+        self.noise = steps.noise(self._configuration(), self.place)
         self.batches = list(islice(self.noise, steps.RESIDENT))
 
     def contenders(self, waterfall: bool) -> dict[str, Callable[[], Step]]:
@@ -258,7 +258,7 @@ def settings() -> argparse.Namespace:
     own.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     small, base, tiny = (f"deit_{size}_distilled_patch16_224" for size in ("small", "base", "tiny"))
     return steps.fill_in(
-        own.parse_args(), students=([small, base], [tiny], [tiny]), batch_size=(256, 8, 4), rounds=(8, 7, 1),
+        own.parse_args(), students=([small, base], [tiny], [tiny]), batch_size=(256, 8, 4), rounds=(8, 15, 1),
         teacher=("regnety_160", "regnety_016", "test_byobnet"), compile=(True, False, False), pixels=(224, 224, 32),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from timm.data.mixup import mixup_target
 
 from benchmarks import peers, train_step
 from benchmarks.gpu_work import work_in
-from benchmarks.steps import Noise, configuration, our_step, trainer_on
+from benchmarks.steps import configuration, noise, our_step, trainer_on
 from benchmarks.teacher import best_teacher
 from benchmarks.timing import Timing
 from fastdeit.distributed import Place
@@ -31,7 +31,8 @@ def trainer():
     config = configuration(STUDENT, batch_size=BATCH, pixels=PIXELS, compile=False)
     config.model.drop_path, config.optimization.warmup_epochs = 0.0, 0
     config.optimization.unscale_lr, config.optimization.lr = True, LR
-    trainer = trainer_on(config, Place(CPU), Noise(config, CPU))
+    place = Place(CPU)
+    trainer = trainer_on(config, place, noise(config, place))
     with torch.no_grad():  # so that the loss depends on the images, which at the start it hardly does
         for head in (trainer.model.head, trainer.model.head_dist):
             head.weight.mul_(30)
