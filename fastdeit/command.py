@@ -1,9 +1,18 @@
-"""What every command shares: a mistake of the user's ends in one sentence and exit code 2, never in a traceback."""
+"""What every command shares: a mistake of the user's ends in one sentence and exit code 2, never in a traceback; and
+help that reads well on any terminal."""
 
+import ast
+import dataclasses
 import errno
+import functools
+import inspect
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
+from typing import Annotated
 
 # What `pip install fastdeit` leaves out. Commands import these inside `main`, so that a missing one is named here.
 EXTRA = {
@@ -57,3 +66,69 @@ def _raising_module(error: BaseException) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse(kind: type, *, description: str, **options):
+    """tyro.cli of a dataclass, its docstrings as paragraphs and `description` folded to the terminal's width."""
+    import tyro
+
+    _explain(kind)
+    try:
+        return tyro.cli(tyro.conf.OmitArgPrefixes[kind], description=_AsItIs(fold(description)), **options)
+    except BrokenPipeError:  # whoever reads the help, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+@functools.cache
+def _explain(kind: type) -> None:
+    """Give tyro each setting's docstring in one piece. From the class it would take it line by line, and begin a
+    paragraph with each line that is indented, or begins with a flag. Of None as default nothing is said: the docstring
+    tells what it means."""
+    import tyro
+
+    texts = _docstrings(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            _explain(field.type)
+        elif field.name in texts:
+            hint = _hint if field.default is None else None
+            text = tyro.conf.arg(help=" ".join(texts[field.name].split()), help_behavior_hint=hint)
+            kind.__annotations__[field.name] = Annotated[field.type, text]
+
+
+def _hint(default: str) -> str:
+    return "" if default == "None" else f"(default: {default})"
+
+
+def _docstrings(kind: type) -> dict[str, str]:
+    """The string below each field."""
+    (made,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    return {
+        field.target.id: below.value.value
+        for field, below in zip(made.body, made.body[1:])
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+
+
+def fold(text: str) -> str:
+    """Paragraphs filled to the terminal's width; those with indented lines stay as they are."""
+    width = min(shutil.get_terminal_size().columns - 1, 119)
+    paragraphs = re.split(r"\n\n+", text.strip("\n"))
+    return "\n\n".join(
+        paragraph
+        if re.search("^ ", paragraph, re.MULTILINE)
+        else textwrap.fill(paragraph, width, break_on_hyphens=False)
+        for paragraph in paragraphs
+    )
+
+
+class _AsItIs(str):
+    """A text of one line, as far as tyro asks: else it joins lines, which it never folds again."""
+
+    def split(self, *_) -> list[str]:
+        return [str(self)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from . import trackers
+from . import command, trackers
 from .command import UserError
 
 
@@ -296,8 +296,6 @@ def parse(
     arguments: list[str] | None = None, *, recipe: str | None = None, prog: str = "python -m fastdeit.train"
 ) -> Config:
     """The command line over a recipe's defaults, checked. `recipe` is the one taken when --recipe is not given."""
-    import tyro
-
     from . import recipes, resume
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -306,13 +304,8 @@ def parse(
         chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
         default = recipes.load(chosen)
         default.run.recipe = chosen
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Config],
-        prog=prog,
-        args=arguments,
-        default=default,
-        description=recipes.describe(default.run.recipe),
-    )
+    description = recipes.describe(default.run.recipe)
+    config = command.parse(Config, description=description, prog=prog, args=arguments, default=default)
     check(config)
     return config
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .command import UserError, run
+from .command import UserError, parse, run
 
 TITLES = {"cls": "class head", "dist": "distillation head", "both": "both heads, averaged"}
 
@@ -54,7 +54,7 @@ def main() -> None:
         json: bool = False
         """Print JSON in place of a table."""
 
-    arguments = tyro.cli(Evaluate, prog="python -m fastdeit.evaluate", description=__doc__)
+    arguments = parse(Evaluate, prog="python -m fastdeit.evaluate", description=__doc__)
     if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
         raise UserError(f"--output {arguments.output}: there is a file of this name; choose another folder")
     sources = ["model"]

@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from .command import UserError, run
+from .command import UserError, parse, run
 from .export_transformers import transformers_config, transformers_weights
 from .model import DeiT
 
@@ -247,7 +247,7 @@ def main() -> None:
 
     @dataclass(kw_only=True)
     class Export:
-        checkpoint: Annotated[Path, tyro.conf.Positional]
+        checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
         """A run's folder, or last or best in it."""
         output: Path
         """Folder to write; must not exist."""
@@ -262,7 +262,7 @@ def main() -> None:
         device: str | None = None
         """aotinductor compiles for this one. Default: cuda where present."""
 
-    arguments = tyro.cli(Export, prog="python -m fastdeit.export", description=__doc__)
+    arguments = parse(Export, prog="python -m fastdeit.export", description=__doc__)
     with join(arguments.device) as place:
         weights = "ema" if arguments.ema else "model"
         classifier = load(arguments.checkpoint, device=place.device, weights=weights, input_size=arguments.input_size)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .command import UserError, run
+from .command import UserError, parse, run
 from .prediction import Prediction, as_csv, as_json, as_line, csv_header
 
 
@@ -36,7 +36,9 @@ def main() -> None:
         checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
         """A run's folder, or last or best in it; a file of timm's or facebookresearch/deit's weights (with --model); a
         folder that fastdeit.export --format timm wrote; a model name of timm's (with --pretrained)."""
-        images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
+        images: Annotated[
+            tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...", help_behavior_hint="")
+        ]
         """Files; folders, which are searched with all below them, and patterns such as 'photos/**/*.jpg', which give
         the files with an image's extension, sorted."""
         top: int = 5
@@ -67,7 +69,7 @@ def main() -> None:
         device: str | None = None
         """cuda, cuda:N or cpu. Default: cuda where present."""
 
-    arguments = tyro.cli(Predict, prog="python -m fastdeit.predict", description=__doc__)
+    arguments = parse(Predict, prog="python -m fastdeit.predict", description=__doc__)
     if arguments.json and arguments.csv:
         raise UserError("--json and --csv are two forms of the same answer: choose one")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
 
 import pytest
 
@@ -51,6 +55,47 @@ def test_the_traceback_on_request(monkeypatch):
     monkeypatch.setenv("FASTDEIT_TRACEBACK", "1")
     with pytest.raises(UserError):
         command.run(raising(UserError("x")))
+
+
+@dataclass
+class Some:
+    """Settings."""
+
+    size: int = 3
+    """Of the thing, in metres; what is longer than a line goes on
+    --below, and stays one paragraph."""
+    name: str | None = None
+    """Of the thing. Default: none."""
+
+
+def help_of(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        command.parse(Some, prog="some", args=["--help"], description=f"One.\n\n    some --size 4\n\n{'two ' * 40}")
+    return capsys.readouterr().out
+
+
+def test_help_is_in_paragraphs(monkeypatch, capsys):
+    out = help_of(monkeypatch, capsys, 200)
+    assert (
+        "Of the thing, in metres; what is longer than a line goes on --below, and stays one paragraph. (default: 3)"
+        in out
+    )
+    assert "Default: none." in out and "None)" not in out
+    assert "\nOne.\n\n    some --size 4\n\ntwo two" in out
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_help_fits_the_terminal(monkeypatch, capsys, columns):
+    assert max(map(len, help_of(monkeypatch, capsys, columns).splitlines())) <= columns
+
+
+def test_help_may_be_read_in_part():
+    read, write = os.pipe()
+    os.close(read)
+    command_line = [sys.executable, "-c", "from fastdeit.config import parse; parse(['--help'])"]
+    done = subprocess.run(command_line, stdout=write, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_exit_code_of_main(capfd):

@@ -69,6 +69,14 @@ def test_help_is_grouped_and_states_units_and_defaults(cli):
         assert text in out, text
 
 
+def test_help_breaks_lines_at_the_terminals_edge_only(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    _, out, _ = cli(main, "--help")
+    assert "auto: the same command again goes on with --output-dir where" in out  # a flag in the middle of two lines
+    assert "mixed into the training set, they carry the teacher's term" in out
+    assert "starts it elsewhere. " in out  # and no (default: None) behind what says what it means
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
