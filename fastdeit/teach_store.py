@@ -31,10 +31,15 @@ SAY_EVERY = 10.0  # seconds
 
 
 def store(arguments: list[str]) -> None:
-    own = argparse.ArgumentParser(prog="python -m fastdeit.teach store", add_help=False, allow_abbrev=False)
+    own = argparse.ArgumentParser(
+        prog="python -m fastdeit.teach store",
+        description="Ask a teacher for its answers to the views of a training run, once and for all.",
+        add_help=False,
+        allow_abbrev=False,
+    )
     own.add_argument("--views", type=int, help="epochs of augmented views to answer (later epochs use them again)")
     own.add_argument("--output", type=Path, help="folder of the store")
-    own.add_argument("--top", type=int, default=10, help="soft answers: how many classes keep their probability")
+    own.add_argument("--top", type=int, default=10, help="soft answers: how many classes keep their probability (10)")
     if {"-h", "--help"} & set(arguments):
         print(own.format_help() + "\nand the flags of the training run to come:\n")
         parse(["--help"], prog=own.prog)
@@ -223,12 +228,16 @@ def first_argmax(logits: Tensor) -> Tensor:
 
 
 def verify(arguments: list[str]) -> int:
-    """Compare the checksums, and a sample of the answers with a live teacher's. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fastdeit.teach verify")
-    parser.add_argument("store", type=Path)
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastdeit.teach verify",
+        description="Compare a store's checksums, and a sample of its answers with those of the live teacher.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("store", type=Path, metavar="STORE", help="the folder that teach store wrote")
     parser.add_argument("--data-path", type=Path, help="where the images are now, if they have moved")
     parser.add_argument("--teacher-path", help="where the teacher is now, if it has moved")
-    parser.add_argument("--batches", type=int, default=8, help="how many are asked again, spread over the store")
+    parser.add_argument("--batches", type=int, default=8, help="how many are asked again, spread over the store (8)")
     parser.add_argument("--device", help="cuda, cuda:N or cpu")
     options = parser.parse_args(arguments)
     kept = Store(options.store)
