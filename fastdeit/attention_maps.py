@@ -7,6 +7,7 @@ Shapes: B batch, N tokens, H heads, L depth, T prefix tokens (class, and distill
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,6 +56,31 @@ def _attention(model: DeiT, images: Tensor) -> Iterator[Tensor]:
         x_BND = block(x_BND)
 
 
+def titles(model: DeiT) -> list[str]:
+    """Of the maps that `looks` gives."""
+    tokens = TOKENS[: model.num_prefix_tokens]
+    return [f"{token}, {what}" for what in ("last block", "rollout") for token in tokens]
+
+
+@torch.no_grad()
+def looks(model: DeiT, images: Tensor) -> Tensor:
+    """Where each prefix token looks in the last block (mean of the heads), then the rollouts: (B, 2T, rows, columns)
+    float32, as multiples of each map's mean: from 0.9 to 1.1 nothing stands out."""
+    last_BTRC = attention_maps(model, images)[:, -1].mean(1)
+    maps_BTRC = torch.cat([last_BTRC, attention_rollout(model, images)], dim=1)
+    return maps_BTRC / maps_BTRC.mean((2, 3), keepdim=True)
+
+
+def overlay(picture: np.ndarray, map_RC: Tensor) -> np.ndarray:
+    """The map in colours, from its least to its greatest value, on the picture without its own, which would mix with
+    them. picture: (height, width, 3) in [0, 1]; returns the same."""
+    from matplotlib import colormaps
+
+    heat = F.interpolate(map_RC[None, None].float(), picture.shape[:2], mode="bilinear", align_corners=False)[0, 0]
+    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
+    return 0.35 * picture.mean(-1, keepdims=True) + 0.65 * colormaps["viridis"](heat.cpu().numpy())[..., :3]
+
+
 def draw_attention(
     model: DeiT,
     images: Tensor,
@@ -63,37 +89,29 @@ def draw_attention(
     paths: Sequence[Path],
     captions: Sequence[str] | None = None,
 ) -> None:
-    """One PNG an image: the image, where each prefix token looks in the last block (mean of the heads), its rollout.
+    """One PNG an image: the image and the maps of `looks` laid over it, each with its range below.
 
-    images: normalised by mean and std, as the model takes them. The colours of each map go from its least to its
-    greatest value; below it stands what these are, as multiples of the map's mean: from 0.9 to 1.1 nothing stands out.
-    captions: what stands above each image, up to two lines.
+    images: normalised by mean and std, as the model takes them. captions: what stands above each image, up to two
+    lines.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    last_BTRC = attention_maps(model, images)[:, -1].mean(1)
-    maps_BTRC = torch.cat([last_BTRC, attention_rollout(model, images)], dim=1)
-    maps_BTRC /= maps_BTRC.mean((2, 3), keepdim=True)
+    maps_BTRC = looks(model, images)
     shift, scale = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (mean, std))
     pixels = (images.float() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    tokens = TOKENS[: model.num_prefix_tokens]
-    titles = [f"{token},\nlast block" for token in tokens] + [f"{token},\nrollout" for token in tokens]
     for maps_TRC, picture, caption, path in zip(maps_BTRC, pixels, captions or ["image"] * len(paths), paths):
-        heat = F.interpolate(maps_TRC[None], model.img_size, mode="bilinear", align_corners=False)[0].cpu().numpy()
-        figure, axes = plt.subplots(1, 1 + len(heat), figsize=(2.4 * (1 + len(heat)), 3), layout="constrained")
+        figure, axes = plt.subplots(1, 1 + len(maps_TRC), figsize=(2.4 * (1 + len(maps_TRC)), 3), layout="constrained")
         for axis in axes:
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)
         axes[0].set_title(caption if "\n" in caption else f"{caption}\n", fontsize=9, parse_math=False)
         axes[0].imshow(picture, interpolation="nearest")
-        for axis, title, overlay, values in zip(axes[1:], titles, heat, maps_TRC):
-            axis.set_title(title, fontsize=9)
-            axis.set_xlabel(f"{values.min():.2g} to {values.max():.2g} x mean", fontsize=8)
-            # The image without its colours, which would mix with the map's.
-            axis.imshow(picture.mean(-1), interpolation="nearest", cmap="gray", vmin=0, vmax=1)
-            axis.imshow(overlay, cmap="viridis", alpha=0.65)
+        for axis, title, map_RC in zip(axes[1:], titles(model), maps_TRC):
+            axis.set_title(title.replace(", ", ",\n"), fontsize=9)
+            axis.set_xlabel(f"{map_RC.min():.2g} to {map_RC.max():.2g} x mean", fontsize=8)
+            axis.imshow(overlay(picture, map_RC))
         figure.savefig(path, dpi=100)
         plt.close(figure)

@@ -64,16 +64,11 @@ def look(run: Path, settings: dict) -> Looks:
     index = open_index(data_path, "val", classes=classifier.classes, cache_dir=cache if cache.is_dir() else None)
     spread = np.unique(np.linspace(0, len(index) - 1, min(SHOWN, len(index))).round().astype(int))
     return Looks(
-        maps=_titles(classifier.model),
+        maps=attention_maps.titles(classifier.model),
         looks=_looks(classifier, index.take(spread)),
         similarity=_similarity(classifier, index.take(np.arange(min(batch_size, len(index))))),
         images=len(index),
     )
-
-
-def _titles(model: DeiT) -> list[str]:
-    tokens = attention_maps.TOKENS[: model.num_prefix_tokens]
-    return [f"{token}, last block" for token in tokens] + [f"{token}, rollout" for token in tokens]
 
 
 def _batch(classifier: inference.Classifier, index: Index):
@@ -99,35 +94,24 @@ def _looks(classifier: inference.Classifier, index: Index) -> list[Look]:
     model, (images, labels, positions) = classifier.model, _batch(classifier, index)
     probabilities, answers = classifier.probabilities(images).max(1)
     names = inference.class_names(classifier)
-    last_BTRC = attention_maps.attention_maps(model, images)[:, -1].mean(1)
-    maps_BTRC = torch.cat([last_BTRC, attention_maps.attention_rollout(model, images)], dim=1)
+    maps_BTRC = attention_maps.looks(model, images)
     pixels = (images * torch.tensor(classifier.std).view(3, 1, 1) + torch.tensor(classifier.mean).view(3, 1, 1)).clamp(
         0, 1
     )
     # Pixels that can be counted stay square; photographs are only made smaller.
     mode = {"mode": "nearest"} if images.shape[-1] < SIDE else {"mode": "area"}
     pixels = F.interpolate(pixels, (SIDE, SIDE), **mode).permute(0, 2, 3, 1).numpy()
-    heat = F.interpolate(maps_BTRC, (SIDE, SIDE), mode="bilinear", align_corners=False)
-    heat = (heat / heat.amax((2, 3), keepdim=True)).numpy()
     return [
         Look(
             name=Path(index.name(position)).name,
             image=_jpeg(pixels[i]),
-            maps=[_jpeg(_overlay(pixels[i], map)) for map in heat[i]],
+            maps=[_jpeg(attention_maps.overlay(pixels[i], map_RC)) for map_RC in maps_BTRC[i]],
             true=names[labels[i]],
             answer=names[answers[i]],
             probability=float(probabilities[i]),
         )
         for i, position in enumerate(positions.tolist())
     ]
-
-
-def _overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """heat in [0, 1], on the image without its colours, which would mix with the map's."""
-    from matplotlib import colormaps
-
-    grey, alpha = pixels.mean(-1, keepdims=True), 0.85 * heat[..., None]
-    return grey * (1 - alpha) + colormaps["inferno"](heat)[..., :3] * alpha
 
 
 def _jpeg(pixels: np.ndarray) -> str:

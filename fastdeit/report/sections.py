@@ -114,7 +114,7 @@ def _looks(record: Record, drawn, reason: str | None) -> list[Html]:
             "p",
             f"{len(drawn.looks)} validation images, evenly spaced. Last block: attention of the token to each patch, "
             "averaged over the heads. Rollout: how much of each patch reaches the token through all blocks "
-            "(Abnar and Zuidema, arXiv 2005.00928). Bright is much; each map is scaled by its own maximum.",
+            "(Abnar and Zuidema, arXiv 2005.00928). Yellow is most, blue least; each map has its own scale.",
             class_="note",
         ),
     ]
