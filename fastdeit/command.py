@@ -106,8 +106,11 @@ def _hint(default: str) -> str:
 
 
 def _docstrings(kind: type) -> dict[str, str]:
-    """The string below each field."""
-    (made,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    """The string below each field; none where the source is not at hand."""
+    try:
+        (made,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    except OSError:
+        return {}
     return {
         field.target.id: below.value.value
         for field, below in zip(made.body, made.body[1:])

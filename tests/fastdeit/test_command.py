@@ -2,7 +2,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
 import pytest
 
@@ -83,6 +83,11 @@ def test_help_is_in_paragraphs(monkeypatch, capsys):
     )
     assert "Default: none." in out and "None)" not in out
     assert "\nOne.\n\n    some --size 4\n\ntwo two" in out
+
+
+def test_settings_without_their_source():
+    made = make_dataclass("Made", [("size", int, 3)])
+    assert command.parse(made, args=["--size", "4"], description="").size == 4
 
 
 @pytest.mark.parametrize("columns", [60, 100])
