@@ -272,6 +272,12 @@ def check(config: Config) -> None:
     }.items():
         if count < 0:
             raise UserError(f"{flag} {count}: must not be negative")
+    for flag, given in {
+        "--teacher-path": distillation.teacher_path,
+        "--teacher-store": distillation.teacher_store,
+    }.items():
+        if given is not None and distillation.distillation_type == "none":
+            raise UserError(f"{flag}: nobody listens to a teacher; give --distillation-type hard or soft too")
     if distillation.unlabelled_path is not None and distillation.distillation_type == "none":
         raise UserError(
             "--unlabelled-path: without labels there must be a teacher: give --distillation-type hard or soft"

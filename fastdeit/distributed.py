@@ -113,6 +113,7 @@ def _die(place: Place, error: Exception) -> None:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     get_error_handler().record_exception(error)  # for torchrun's closing report
+    place.at_end.__exit__(type(error), error, error.__traceback__)
     sentence = in_words(error)
     lost = isinstance(error, dist.DistError) or "by peer" in str(error)
     print(

@@ -33,6 +33,10 @@ class Log:
                 TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True,
             )  # fmt: skip
             self.task = self.bar.add_task(title, total=total_steps)
+
+    def begin(self) -> None:
+        """Show the bar, which hides the cursor until `close`."""
+        if self.bar is not None:
             self.bar.start()
 
     def train(self, *, step: int, epoch: int, **figures) -> None:

@@ -13,6 +13,7 @@ checkpoints/      step-N/ for the steps kept; last and best point to two of them
 
 import fcntl
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import IO
@@ -24,8 +25,12 @@ from .distributed import Place
 
 
 def open_folder(config: Config, place: Place) -> Path:
-    """The run's folder, locked until this process leaves: the one --resume means, else a new one."""
-    folder = to_resume(config) or claim(config)
+    """The run's folder, locked until this process leaves: the one --resume means, else a new one, which is given up if
+    the run is refused before it has begun."""
+    folder = to_resume(config)
+    if folder is None:
+        folder = claim(config)
+        place.at_end.push(lambda _, error, __: _give_up(folder, error))
     place.at_end.enter_context(_lock(folder))
     return folder
 
@@ -65,6 +70,13 @@ def claim(config: Config) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", config.to_dict())
     return folder
+
+
+def _give_up(folder: Path, error: BaseException | None) -> None:
+    """Remove a folder made for nothing: it would stand in the way of the same command with its mistake put right."""
+    begun = ("checkpoints", "nonfinite.jsonl")
+    if isinstance(error, (UserError, ValueError)) and not any((folder / name).exists() for name in begun):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: Path, content) -> None:

@@ -185,6 +185,8 @@ def differences(stored: dict, own: dict, path: str = "") -> list[str]:
 
 def _shown(value) -> str:
     text = json.dumps(value)
+    if isinstance(value, str) and len(text) > 60:  # a digest
+        return text[:12] + '..."'
     return text if len(text) <= 60 else text[:57] + "..."
 
 

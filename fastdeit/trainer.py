@@ -162,6 +162,7 @@ class Trainer:
     def fit(self) -> dict[str, dict]:
         """Train to the last epoch. Returns the last accuracies: {"model": {"cls": ..., ...}, "ema": {...}}."""
         try:
+            self.log.begin()
             with self.keeper:
                 for epoch in range(self.epochs_evaluated, self.config.optimization.epochs):
                     figures = self.train_epoch(epoch)

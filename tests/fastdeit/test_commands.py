@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 from safetensors.torch import load_file
 
 from fastdeit import teach, train
@@ -110,6 +111,20 @@ def test_a_teacher_of_other_classes(cli, run, tmp_path):
 
 def test_a_batch_larger_than_the_data(cli, colors):
     refused(cli, train.main, *SMALL, "--data-path", colors, "--batch-size", 64, "--dry-run", words=["36", "64"])
+
+
+def test_a_refused_run_leaves_no_folder(cli, colors, tmp_path):
+    target = tmp_path / "run"
+    arguments = [*SMALL, "--data-path", colors, "--output-dir", target]
+    refused(cli, train.main, *arguments, "--bce-loss", words=["--smoothing 0"])
+    assert not target.exists()
+    code, _, err = cli(train.main, *arguments, "--epochs", "1")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("flag", ["--teacher-path", "--teacher-store"])
+def test_a_teacher_nobody_listens_to(cli, colors, flag):
+    refused(cli, train.main, *SMALL, "--data-path", colors, flag, "t", words=[flag, "--distillation-type hard or soft"])
 
 
 def test_a_folder_that_holds_another_run(cli, run, colors):
