@@ -68,7 +68,7 @@ def prepare(
         images_per_shard: Images in a tar file.
         max_bad: Stop if more than this share of the images cannot be read.
     """
-    _check(size, quality, workers, images_per_shard)
+    _check(size, quality, workers, images_per_shard, max_bad)
     indexes = _open_splits(dir)
     root = Path(out)
     settings = {"format": FORMAT, "size": size, "quality": quality, "images_per_shard": images_per_shard}
@@ -81,12 +81,14 @@ def prepare(
     _report(root, indexes)
 
 
-def _check(size: int, quality: int, workers: int | None, images_per_shard: int) -> None:
-    for name, value in (("size", size), ("images_per_shard", images_per_shard), ("workers", workers)):
+def _check(size: int, quality: int, workers: int | None, images_per_shard: int, max_bad: float) -> None:
+    for flag, value in (("--size", size), ("--images-per-shard", images_per_shard), ("--workers", workers)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise ValueError(f"{flag} {value}: must be at least 1")
     if not 1 <= quality <= 95:
-        raise ValueError(f"quality goes from 1 to 95 (above, files grow and nothing is gained), got {quality}")
+        raise ValueError(f"--quality {quality}: goes from 1 to 95 (above, files grow and nothing is gained)")
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"--max-bad {max_bad}: is a share between 0 and 1")
 
 
 def _open_splits(source: str) -> dict[str, Index]:

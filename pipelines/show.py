@@ -7,6 +7,7 @@ model gets it, erased and mixed, with the labels it is asked for.
 """
 
 import argparse
+import sys
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -105,13 +106,21 @@ def draw(cells: list[tuple[str, np.ndarray]], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dir", help="a data set, as open_index takes it")
-    parser.add_argument("out", help="the picture to write")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("dir", metavar="DIR", help="class folders, WebDataset or Parquet")
+    parser.add_argument("out", metavar="OUT.png", help="the picture to write")
+    parser.add_argument("--split", default="train", help="train or val")
     parser.add_argument("--image", type=int, default=0, help="which image to show the operations on")
     parser.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="none, rand-... or 3aug")
-    arguments = parser.parse_args()
+    try:
+        show(parser.parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def show(arguments) -> None:
     index = open_index(arguments.dir, arguments.split)
+    if not 0 <= arguments.image < len(index):
+        raise ValueError(f"--image {arguments.image}: the images are counted from 0 to {len(index) - 1}")
     augmentation = Augmentation(aa=arguments.aa, repeats=1)
     one = _One(index, arguments.image)
     image = next(iter(eval_loader(one, batch_size=1, input_size=SIZE))).images[0].numpy()

@@ -233,8 +233,8 @@ def test_other_settings_or_images_are_refused(data, prepared, tmp_path):
         run(data, data)
     with pytest.raises(ValueError, match="there is no folder"):
         run(tmp_path / "nowhere", tmp_path / "out")
-    for options in ({"size": 0}, {"quality": 100}, {"workers": 0}):
-        with pytest.raises(ValueError, match=next(iter(options))):
+    for options in ({"size": 0}, {"quality": 100}, {"workers": 0}, {"images_per_shard": 0}, {"max_bad": 2}):
+        with pytest.raises(ValueError, match="--" + next(iter(options)).replace("_", "-")):
             run(data, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from fastdeit.pipelines import Augmentation, SyntheticIndex, eval_loader, show, train_loader
@@ -39,3 +40,14 @@ def test_show_draws_a_picture(photos, tmp_path, monkeypatch):
     assert out.stat().st_size > 50_000
     cells = show.batch(photos, Augmentation(), 8)
     assert len(cells) == 8 and all(image.shape == (224, 224, 3) for _, image in cells)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [(["--image", "999"], "--image 999"), (["--aa", "nonsense"], "RandAugment"), (["--split", "x"], "x")],
+)
+def test_show_refuses_in_a_sentence(photos, tmp_path, monkeypatch, options, words):
+    root = photos.path(0).rsplit("/train/", 1)[0]
+    monkeypatch.setattr("sys.argv", ["show", root, str(tmp_path / "out.png"), *options])
+    with pytest.raises(SystemExit, match=f"error: .*{words}"):
+        show.main()
