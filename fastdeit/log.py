@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .trackers import Tracker
 
 PLAIN_LINE_SECONDS = 30  # without a terminal: at most one line in this time between two epochs
+BAR_WIDTH = 50  # columns for the bar itself, the steps and the times
 
 
 class Log:
@@ -42,11 +43,11 @@ class Log:
     def train(self, *, step: int, epoch: int, **figures) -> None:
         """Figures of the steps since the last call: losses, lr, images_per_s, data_share, seconds by phase."""
         self._write({"kind": "train", "step": step, "epoch": epoch, **figures})
-        text = _train_text(figures)
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, description=f"{self.title}  epoch {epoch + 1}  {text}")
+            text = bar_text(self.title, epoch, figures, self.console.width - BAR_WIDTH)
+            self.bar.update(self.task, completed=step, description=text)
         elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
-            self.say(f"  step {step}/{self.total_steps}  {text}  left {self._left(step)}")
+            self.say(f"  step {step}/{self.total_steps}  {_train_text(figures)}  left {self._left(step)}")
 
     def evaluated(
         self, *, step: int, epoch: int, epochs: int, figures: dict, seconds: float, accuracy: dict[str, dict]
@@ -109,6 +110,21 @@ class Log:
             return "-:--:--"
         seconds = int((time.monotonic() - self.started) / done * (self.total_steps - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def bar_text(title: str, epoch: int, figures: dict, width: int) -> str:
+    """What stands before the bar: as much as there is room for, or the bar would go."""
+    text = f"{title}  epoch {epoch + 1}"
+    for more in (
+        f"loss {figures['loss']:.3f}",
+        f"{figures['images_per_s']:,.0f} images/s",
+        f"data {100 * figures['data_share']:.0f} %",
+        f"lr {figures['lr']:.1e}",
+    ):
+        if len(text) + 2 + len(more) > width:
+            break
+        text += f"  {more}"
+    return text
 
 
 def _train_text(figures: dict) -> str:

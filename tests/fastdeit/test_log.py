@@ -1,0 +1,59 @@
+"""What a terminal shows of a run."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fastdeit.log import Log, bar_text
+
+FIGURES = {
+    "loss": 0.146, "class_loss": 0.291, "teacher_loss": 0.001, "attention_loss": 0.001, "lr": 1.5e-3,
+    "images_per_s": 164.0, "data_share": 0.25,
+}  # fmt: skip
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Log on a terminal of so many columns: terminal(columns) -> (log, what was written)."""
+
+    def made(columns):
+        written = io.StringIO()
+        monkeypatch.setattr(
+            "fastdeit.log.Console",
+            lambda **options: Console(
+                **options, file=written, force_terminal=True, width=columns, legacy_windows=False
+            ),
+        )
+        return Log(None, total_steps=1200, title="student"), written
+
+    return made
+
+
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_the_bar_and_the_time_left_have_room(terminal, columns):
+    log, written = terminal(columns)
+    log.begin()
+    log.train(step=369, epoch=122, **FIGURES)
+    log.bar.refresh()
+    log.close()
+    last = written.getvalue().split("student")[-1]
+    for words in ("epoch 123", "loss 0.146", "━━━━", "369/1200", "left"):
+        assert words in last, (words, last)
+    assert ("lr 1.5e-03" in last) == (columns > 100)
+
+
+def test_the_bars_text_takes_what_fits():
+    assert bar_text("student", 0, FIGURES, 10) == "student  epoch 1"
+    assert bar_text("student", 0, FIGURES, 30) == "student  epoch 1  loss 0.146"
+    assert bar_text("student", 0, FIGURES, 99).endswith("data 25 %  lr 1.5e-03")
+
+
+def test_the_cursor_is_hidden_only_while_steps_are_made(terminal):
+    log, written = terminal(80)
+    log.say("teacher: refused")
+    assert "\x1b[?25l" not in written.getvalue()
+    log.begin()
+    assert "\x1b[?25l" in written.getvalue()
+    log.close()
+    assert written.getvalue().rindex("\x1b[?25h") > written.getvalue().rindex("\x1b[?25l")
