@@ -313,6 +313,8 @@ def parse(
     description = recipes.describe(default.run.recipe)
     config = command.parse(Config, description=description, prog=prog, args=arguments, default=default)
     check(config)
+    if config.run.resume not in (None, "auto") and not config.run.eval:
+        resume.saved_settings(Path(config.run.resume))  # refused now, not when the data have been read
     return config
 
 

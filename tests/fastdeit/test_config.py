@@ -87,6 +87,7 @@ def test_help_breaks_lines_at_the_terminals_edge_only(cli, monkeypatch):
         (["--distillation-tau", "0"], "--distillation-tau"),
         (["--batch-size", "7", "--mixup", "0.8"], "even size"),
         (["--recipe", "nonsense"], "choose one of"),
+        (["--resume", "nowhere"], "no run in this folder"),
     ],
 )
 def test_impossible_values_are_refused_in_a_sentence(cli, arguments, words):
