@@ -62,6 +62,11 @@ def build_timm_model(config: Config, num_classes: int) -> nn.Module:
             if "img_size" not in str(error):
                 raise
             return timm.create_model(name, **options)  # convolutional networks take any size
+    except TypeError as error:
+        for option, remedy in {"patch_size": "leave --patch-size away", "drop_path_rate": "give --drop-path 0"}.items():
+            if option in str(error):
+                raise UserError(f"--model {name}: timm's has no {option}; {remedy}") from error
+        raise
     except (OSError, RuntimeError) as error:
         if not config.model.pretrained:
             raise

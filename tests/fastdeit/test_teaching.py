@@ -12,7 +12,7 @@ from fastdeit import teach, train
 from fastdeit.config import parse
 from fastdeit.distributed import join
 
-from .conftest import SMALL
+from .conftest import SMALL, refused
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,17 @@ def test_a_student_with_one_head(colors, teacher, tmp_path, cli):
         records, _ = run(cli, colors, tmp_path / model, *arguments, *size)
         assert records[0]["teacher_loss"] > 0 and records[0]["class_loss"] > 0
         assert json.loads((tmp_path / model / "summary.json").read_text()).keys() == {"teacher", "cls"}
+
+
+@pytest.mark.parametrize(
+    "model, option, remedy",
+    [
+        ("test_resnet", ["--patch-size", "4"], "leave --patch-size away"),
+        ("vgg11", ["--drop-path", "0.1"], "give --drop-path 0"),
+    ],
+)
+def test_options_a_timm_model_does_not_have(colors, cli, model, option, remedy):
+    refused(cli, train.main, *SMALL, "--data-path", colors, "--model", model, *option, words=[model, remedy])
 
 
 def test_images_without_labels(colors, teacher, tmp_path, cli):
