@@ -1,6 +1,6 @@
 """What each way of being taught brings on the digits: none, soft, hard, hard with attention, hard from a store.
 
-    python benchmarks/digits_distillation.py [--seeds 5] [--folder runs/digits-distillation]
+    python -m benchmarks.digits_distillation [--seeds 5] [--folder runs/digits-distillation]
 
 The demo's student (fastdeit/recipes/demo.py) for each way and seed; a finished run is not repeated. Two teachers are
 fitted once: the demo's CNN, and a plain nano DeiT, as attention can be compared with a transformer's only; its hard

@@ -7,7 +7,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of
 """
 
 import argparse
-import csv
 import json
 import re
 import sys
@@ -45,18 +44,12 @@ def _device(folder: Path) -> str:
     return _markdown(columns, rows)
 
 
-def digits_seeds() -> str:
-    """Top-1 of the demo over its seeds, with mean and standard deviation."""
-    columns, *rows = csv.reader((RECORDS / "cpu" / "digits_seeds.csv").read_text().splitlines())
-    names = {"undistilled": "not distilled", "cls": "class head", "dist": "distillation head", "both": "both heads"}
-    return _markdown([names.get(column, column) for column in columns], rows)
-
-
 def digits_distillation() -> str:
+    """What each way of being taught brings on the digits."""
     return (RECORDS / "cpu" / "digits_distillation.md").read_text()
 
 
-TABLES = {"speed": speed, "digits-seeds": digits_seeds, "digits-distillation": digits_distillation}
+TABLES = {"speed": speed, "digits-distillation": digits_distillation}
 
 
 def up_to_date(text: str) -> str:
