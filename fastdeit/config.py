@@ -249,8 +249,11 @@ def check(config: Config) -> None:
         "--drop-path": config.model.drop_path,
         "--smoothing": optimization.smoothing,
         "--distillation-alpha": distillation.distillation_alpha,
+        "--model-ema-decay": config.model.model_ema_decay,
         "--reprob": data.reprob,
         "--hflip": data.hflip,
+        "--mixup-prob": data.mixup_prob,
+        "--mixup-switch-prob": data.mixup_switch_prob,
         "--max-bad": data.max_bad,
     }
     for flag, rate in rates.items():
@@ -261,17 +264,28 @@ def check(config: Config) -> None:
         "--epochs": optimization.epochs,
         "--input-size": data.input_size,
         "--accumulate": optimization.accumulate,
+        "--patch-size": config.model.patch_size,
+        "--teacher-input-size": distillation.teacher_input_size,
     }.items():
-        if count < 1:
+        if count is not None and count < 1:
             raise UserError(f"{flag} {count}: must be at least 1")
-    for flag, count in {
+    for flag, value in {
+        "--seed": config.run.seed,
+        "--num-workers": data.num_workers or 0,
+        "--lr": optimization.lr,
+        "--warmup-lr": optimization.warmup_lr,
+        "--min-lr": optimization.min_lr,
+        "--warmup-epochs": optimization.warmup_epochs,
+        "--weight-decay": optimization.weight_decay,
+        "--clip-grad": optimization.clip_grad or 0,
+        "--attention-distillation-weight": distillation.attention_distillation_weight,
         "--checkpoint-minutes": config.run.checkpoint_minutes,
         "--keep-epochs": config.run.keep_epochs,
         "--keep-count": config.run.keep_count or 0,
         "--skip-nonfinite": config.run.skip_nonfinite,
     }.items():
-        if count < 0:
-            raise UserError(f"{flag} {count}: must not be negative")
+        if value < 0:
+            raise UserError(f"{flag} {value}: must not be negative")
     for flag, given in {
         "--teacher-path": distillation.teacher_path,
         "--teacher-store": distillation.teacher_store,
@@ -281,10 +295,6 @@ def check(config: Config) -> None:
     if distillation.unlabelled_path is not None and distillation.distillation_type == "none":
         raise UserError(
             "--unlabelled-path: without labels there must be a teacher: give --distillation-type hard or soft"
-        )
-    if distillation.attention_distillation_weight < 0:
-        raise UserError(
-            f"--attention-distillation-weight {distillation.attention_distillation_weight}: must not be negative"
         )
     if distillation.distillation_tau <= 0:
         raise UserError(f"--distillation-tau {distillation.distillation_tau}: a temperature must be above 0")
