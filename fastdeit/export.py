@@ -178,6 +178,7 @@ def write_transformers(trained: Trained, folder: Path) -> Callable[[Tensor], Ten
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", processor)
     kind = getattr(transformers, config["architectures"][0])
+    transformers.utils.logging.disable_progress_bar()  # it would draw one for the milliseconds it reads
     read, report = kind.from_pretrained(folder, output_loading_info=True)
     wrong = {key: sorted(map(str, names)) for key, names in report.items() if names}
     assert not wrong, f"transformers {transformers.__version__} reads the weights otherwise: {wrong}"
@@ -263,12 +264,13 @@ def main() -> None:
         """aotinductor compiles for this one. Default: cuda where present."""
 
     arguments = parse(Export, prog="python -m fastdeit.export", description=__doc__)
+    folder = checkpoint.find(arguments.checkpoint)
     with join(arguments.device) as place:
         weights = "ema" if arguments.ema else "model"
-        classifier = load(arguments.checkpoint, device=place.device, weights=weights, input_size=arguments.input_size)
+        classifier = load(folder, device=place.device, weights=weights, input_size=arguments.input_size)
         trained = Trained(
             model=classifier.model,
-            name=checkpoint.description(checkpoint.find(arguments.checkpoint))["model"],
+            name=checkpoint.description(folder)["model"],
             classes=classifier.classes,
             input_size=(classifier.input_size, classifier.input_size),
             mean=classifier.mean,

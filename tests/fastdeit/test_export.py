@@ -254,3 +254,11 @@ def test_the_command(tmp_path, monkeypatch, capsys, flags):
             torch.testing.assert_close(read(images), expected, rtol=1e-5, atol=1e-5)
         else:
             assert read(images).shape == (2, 3)
+
+
+def test_what_is_no_checkpoint_of_ours(tmp_path, monkeypatch):
+    (tmp_path / "deit.pth").touch()
+    monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "deit.pth"), "--output", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"deit\.pth is no checkpoint: give a run's folder"):
+        export_module.main()
+    assert not (tmp_path / "out").exists()
