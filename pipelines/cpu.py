@@ -16,7 +16,7 @@ from .crop import PADDING
 from .decode import window_graph, window_inputs
 from .plan import Plan
 
-SHARE = 8  # samples a thread takes at a time: operations differ so much in cost that equal parts would not end together
+SHARE = 4  # samples a thread takes at a time: operations differ so much in cost that equal parts would not end together
 PYTORCH_GRAIN = 32768  # elements up to which PyTorch keeps an operation in one thread (at::internal::GRAIN_SIZE)
 
 
