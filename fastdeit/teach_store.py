@@ -10,6 +10,7 @@ same command once more goes on where it was stopped.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -240,6 +241,10 @@ def verify(arguments: list[str]) -> int:
     parser.add_argument("--batches", type=int, default=8, help="how many are asked again, spread over the store (8)")
     parser.add_argument("--device", help="cuda, cuda:N or cpu")
     options = parser.parse_args(arguments)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("teach verify is one process: start it with python, not with torchrun")
+    if options.batches < 1:
+        raise UserError(f"--batches {options.batches}: must be at least 1")
     kept = Store(options.store)
     if damaged := kept.damaged():
         places = ", ".join(f"view {view} steps {first} to {end - 1}" for view, first, end in damaged[:3])

@@ -19,7 +19,7 @@ from fastdeit.distributed import join
 from fastdeit.kernels import distillation_loss
 from fastdeit.teacher_store import Store
 
-from .conftest import SMALL, write_folder
+from .conftest import SMALL, refused, write_folder
 from .processes import context, start_ranks
 from .runs import assert_same
 
@@ -409,6 +409,12 @@ def test_verify_agrees(stored, cli):
     code, out, err = cli(teach.main, "verify", stored, "--batches", "3", "--device", "cpu")
     assert code == 0, err
     assert "checksums agree" in out and "of 24 images asked again the teacher decides as stored on 100.00 %" in out
+
+
+def test_verify_is_one_process_and_asks_something(stored, cli, monkeypatch):
+    refused(cli, teach.main, "verify", stored, "--batches", "0", words=["--batches 0"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(cli, teach.main, "verify", stored, words=["one process"])
 
 
 def test_verify_finds_damage(stored, tmp_path, cli):
