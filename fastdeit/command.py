@@ -120,7 +120,7 @@ def _docstrings(kind: type) -> dict[str, str]:
 
 def fold(text: str) -> str:
     """Paragraphs filled to the terminal's width; those with indented lines stay as they are."""
-    width = min(shutil.get_terminal_size().columns - 1, 119)
+    width = max(20, min(shutil.get_terminal_size().columns - 1, 119))
     paragraphs = re.split(r"\n\n+", text.strip("\n"))
     return "\n\n".join(
         paragraph

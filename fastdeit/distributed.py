@@ -112,9 +112,10 @@ def _die(place: Place, error: Exception) -> None:
     taking the process group down in order."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    get_error_handler().record_exception(error)  # for torchrun's closing report
-    place.at_end.__exit__(type(error), error, error.__traceback__)
     sentence = in_words(error)
+    # For torchrun's closing report: the sentence is enough, where there is one.
+    get_error_handler().record_exception(error if sentence is None else error.with_traceback(None))
+    place.at_end.__exit__(type(error), error, error.__traceback__)
     lost = isinstance(error, dist.DistError) or "by peer" in str(error)
     print(
         f"rank {place.rank} of {place.world_size} on {socket.gethostname()} ({place.device}) ends"

@@ -91,9 +91,11 @@ def test_a_run_alone_goes_on_sharded(alone, data, tmp_path, monkeypatch):
 def test_another_global_batch_is_refused_by_all(alone, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "run", symlinks=True)
     (folder / "summary.json").unlink()
-    ranks = start_ranks(2, "--resume", folder, logs=tmp_path)
+    # From this file torchrun makes its closing report.
+    ranks = start_ranks(2, "--resume", folder, logs=tmp_path, TORCHELASTIC_ERROR_FILE=tmp_path / "error.json")
     assert [rank.wait() for rank in ranks] == [2, 2]
-    assert "12 images" in ranks[0].text and "Traceback" not in ranks[0].text
+    for text in (ranks[0].text, (tmp_path / "error.json").read_text()):
+        assert "12 images" in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize("action, cause", [(die, "lost another rank"), (fail, "the planned failure")])
