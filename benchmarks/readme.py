@@ -38,7 +38,7 @@ def _device(folder: Path) -> str:
             rows.append([link, headline.ours, f"{headline.theirs} ({headline.peer})", f"{headline.ratio:.2f} x", share])
     if not rows:
         return ""
-    columns = [f"on {folder.name}", "fastdeit", "fastest peer", "as fast as it", "of the floor"]
+    columns = [f"on {folder.name}", "fastdeit", "fastest peer", "speed-up", "of the floor"]
     if not any(row[-1] for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     return _markdown(columns, rows)
