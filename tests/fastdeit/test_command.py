@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -38,6 +39,13 @@ def test_a_value_error_of_ours_is_one_sentence(capfd):
 def test_a_missing_package_is_named_with_the_pip_line(capfd):
     code, err = stop(capfd, raising(ModuleNotFoundError("No module named 'timm'", name="timm.models")))
     assert (code, err) == (2, "error: timm.models is not installed: pip install 'fastdeit[train]' brings it\n")
+
+
+def test_a_place_that_may_not_be_written_to_is_named(capfd):
+    code, err = stop(capfd, raising(PermissionError(errno.EACCES, "Permission denied", "/runs/x")))
+    assert (
+        code == 2 and err.startswith("error: /runs/x: Permission denied; choose another place") and err.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), ModuleNotFoundError("x", name="left_pad")])
