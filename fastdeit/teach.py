@@ -35,9 +35,10 @@ def fit(arguments: list[str]) -> None:
     with join(config.run.device) as place:
         train(config, place)
         if place.is_main:
+            data = "" if config.data.data_path is None else f" --data-path {config.data.data_path}"
             print(
-                "teach a student with it: python -m fastdeit.train --data-path DIR --distillation-type hard "
-                "--teacher-path RUN"
+                f"teach a student with it: python -m fastdeit.train{data} --distillation-type hard --teacher-path RUN, "
+                "RUN being the folder above"
             )
 
 

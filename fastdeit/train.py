@@ -36,6 +36,8 @@ def train(config, place) -> dict:
     from .teacher_store import Store
     from .trainer import Trainer, deterministic
 
+    if config.speed.attention == "xformers" and place.device.type != "cuda":
+        raise UserError("--attention xformers runs on CUDA devices only: leave --attention away on this one")
     if config.speed.deterministic:
         deterministic()
     if config.run.eval:

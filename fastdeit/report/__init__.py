@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from ..command import UserError
+from ..command import UserError, parse
 
 
 def main() -> None:
@@ -19,12 +19,12 @@ def main() -> None:
 
     @dataclass(kw_only=True)
     class Report:
-        run: Annotated[Path, tyro.conf.Positional]
+        run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """A run's folder."""
         output: Path | None = None
         """The file to write. Default: RUN/report.html."""
 
-    arguments = tyro.cli(Report, prog="python -m fastdeit.report", description=__doc__)
+    arguments = parse(Report, prog="python -m fastdeit.report", description=__doc__)
     file = write(arguments.run, arguments.output)
     print(f"{file}: {file.stat().st_size / 1000:,.0f} kB")
 

@@ -127,6 +127,11 @@ def test_a_teacher_nobody_listens_to(cli, colors, flag):
     refused(cli, train.main, *SMALL, "--data-path", colors, flag, "t", words=[flag, "--distillation-type hard or soft"])
 
 
+def test_attention_that_needs_a_gpu(cli, colors):
+    flags = ["--data-path", colors, "--device", "cpu", "--attention", "xformers"]
+    refused(cli, train.main, *SMALL, *flags, words=["CUDA"])
+
+
 def test_a_folder_that_holds_another_run(cli, run, colors):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     refused(cli, train.main, *SMALL, "--data-path", colors, "--output-dir", run, words=["another run", "--resume"])
