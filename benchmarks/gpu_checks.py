@@ -1,10 +1,10 @@
 """One command for a machine with a GPU: are the kernels right there, are they clean, and how fast are they?
 
-python benchmarks/gpu_checks.py [--minutes 9] [--only tests sanitizer benchmarks] [--log runs/gpu_checks.log]
+python benchmarks/gpu_checks.py [--minutes 9] [--only tests sanitizer benchmarks] [--benchmarks attention teacher]
 
-tests        pytest -m gpu of every file in tests/kernels, side by side
+tests        pytest -m gpu of every file in tests, side by side
 sanitizer    compute-sanitizer memcheck and racecheck over one small call of every operation, forward and backward
-benchmarks   the benchmarks of the kernels, one after another with the GPU to themselves
+benchmarks   python -m benchmarks, those of the kernels unless named, one after another with the GPU to themselves
 
 Everything is printed as it comes and the table last. What does not fit into the minutes is stopped or left out, and the
 table says so. Exits with 0 when all that ran has passed.
@@ -25,8 +25,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve()
-# Those of python -m benchmarks that are run, in this order, each with its limit in minutes.
-BENCHMARKS = {"attention": 4.0, "loss": 2.0, "attention-distillation": 1.0, "norm": 2.0}
+# Limits in minutes. The first four are the kernels'.
+BENCHMARKS = {
+    "attention": 4.0, "loss": 2.0, "attention-distillation": 1.0, "norm": 2.0,
+    "teacher": 4.0, "train-step": 8.0, "pipeline": 8.0, "epoch": 8.0,
+}  # fmt: skip
+NEEDS = {"fastdeit": "tyro", "pipelines": "nvidia.dali"}  # what the tests in a folder cannot do without
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 
 
@@ -36,6 +40,7 @@ class Step:
     command: list[str]
     minutes: float
     env: dict[str, str] = field(default_factory=dict)
+    needs: str | None = None  # a package that is not installed
 
 
 class Console:
@@ -54,6 +59,8 @@ class Console:
 
 def run(step: Step, deadline: float, console: Console, stream: bool) -> tuple[str, str, float]:
     """(name, what became of it, seconds). With stream, lines are printed as they come, otherwise when it has ended."""
+    if step.needs is not None:
+        return step.name, f"left out: needs {step.needs}", 0.0
     started = time.monotonic()
     seconds = min(60 * step.minutes, deadline - started)
     if seconds < 5:
@@ -97,12 +104,21 @@ def run(step: Step, deadline: float, console: Console, stream: bool) -> tuple[st
 
 
 def test_steps() -> list[Step]:
-    files = [path for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [path for path in sorted((ROOT / "tests").glob("*/test_*.py")) if "mark.gpu" in path.read_text()]
     workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", *workers]
+    missing = {folder: package for folder, package in NEEDS.items() if not _installed(package)}
     return [
-        Step(f"test {path.stem}", [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", *workers, str(path)], 5.0)
+        Step(f"{path.parent.name}/{path.stem}", [*command, str(path)], 5.0, needs=missing.get(path.parent.name))
         for path in files
     ]
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of a package around it
+        return False
 
 
 def sanitizer_steps() -> list[Step]:
@@ -119,9 +135,8 @@ def sanitizer_steps() -> list[Step]:
     ]
 
 
-def benchmark_steps() -> list[Step]:
-    command = [sys.executable, "-m", "benchmarks"]
-    return [Step(f"benchmark {name}", [*command, name], minutes) for name, minutes in BENCHMARKS.items()]
+def benchmark_steps(names: list[str]) -> list[Step]:
+    return [Step(f"benchmark {name}", [sys.executable, "-m", "benchmarks", name], BENCHMARKS[name]) for name in names]
 
 
 def exercises() -> dict:
@@ -192,7 +207,7 @@ def describe_machine() -> str:
     )
 
 
-def check(minutes: float, only: list[str], log: Path) -> int:
+def check(minutes: float, only: list[str], benchmarks: list[str], log: Path) -> int:
     deadline, console = time.monotonic() + 60 * minutes, Console(log)
     console.print(describe_machine())
     results = []
@@ -204,7 +219,7 @@ def check(minutes: float, only: list[str], log: Path) -> int:
                 if not planned:
                     results.append((chosen, "left out: compute-sanitizer was not found", 0.0))
     if "benchmarks" in only:
-        results += [run(step, deadline, console, stream=True) for step in benchmark_steps()]
+        results += [run(step, deadline, console, stream=True) for step in benchmark_steps(benchmarks)]
     console.print("\n".join(["==== summary", *(f"{name:42s} {end:28s} {s:6.0f} s" for name, end, s in results)]))
     return int(any(end.startswith("FAILED") for _, end, _ in results))
 
@@ -214,6 +229,7 @@ def main() -> int:
     kinds = ["tests", "sanitizer", "benchmarks"]
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it")
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--benchmarks", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS)[:4])
     parser.add_argument("--log", type=Path, default=ROOT / "runs" / "gpu_checks.log")
     parser.add_argument("--exercise", help="run one operation's small call and nothing else (what the sanitizer runs)")
     arguments = parser.parse_args()
@@ -231,7 +247,7 @@ def main() -> int:
         exercises()[arguments.exercise]()
         torch.cuda.synchronize()
         return 0
-    return check(arguments.minutes, arguments.only, arguments.log)
+    return check(arguments.minutes, arguments.only, arguments.benchmarks, arguments.log)
 
 
 if __name__ == "__main__":

@@ -49,5 +49,9 @@ def test_unknown_flags_are_refused_by_the_benchmark():
     benchmarks("loss", "norm", "--nonsense", code=2)
 
 
-def test_the_gpu_checks_run_benchmarks_that_exist():
-    assert set(gpu_checks.BENCHMARKS) <= set(BENCHMARKS)
+def test_the_gpu_checks_know_every_benchmark_and_test(monkeypatch):
+    assert set(gpu_checks.BENCHMARKS) == set(BENCHMARKS) and list(gpu_checks.BENCHMARKS)[:4] == list(KERNELS)
+    monkeypatch.setattr(gpu_checks, "NEEDS", {"pipelines": "nothing.like.this"})
+    steps = {step.name: step.needs for step in gpu_checks.test_steps()}
+    assert steps["kernels/test_attention_triton"] is None and steps["fastdeit/test_resume"] is None
+    assert steps["pipelines/test_gpu_loader"] == "nothing.like.this"
