@@ -71,6 +71,7 @@ def pick_device(name: str | None) -> torch.device:
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes stay the same, so a search for the fastest convolutions pays
     return device
 
 
