@@ -15,6 +15,7 @@ import fcntl
 import json
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -29,8 +30,8 @@ def open_folder(config: Config, place: Place) -> Path:
     the run is refused before it has begun."""
     folder = to_resume(config)
     if folder is None:
-        folder = claim(config)
-        place.at_end.push(lambda _, error, __: _give_up(folder, error))
+        folder, made = claim(config)
+        place.at_end.push(lambda _, error, __: _give_up(folder, made, error))
     place.at_end.enter_context(_lock(folder))
     return folder
 
@@ -56,8 +57,8 @@ def summary_of_finished(config: Config) -> dict | None:
     return json.loads((folder / "summary.json").read_text())
 
 
-def claim(config: Config) -> Path:
-    """The run's folder, made now; refused when something is in it already."""
+def claim(config: Config) -> tuple[Path, bool]:
+    """(the run's folder, whether it was made now: an empty one may be there); refused when something is in it."""
     folder = config.run.output_dir or _fresh(Path("runs"), f"{config.run.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output-dir {folder}: there is a file of this name; choose another folder")
@@ -67,16 +68,24 @@ def claim(config: Config) -> Path:
             f"--output-dir {folder} holds {holder}, which is left untouched: choose another folder, or go on with a "
             f"run by --resume {folder}"
         )
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", config.to_dict())
-    return folder
+    return folder, made
 
 
-def _give_up(folder: Path, error: BaseException | None) -> None:
-    """Remove a folder made for nothing: it would stand in the way of the same command with its mistake put right."""
+def _give_up(folder: Path, made: bool, error: BaseException | None) -> None:
+    """Remove what was made for nothing: it would stand in the way of the same command with its mistake put right. A
+    folder that was there before is emptied again."""
     begun = ("checkpoints", "nonfinite.jsonl")
-    if isinstance(error, (UserError, ValueError)) and not any((folder / name).exists() for name in begun):
-        shutil.rmtree(folder, ignore_errors=True)
+    if not isinstance(error, (UserError, ValueError)) or any((folder / name).exists() for name in begun):
+        return
+    with suppress(OSError):  # what the user is to read is why the run was refused
+        for path in [folder] if made else list(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def write_json(path: Path, content) -> None:

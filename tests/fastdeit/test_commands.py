@@ -122,6 +122,16 @@ def test_a_refused_run_leaves_no_folder(cli, colors, tmp_path):
     assert code == 0, err
 
 
+def test_a_refused_run_leaves_an_empty_folder_of_the_users_empty(cli, colors, tmp_path):
+    target = tmp_path / "run"
+    target.mkdir(mode=0o750)
+    before = target.stat().st_ino
+    refused(
+        cli, train.main, *SMALL, "--data-path", colors, "--output-dir", target, "--bce-loss", words=["--smoothing 0"]
+    )
+    assert target.stat().st_ino == before and not list(target.iterdir())
+
+
 @pytest.mark.parametrize("flag", ["--teacher-path", "--teacher-store"])
 def test_a_teacher_nobody_listens_to(cli, colors, flag):
     refused(cli, train.main, *SMALL, "--data-path", colors, flag, "t", words=[flag, "--distillation-type hard or soft"])
