@@ -72,13 +72,13 @@ def _store(options, config: Config, place: Place) -> None:
     live = LiveAnswers(config, place, indices[0].classes, options.top)
     _claim(options.output, place)
     loader, _ = loaders(config, indices, place, options.output if place.is_main else None)
+    for sentence in live.teacher.check(live.first_views(loader)):  # before a store stands with what is refused here
+        _say(place, sentence)
     header = live.header(loader, options.views)
     if place.is_main and not (options.output / "header.json").is_file():
         teacher_store.create(options.output, header, probe_of(loader, live.prepare))
     place.barrier()
     header = _begun(options.output, header)
-    for sentence in live.teacher.check(live.first_views(loader)):
-        _say(place, sentence)
     pieces = place.broadcast(teacher_store.missing(options.output, header) if place.is_main else None)
     _write(options.output, header, live.pieces(loader, pieces), len(pieces), place)
     place.barrier()

@@ -366,6 +366,21 @@ def test_a_store_begun_otherwise_is_left_alone(flags, stored, tmp_path):
     assert {path: path.read_bytes() for path in sorted(stored.rglob("*")) if path.is_file()} == before
 
 
+def test_a_refused_teacher_is_in_nobodys_way(flags, tmp_path, monkeypatch):
+    """The same command with the mistake put right (--teacher-precision, say) is not told that a store was begun."""
+    arguments = [*flags, "--views", "1", "--output", str(tmp_path / "store")]
+    with monkeypatch.context() as patch:
+        patch.setattr("fastdeit.teacher.Teacher.check", refuse)
+        with pytest.raises(UserError, match="overflows"):
+            teach_store.store(arguments)
+    teach_store.store([*arguments, "--teacher-precision", "bf16"])
+    assert Store(tmp_path / "store").header["teacher"]["precision"] == "bfloat16"
+
+
+def refuse(*_):
+    raise UserError("the teacher overflows")
+
+
 def test_other_files_are_left_alone(flags, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="holds other files"):
