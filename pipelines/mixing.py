@@ -11,7 +11,6 @@ Boxes are (y0, x0, y1, x1) in pixels, y1 and x1 exclusive, all 0 for none. B sam
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import betaincinv
 from torch import Tensor
 
 from .draws import Draws, Purpose, integers
@@ -58,6 +57,8 @@ def draw_mixing(
 
     mixup, cutmix: the alpha of Beta(alpha, alpha), 0 for off; with both on, cutmix is taken with switch_probability.
     """
+    from scipy.special import betaincinv
+
     happens, switch, quantile, y, x = draws.uniform(Purpose.MIX, 5).T
     if mixup > 0 and cutmix > 0:
         use_cutmix = switch < switch_probability

@@ -14,19 +14,17 @@ import json
 import logging
 import multiprocessing as mp
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import tyro
 
-from . import reencode
-from .bad_files import BadFiles, TooManyBadFiles
+from . import command
+from .bad_files import BadFiles
 from .index import Index, open_index
 from .layout import list_split, splits
 from .progress import show_progress
@@ -48,8 +46,8 @@ class Shard(NamedTuple):
 
 
 def prepare(
-    dir: Annotated[str, tyro.conf.arg(metavar="DIR")],
-    out: Annotated[str, tyro.conf.arg(metavar="OUT")],
+    dir: str,
+    out: str,
     /,
     size: int = 288,
     quality: int = 92,
@@ -57,7 +55,7 @@ def prepare(
     images_per_shard: int = 2500,
     max_bad: float = 0.01,
 ) -> None:
-    """Re-encode the images of DIR to a shorter side, into WebDataset shards in OUT. After a stop, run it again.
+    """Re-encode DIR's images, smaller, as shards in OUT. After a stop, run it again.
 
     Args:
         dir: The data set: DIR/train/CLASS/*.jpg (and val), tar shards or Parquet files.
@@ -132,6 +130,8 @@ def _shards(root: Path, split: str, total: int, images_per_shard: int) -> list[S
 def _write_split(
     index: Index, shards: list[Shard], size: int, quality: int, workers: int | None, bad_files: BadFiles
 ) -> None:
+    from . import reencode  # Pillow, which command.run names where it is missing
+
     missing = [shard for shard in shards if not shard.file.exists()]
     if not missing:
         return
@@ -163,13 +163,22 @@ def _write_split(
 
 @contextmanager
 def _pool(workers: int) -> Iterator:
-    """Worker processes and the number of images they have done; an error here stops them in the middle of a shard."""
+    """Worker processes and the number of images they have done; an error here stops them in the middle of a shard.
+
+    Raises ChildProcessError when one of them was killed.
+    """
+    from . import reencode
+
     context = mp.get_context("forkserver")  # no fork of a process with threads, no import of it all in each worker
     context.set_forkserver_preload([reencode.__name__])
     images_done, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(workers, context, reencode.start_worker, (images_done, stop))
     try:
         yield pool, images_done
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker was killed, for want of memory perhaps: run the command again, with fewer --workers"
+        ) from error
     except BaseException:
         stop.set()
         raise
@@ -188,14 +197,10 @@ def _report(root: Path, indexes: dict[str, Index]) -> None:
 
 def main() -> None:
     logging.basicConfig(format="%(message)s")
-    try:
-        tyro.cli(prepare, prog="python -m fastdeit.pipelines.prepare")
-    except (ValueError, TooManyBadFiles) as error:
-        sys.exit(f"error: {error}")
-    except BrokenProcessPool:
-        sys.exit("error: a worker was killed, for want of memory perhaps: run the command again, with fewer --workers")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+    command.run(
+        prepare, "python -m fastdeit.pipelines.prepare", {"dir": "DIR", "out": "OUT"},
+        stopped="stopped; the same command goes on from here",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

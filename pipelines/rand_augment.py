@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri
 
 from .draws import Draws, Purpose, integers
 from .operations import Operation
@@ -86,6 +85,8 @@ class RandAugment:
         if self.magnitude_std > 100:
             magnitude = self.magnitude * uniform
         else:
+            from scipy.special import ndtri
+
             magnitude = self.magnitude + self.magnitude_std * ndtri(uniform)
         return np.clip(magnitude, 0, self.magnitude_max)
 

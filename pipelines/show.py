@@ -6,14 +6,11 @@ From the top: an image and each operation of RandAugment at magnitude 9; views o
 model gets it, erased and mixed, with the labels it is asked for.
 """
 
-import argparse
-import sys
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import numpy as np
 
-from . import pillow
+from . import command
 from .augmentation import Augmentation
 from .index import open_index
 from .loader import eval_loader, train_loader
@@ -26,6 +23,8 @@ MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375
 
 def operations(image: np.ndarray, fill) -> list[tuple[str, np.ndarray]]:
     """The image, then each operation of RandAugment at magnitude 9, the signed ones in the positive direction."""
+    from . import pillow  # Pillow, which command.run names where it is missing
+
     ops = np.array(OPERATIONS)
     args = RandAugment.parse("rand-m9-inc1").arguments(ops, np.full(len(ops), 9.0), np.ones(len(ops)))
     cells = [("the image", image)]
@@ -94,6 +93,11 @@ def _erased(image: np.ndarray, box: list[int], seed: int) -> np.ndarray:
 
 
 def draw(cells: list[tuple[str, np.ndarray]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     rows = -(-len(cells) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(1.7 * COLUMNS, 1.9 * rows), layout="constrained")
     for axis, (title, image) in zip(axes.flat, cells):
@@ -104,31 +108,37 @@ def draw(cells: list[tuple[str, np.ndarray]], path: str) -> None:
     figure.savefig(path, dpi=80)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dir", metavar="DIR", help="class folders, WebDataset or Parquet")
-    parser.add_argument("out", metavar="OUT.png", help="the picture to write")
-    parser.add_argument("--split", default="train", help="train or val")
-    parser.add_argument("--image", type=int, default=0, help="which image to show the operations on")
-    parser.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="none, rand-... or 3aug")
-    try:
-        show(parser.parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def show(
+    dir: str,
+    out: str,
+    /,
+    split: str = "train",
+    image: int = 0,
+    aa: str = "rand-m9-mstd0.5-inc1",
+) -> None:
+    """Draw what training sees: operations, views, and a batch erased and mixed.
 
-
-def show(arguments) -> None:
-    index = open_index(arguments.dir, arguments.split)
-    if not 0 <= arguments.image < len(index):
-        raise ValueError(f"--image {arguments.image}: the images are counted from 0 to {len(index) - 1}")
-    augmentation = Augmentation(aa=arguments.aa, repeats=1)
-    one = _One(index, arguments.image)
-    image = next(iter(eval_loader(one, batch_size=1, input_size=SIZE))).images[0].numpy()
-    cells = operations(image, augmentation.fill)
-    for aa in (arguments.aa, "3aug"):
-        cells += views(index, arguments.image, replace(augmentation, aa=aa), COLUMNS)
+    Args:
+        dir: The data set: DIR/train/CLASS/*.jpg, tar shards or Parquet files.
+        out: The picture to write.
+        split: train or val.
+        image: Which image to show the operations and views of, counted from 0.
+        aa: none, 3aug (DeiT III), or RandAugment in timm's notation.
+    """
+    index = open_index(dir, split)
+    if not 0 <= image < len(index):
+        raise ValueError(f"--image {image}: the images are counted from 0 to {len(index) - 1}")
+    augmentation = Augmentation(aa=aa, repeats=1)
+    pixels = next(iter(eval_loader(_One(index, image), batch_size=1, input_size=SIZE))).images[0].numpy()
+    cells = operations(pixels, augmentation.fill)
+    for kind in (aa, "3aug"):
+        cells += views(index, image, replace(augmentation, aa=kind), COLUMNS)
     cells += batch(index, augmentation, 2 * COLUMNS)
-    draw(cells, arguments.out)
+    draw(cells, out)
+
+
+def main() -> None:
+    command.run(show, "python -m fastdeit.pipelines.show", {"dir": "DIR", "out": "OUT.png"})
 
 
 if __name__ == "__main__":

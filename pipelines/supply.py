@@ -9,7 +9,6 @@ import os
 from collections import deque
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from .bad_files import BadFiles, DecodeError
@@ -95,6 +94,8 @@ class Supply:
 
 def cause_of_failure(index, i: int) -> str:
     """Why image i cannot be decoded, in words."""
+    from PIL import Image
+
     try:
         encoded = index.encoded(i)
     except OSError as error:

@@ -15,7 +15,7 @@ import odd_images
 import pytest
 from PIL import Image
 
-from fastdeit.pipelines import prepare as command
+from fastdeit.pipelines import prepare as prepare_module
 from fastdeit.pipelines import progress
 from fastdeit.pipelines.bad_files import TooManyBadFiles
 from fastdeit.pipelines.index import open_index
@@ -156,7 +156,7 @@ def test_interrupted_before_any_rename_it_goes_on_to_the_same_bytes(data, prepar
         os.rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command.os, "replace", replace_or_die)
+        patch.setattr(prepare_module.os, "replace", replace_or_die)
         with pytest.raises(Killed):
             run(data, tmp_path / "out")
     run(data, tmp_path / "out")
@@ -245,18 +245,6 @@ def test_shards_can_be_prepared_again(prepared, tmp_path):
     assert second.classes == first.classes and np.array_equal(second.labels, first.labels)
     assert set(np.minimum(second.heights, second.widths)) == {24}
     assert json.loads((tmp_path / "smaller/prepare.json").read_text())["size"] == 24
-
-
-def test_help_and_errors_of_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["prepare", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        command.main()
-    shown = capsys.readouterr().out
-    assert "python -m fastdeit.pipelines.prepare [-h] [OPTIONS] DIR OUT" in shown and "--max-bad" in shown
-
-    monkeypatch.setattr(sys, "argv", ["prepare", str(tmp_path), str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match=r"error: .* has no split 'train': expected"):
-        command.main()
 
 
 def test_progress_without_a_terminal(monkeypatch):
