@@ -121,15 +121,25 @@ def _docstrings(kind: type) -> dict[str, str]:
 
 
 def fold(text: str) -> str:
-    """Paragraphs filled to the terminal's width; those with indented lines stay as they are."""
+    """Paragraphs filled to the terminal's width. Indented ones are command lines, which go on behind a backslash."""
     width = max(20, min(shutil.get_terminal_size().columns - 1, 119))
-    paragraphs = re.split(r"\n\n+", text.strip("\n"))
-    return "\n\n".join(
-        paragraph
-        if re.search("^ ", paragraph, re.MULTILINE)
-        else textwrap.fill(paragraph, width, break_on_hyphens=False)
-        for paragraph in paragraphs
-    )
+    folded = []
+    for paragraph in re.split(r"\n\n+", text.strip("\n")):
+        if re.search("^ ", paragraph, re.MULTILINE):
+            folded.append("\n".join(_fold_command(line, width) for line in paragraph.splitlines()))
+        else:
+            folded.append(textwrap.fill(paragraph, width, break_on_hyphens=False))
+    return "\n\n".join(folded)
+
+
+def _fold_command(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    parts = textwrap.wrap(
+        line, width - 2, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )  # fmt: skip
+    return " \\\n".join(parts)
 
 
 class _AsItIs(str):

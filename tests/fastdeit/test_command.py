@@ -93,6 +93,14 @@ def test_help_is_in_paragraphs(monkeypatch, capsys):
     assert "\nOne.\n\n    some --size 4\n\ntwo two" in out
 
 
+def test_a_long_command_line_goes_on_behind_a_backslash(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    command_line = "    python -m fastdeit.predict runs/RUN holidays/ --csv | sort"
+    first, second = command.fold(f"One.\n\n{command_line}").splitlines()[2:]
+    assert first.startswith("    python -m") and first.endswith(" \\") and second.startswith(" " * 8)
+    assert first.removesuffix("\\").split() + second.split() == command_line.split() and len(first) < 60
+
+
 def test_settings_without_their_source():
     made = make_dataclass("Made", [("size", int, 3)])
     assert command.parse(made, args=["--size", "4"], description="").size == 4
