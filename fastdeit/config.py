@@ -309,9 +309,18 @@ def check(config: Config) -> None:
 
 
 def parse(
-    arguments: list[str] | None = None, *, recipe: str | None = None, prog: str = "python -m fastdeit.train"
+    arguments: list[str] | None = None,
+    *,
+    recipe: str | None = None,
+    prog: str = "python -m fastdeit.train",
+    kind: type[Config] = Config,
+    description: str | None = None,
 ) -> Config:
-    """The command line over a recipe's defaults, checked. `recipe` is the one taken when --recipe is not given."""
+    """The command line over a recipe's defaults, checked.
+
+    recipe: the one taken when --recipe is not given. kind: Config, with further groups of a command's own perhaps.
+    description: of the command; the recipe's if None.
+    """
     from . import recipes, resume
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -320,8 +329,10 @@ def parse(
         chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
         default = recipes.load(chosen)
         default.run.recipe = chosen
-    description = recipes.describe(default.run.recipe)
-    config = command.parse(Config, description=description, prog=prog, args=arguments, default=default)
+    config = command.parse(
+        kind, description=description or recipes.describe(default.run.recipe), prog=prog, args=arguments,
+        default=kind(**vars(default)),
+    )  # fmt: skip
     check(config)
     if config.run.resume not in (None, "auto") and not config.run.eval:
         resume.saved_settings(Path(config.run.resume))  # refused now, not when the data have been read

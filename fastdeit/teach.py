@@ -1,13 +1,15 @@
-"""Teachers.
+"""Teachers: fit one on your own classes; store its answers to the views of a training run to come; verify a store.
 
-python -m fastdeit.teach fit --data-path DIR --model resnet50      fit one on your own classes
-python -m fastdeit.teach store --views 30 --output STORE ...       answer a training run's views once and for all
-python -m fastdeit.teach verify STORE                              ask some of them again, and compare
+    python -m fastdeit.teach fit --data-path DIR --model resnet50
+    python -m fastdeit.teach store --views 30 --output STORE ...
+    python -m fastdeit.teach verify STORE
+
+Each of them has a --help of its own.
 """
 
 import sys
 
-from .command import UserError, run
+from .command import UserError, fold, run
 
 
 def main() -> int | None:
@@ -16,7 +18,7 @@ def main() -> int | None:
     arguments = sys.argv[1:]
     commands = {"fit": fit, "store": store, "verify": verify}
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__.strip())
+        print(fold(__doc__))
         return None
     if arguments[0] not in commands:
         raise UserError(f"teach {arguments[0]}: there is no such command; choose one of {', '.join(commands)}")

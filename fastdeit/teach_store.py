@@ -1,26 +1,27 @@
-"""A teacher's answers to the views of a training run to come, written once: see teacher_store.py.
+"""A teacher's answers to the views of a training run to come, written once, for runs with no teacher in memory.
 
-python -m fastdeit.teach store --views 30 --output STORE --data-path DIR --teacher-path TEACHER --distillation-type hard
-torchrun --nproc-per-node 8 -m fastdeit.teach store ...
-python -m fastdeit.train --teacher-store STORE --data-path DIR --distillation-type hard
-python -m fastdeit.teach verify STORE
+    python -m fastdeit.teach store --views 30 --output STORE --data-path DIR --teacher-path RUN --distillation-type hard
+    torchrun --nproc-per-node 8 -m fastdeit.teach store ...
+    python -m fastdeit.train --teacher-store STORE --data-path DIR --distillation-type hard
+    python -m fastdeit.teach verify STORE
 
 `store` takes the flags of fastdeit.train: give those of the run to come, for they decide what the images look like. The
-same command once more goes on where it was stopped.
+same command once more goes on where it was stopped. teacher_store.py says what is in the folder.
 """
 
-import argparse
 import os
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import teacher_store
+from . import command, teacher_store
 from .command import UserError
 from .config import Config, parse
 from .distributed import Place, join
@@ -31,27 +32,34 @@ from .teacher_store import Piece, Store, Writer, differences
 SAY_EVERY = 10.0  # seconds
 
 
+@dataclass(kw_only=True)
+class Options:
+    """What is stored, and where."""
+
+    views: int | None = None
+    """Required: how many epochs of augmented views to answer; later epochs use them again."""
+    output: Path | None = None
+    """Required: folder of the store."""
+    top: int = 10
+    """Soft answers: how many classes keep their probability."""
+
+
+@dataclass(kw_only=True)
+class _CommandLine(Config):
+    """The settings of the run to come, and the store's own."""
+
+    store: Options = field(default_factory=Options)
+
+
 def store(arguments: list[str]) -> None:
-    own = argparse.ArgumentParser(
-        prog="python -m fastdeit.teach store",
-        description="Ask a teacher for its answers to the views of a training run, once and for all.",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    own.add_argument("--views", type=int, help="epochs of augmented views to answer (later epochs use them again)")
-    own.add_argument("--output", type=Path, help="folder of the store")
-    own.add_argument("--top", type=int, default=10, help="soft answers: how many classes keep their probability (10)")
-    if {"-h", "--help"} & set(arguments):
-        print(own.format_help() + "\nand the flags of the training run to come:\n")
-        parse(["--help"], prog=own.prog)
-    options, rest = own.parse_known_args(arguments)
-    config = parse(rest, prog=own.prog)
+    given = parse(arguments, prog="python -m fastdeit.teach store", kind=_CommandLine, description=__doc__)
+    options, config = given.store, Config(**{group.name: getattr(given, group.name) for group in fields(Config)})
     _check(options, config)
     with join(config.run.device) as place:
         _store(options, config, place)
 
 
-def _check(options, config: Config) -> None:
+def _check(options: Options, config: Config) -> None:
     if options.views is None or options.output is None:
         raise UserError("teach store needs --views N, how many epochs of views to answer, and --output STORE")
     for flag, value in (("--views", options.views), ("--top", options.top)):
@@ -63,7 +71,7 @@ def _check(options, config: Config) -> None:
         raise UserError("teach store asks a live teacher: leave --teacher-store away")
 
 
-def _store(options, config: Config, place: Place) -> None:
+def _store(options: Options, config: Config, place: Place) -> None:
     from .data import loaders, open_images
     from .digits import with_digits
 
@@ -230,17 +238,23 @@ def first_argmax(logits: Tensor) -> Tensor:
 
 def verify(arguments: list[str]) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastdeit.teach verify",
-        description="Compare a store's checksums, and a sample of its answers with those of the live teacher.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("store", type=Path, metavar="STORE", help="the folder that teach store wrote")
-    parser.add_argument("--data-path", type=Path, help="where the images are now, if they have moved")
-    parser.add_argument("--teacher-path", help="where the teacher is now, if it has moved")
-    parser.add_argument("--batches", type=int, default=8, help="how many are asked again, spread over the store (8)")
-    parser.add_argument("--device", help="cuda, cuda:N or cpu")
-    options = parser.parse_args(arguments)
+    import tyro
+
+    @dataclass(kw_only=True)
+    class Verify:
+        store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+        """The folder that teach store wrote."""
+        data_path: Path | None = None
+        """Where the images are now, if they have moved."""
+        teacher_path: str | None = None
+        """Where the teacher is now, if it has moved."""
+        batches: int = 8
+        """How many are asked again, spread over the store."""
+        device: str | None = None
+        """cuda, cuda:N or cpu. Default: cuda where present."""
+
+    about = "Compare a store's checksums, and a sample of its answers with those of the live teacher."
+    options = command.parse(Verify, prog="python -m fastdeit.teach verify", args=arguments, description=about)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("teach verify is one process: start it with python, not with torchrun")
     if options.batches < 1:
