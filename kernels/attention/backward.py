@@ -25,8 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdeit.kernels.backend import dot_precision
+
 from .configs import backward_config
-from .launch import architecture, dot_precision, padded_columns, readable
+from .launch import architecture, padded_columns, readable
 from .tiles import LOG2_E, load_rows, store_rows
 
 

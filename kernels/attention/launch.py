@@ -17,13 +17,6 @@ def architecture(x: Tensor) -> int:
     return _architecture(x.device) if x.is_cuda else 90
 
 
-def dot_precision(x: Tensor) -> str:
-    """`input_precision` of tl.dot: float32 follows PyTorch's own switch, half precision has only one way."""
-    # Not torch.get_float32_matmul_precision(), which raises once somebody has used the newer switches.
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
-
-
 def padded_columns(head_dim: int) -> int:
     """Columns of a tile: the next power of two."""
     return 1 << (head_dim - 1).bit_length()

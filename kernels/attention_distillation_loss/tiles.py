@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import dot_precision
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -57,13 +59,9 @@ def launch_options(student: Tensor, teacher: Tensor) -> dict:
     chunk_s, chunk_t = chunk(student), chunk(teacher)
     return {
         "DIM_S": student.shape[3], "DIM_T": teacher.shape[3], "CHUNK_S": chunk_s, "CHUNK_T": chunk_t,
-        "PRECISION": precision(student), "num_warps": 8 if max(chunk_s, chunk_t) > 64 else 4, "enable_fp_fusion": True,
+        "PRECISION": dot_precision(student), "num_warps": 8 if max(chunk_s, chunk_t) > 64 else 4,
+        "enable_fp_fusion": True,
     }  # fmt: skip
-
-
-def precision(x: Tensor) -> str:
-    """`input_precision` of tl.dot: float32 follows PyTorch's own switch, half precision has only one way."""
-    return "ieee" if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def readable(x: Tensor) -> Tensor:

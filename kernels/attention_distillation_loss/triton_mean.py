@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import dot_precision
 from .reference import FLOOR
 from .tiles import (
     LN_2,
@@ -27,7 +28,6 @@ from .tiles import (
     chunks,
     launch_options,
     load_tile,
-    precision,
     readable,
     scores,
     store_tile,
@@ -234,7 +234,7 @@ def _lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
     with torch.cuda.device_of(q):
         lse_kernel[(B * H * triton.cdiv(R, block(q)),)](
             lse, q, k, scale, H, R, M, *strides(q, k), DIM=head_dim, CHUNK=chunk(q), BLOCK_R=block(q), BLOCK_M=block(k),
-            PRECISION=precision(q), num_warps=8 if chunk(q) > 64 else 4, num_stages=1, enable_fp_fusion=True,
+            PRECISION=dot_precision(q), num_warps=8 if chunk(q) > 64 else 4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
     return lse
 

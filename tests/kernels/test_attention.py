@@ -125,7 +125,7 @@ def test_tf32_follows_pytorch():
     """By the old switch, and by the new one, after which reading the old one raises. In a process of its own."""
     script = """
 import torch
-from fastdeit.kernels.attention.launch import dot_precision
+from fastdeit.kernels.backend import dot_precision
 x = torch.zeros(1)
 assert dot_precision(x) == "ieee"
 torch.set_float32_matmul_precision("high")
