@@ -104,9 +104,12 @@ def _pillow_size(read: Read) -> tuple[int, int]:
 
     try:
         with Image.open(io.BytesIO(read(0, -1))) as image:
-            return image.height, image.width
+            size, kind = (image.height, image.width), (image.format, image.mode)
     except Exception as error:  # Pillow's plugins raise whatever their parsers run into
         raise BadHeader(f"damaged header ({type(error).__name__})") from None
+    if kind == ("TIFF", "I"):  # in a large batch DALI 2.4's decoder crashes on it, see decode.py
+        raise BadHeader("unsupported format TIFF of 32-bit integers")
+    return size
 
 
 def _name_the_format(head: bytes) -> str:

@@ -42,6 +42,7 @@ def bad_by_header() -> dict[str, tuple[bytes, str]]:
         "cut_in_header.png": (png[:20], "truncated header"),
         "no_pixels.bmp": (bytes(flat_bmp), f"damaged header: 0 x {HEIGHT} pixels"),
         "only_magic.tif": (b"II*\0" + bytes(3), "damaged header (UnidentifiedImageError)"),
+        "integers.tif": (encoded(picture().convert("I"), "TIFF"), "unsupported format TIFF of 32-bit integers"),
     }
 
 
