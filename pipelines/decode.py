@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
-from nvidia.dali import pipeline_def
+from nvidia.dali import math, pipeline_def
 
 from .augmentation import Views
 from .bad_files import DecodeError
@@ -141,14 +141,24 @@ def _decoded_windows(from_files: bool, device: str):
         encoded = fn.io.file.read(encoded)
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-    # In a batch of more than 4 (threads + 1) images DALI 2.4's decoders read headers in several threads, and one that
-    # cannot be read ends in a segmentation fault. Read here before, it is an error as any other.
-    start += 0 * fn.cast(fn.peek_image_shape(encoded)[:2], dtype=types.INT32)
+    start = _start_within(encoded, start, shape)
     # Without fancy upsampling the GPU's decoder repeats chroma values where libjpeg interpolates them.
     upsampling = {} if device == "cpu" else {"jpeg_fancy_upsampling": True}
     return fn.decoders.image_slice(
         encoded, start, shape, axes=[0, 1], device=device, adjust_orientation=False, **upsampling
     )
+
+
+def _start_within(encoded, start, shape):
+    """`start`, having made sure that the header can be read and that the window lies within the image.
+
+    DALI 2.4's decoders look at the headers and windows of 32 images or more in several threads, one of which is that of
+    the operator: what it raises destroys what the others still use, which ends in a segmentation fault. Raised here
+    before, it is an error as any other.
+    """
+    size = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[:2], dtype=types.INT32)
+    room = fn.reductions.min(size - start - shape)
+    return fn.slice(start, start=math.min(room, 0), shape=[2], axes=[0])  # refuses a negative start
 
 
 def _resized(image):
