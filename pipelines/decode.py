@@ -20,6 +20,14 @@ from .crop import PADDING
 from .dali_operations import layer
 from .operations import GEOMETRIC, Operation, affine_matrices
 
+ON_GPU = {
+    # Otherwise chroma values are repeated where libjpeg interpolates them.
+    "jpeg_fancy_upsampling": True,
+    # The hardware decoder's pixels are not those of the CUDA one. Which images of a batch it gets depends on the others
+    # and on timing, unless it gets all that it can decode.
+    "hw_decoder_load": 1.0,
+}
+
 
 class Graph:
     """A DALI pipeline that is handed its inputs batch by batch and runs ahead of whoever collects them."""
@@ -142,10 +150,14 @@ def _decoded_windows(from_files: bool, device: str):
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
     start = _start_within(encoded, start, shape)
-    # Without fancy upsampling the GPU's decoder repeats chroma values where libjpeg interpolates them.
-    upsampling = {} if device == "cpu" else {"jpeg_fancy_upsampling": True}
     return fn.decoders.image_slice(
-        encoded, start, shape, axes=[0, 1], device=device, adjust_orientation=False, **upsampling
+        encoded,
+        start,
+        shape,
+        axes=[0, 1],
+        device=device,
+        adjust_orientation=False,
+        **({} if device == "cpu" else ON_GPU),
     )
 
 
