@@ -33,7 +33,7 @@ def attention_inside(model, images):
     for block in model.blocks:
         block.attn.attend = spy
     with torch.no_grad():
-        model(images)
+        model.forward_features(images)
     for block in model.blocks:
         block.attn.attend = attend
     return torch.stack(seen, dim=1)
