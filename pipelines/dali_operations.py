@@ -114,30 +114,31 @@ COLOUR = {
 }
 
 
-def layer(image, op, arg, matrix, possible, fill, device):
-    """One operation a sample: `op` (scalar Operation on the CPU) chooses among the `possible` ones; the five geometric
-    operations are one branch, told apart by their matrix."""
+def layer(image, op, arg, matrix, possible, fill):
+    """One operation a sample: `op` (scalar Operation) chooses among the `possible` ones; the five geometric operations
+    are one branch, told apart by their matrix. `op`, `arg` and `matrix` are on the CPU, wherever the images are: DALI
+    wants the arguments of its operators there, and takes what it computes with to the images."""
     branches = sorted({Operation.ROTATE if o in GEOMETRIC else o for o in possible})
-    return _select(image, op, arg, matrix, branches, fill, device)
+    return _select(image, op, arg, matrix, branches, fill)
 
 
-def _select(image, op, arg, matrix, branches, fill, device):
+def _select(image, op, arg, matrix, branches, fill):
     # A binary search for the branch: every sample passes log2(len(branches)) splits instead of len(branches).
     if len(branches) == 1:
-        return _apply(image, arg, matrix, branches[0], fill, device)
+        return _apply(image, arg, matrix, branches[0], fill)
     middle = len(branches) // 2
     if op < int(branches[middle]):
-        image = _select(image, op, arg, matrix, branches[:middle], fill, device)
+        image = _select(image, op, arg, matrix, branches[:middle], fill)
     else:
-        image = _select(image, op, arg, matrix, branches[middle:], fill, device)
+        image = _select(image, op, arg, matrix, branches[middle:], fill)
     return image
 
 
-def _apply(image, arg, matrix, operation, fill, device):
+def _apply(image, arg, matrix, operation, fill):
     if operation == Operation.IDENTITY:
         return image
     if operation == Operation.ROTATE:
         return affine(image, matrix, fill)
     if operation == Operation.BLUR:
         return blur(image, arg)
-    return COLOUR[operation](image, arg.gpu() if device == "gpu" else arg)
+    return COLOUR[operation](image, arg)

@@ -86,10 +86,10 @@ def view_graph(
     crop: "window" where the resized window is the view, "centre" where a part of it is, "padded" where that part may
         reach beyond the border
     """
-    from_files, device = index.path(0) is not None, "cpu" if device_id is None else "gpu"
+    from_files, decoder = index.path(0) is not None, "cpu" if device_id is None else "mixed"
 
     def define():
-        image = _decoded_windows(from_files, "cpu" if device == "cpu" else "mixed")
+        image = _decoded_windows(from_files, decoder)
         image = _resized(image)
         if crop == "padded":
             image = _reflected(_reflected(image, axis=0), axis=1)
@@ -103,7 +103,7 @@ def view_graph(
             matrix = None
             if not possible.isdisjoint(GEOMETRIC):
                 matrix = fn.external_source(name=f"matrix{number}", dtype=types.FLOAT, ndim=2)
-            image = layer(image, op, arg, matrix, possible, fill, device)
+            image = layer(image, op, arg, matrix, possible, fill)
         return image
 
     return Graph(define, batch_size, num_threads, device_id)

@@ -75,7 +75,7 @@ def in_dali(images, op: Operation, args: np.ndarray) -> np.ndarray:
 
         image = fn.reshape(one(images, types.UINT8, 3), layout="HWC")
         op_node, arg, matrix = one(ops, types.INT32, 0), one(args, types.FLOAT, 0), one(matrices, types.FLOAT, 2)
-        return layer(image, op_node, arg, matrix, {op, Operation.IDENTITY}, FILL, "cpu")
+        return layer(image, op_node, arg, matrix, {op, Operation.IDENTITY}, FILL)
 
     pipeline = graph()
     pipeline.build()
