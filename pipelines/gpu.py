@@ -45,9 +45,9 @@ class GpuViews:
     def collect(self, plan: Plan) -> torch.Tensor:
         """(B, size, size, 3) uint8 on the device, ready on PyTorch's current stream.
 
-        A copy on the device (77 MB read and written for 256 views of 224). Memory that DALI shares by DLPack it takes back
-        only after a cudaDeviceSynchronize for each batch, in a thread of its own (DLTensorGraveyard in its dltensor.cc):
-        a core that spins, and a call that CUDA forbids while a graph is captured.
+        Copied on the device (77 MB read and written for 256 views of 224): memory that DALI shares by DLPack it takes
+        back only after a cudaDeviceSynchronize for each batch, in a thread of its own (DLTensorGraveyard in its
+        dltensor.cc). That is a core that spins, and a call that CUDA forbids while a graph is captured.
 
         Raises DecodeError, having consumed the batch.
         """
