@@ -20,6 +20,7 @@ from fastdeit.pipelines import (
     train_loader,
 )
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Large crops: what is left of a truncated file is decoded where a crop needs no more.
 PLAIN = Augmentation(aa="none", color_jitter=0, repeats=1, scale=(0.9, 1.0))
 GOOD = 60
@@ -44,13 +45,15 @@ def whole_epoch(loader, epoch=0):
     return [(batch.indices.tolist(), batch.images, batch.labels) for batch in loader]
 
 
-def test_training_goes_on_and_names_each_bad_file_once(mixed, tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_goes_on_and_names_each_bad_file_once(mixed, tmp_path, device):
     index = open_index(mixed)
     shutil.move(index.path(1), mixed / "elsewhere.jpg")  # vanishes after indexing
     Path(index.path(2)).write_bytes(encoded(picture(20, 20)))  # becomes another image
     Path(index.path(3)).write_bytes(b"")
     bad_files = tolerant(index, tmp_path / "bad_files.txt")
-    loader = train_loader(index, batch_size=16, input_size=32, augmentation=PLAIN, bad_files=bad_files)
+    settings = {"batch_size": 16, "input_size": 32, "augmentation": PLAIN, "device": device}
+    loader = train_loader(index, bad_files=bad_files, **settings)
     for epoch in range(2):
         for indices, images, labels in whole_epoch(loader, epoch):
             assert labels.tolist() == index.labels[indices].tolist()
@@ -106,6 +109,7 @@ def test_evaluation_counts_no_image_twice(mixed):
     assert sorted(seen) == [i for i in range(len(index)) if "truncated" not in index.name(i)]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "instead",
     [
@@ -114,13 +118,14 @@ def test_evaluation_counts_no_image_twice(mixed):
     ],
     ids=["cut header", "other image"],
 )
-def test_what_crashes_the_decoder_in_a_large_batch(tmp_path, instead):
+def test_what_crashes_the_decoder_in_a_large_batch(tmp_path, instead, device):
     """DALI's decoders alone end in a segmentation fault, in about every second of these epochs."""
     write(tmp_path, {f"{n:03d}.png": encoded(picture(seed=n), "PNG") for n in range(200)})
     index = open_folder(tmp_path)
     write(tmp_path, {f"{n:03d}.png": instead for n in (1, 70, 130, 199)})
     for _ in range(5):
-        loader = eval_loader(index, batch_size=100, input_size=32, num_threads=2, bad_files=tolerant(index))
+        settings = {"batch_size": 100, "input_size": 32, "num_threads": 2, "device": device}
+        loader = eval_loader(index, bad_files=tolerant(index), **settings)
         seen = [i for indices, *_ in whole_epoch(loader) for i in indices if i >= 0]
         assert seen == [i for i in range(200) if i not in (1, 70, 130, 199)]
         assert len(loader.bad_files) == 4
@@ -164,17 +169,19 @@ def test_images_in_shards_that_vanish(mixed):
     assert bad_files.causes[index.name(5)] == "cannot be read (the shard is gone)"
 
 
-def test_odd_images_are_read_as_pillow_does(tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_odd_images_are_read_as_pillow_does(tmp_path, device):
     write(tmp_path, odd_but_good())
     index = open_folder(tmp_path)
-    loader = eval_loader(index, batch_size=len(index), input_size=HEIGHT, crop_pct=1.0)
+    loader = eval_loader(index, batch_size=len(index), input_size=HEIGHT, crop_pct=1.0, device=device)
     (batch,) = loader
     assert len(loader.bad_files) == 0 and (batch.indices >= 0).all()
     left = (WIDTH - HEIGHT) // 2
-    for i, image in zip(batch.indices.tolist(), batch.images.numpy()):
+    for i, image in zip(batch.indices.tolist(), batch.images.cpu().numpy()):
         name = Path(index.name(i)).name
         with Image.open(io.BytesIO(index.encoded(i))) as opened:
             expected = np.asarray(opened.convert("RGB"))[:, left : left + HEIGHT].astype(int)
         if name == "deep.png":  # 16 bits: Pillow cuts off at 255, DALI scales to 8 bits
             expected = np.asarray(picture().convert("L").convert("RGB"))[:, left : left + HEIGHT].astype(int)
-        assert np.abs(image - expected).max() <= 1, name
+        error = np.abs(image - expected)
+        assert error.max() <= 1 if device == "cpu" else error.mean() <= 2, name
