@@ -38,6 +38,12 @@ def list_class_folders(root: str, split_folder: str) -> Listing:
     return Listing("folder", root, files, *_stat_columns(stats), classes, labels)
 
 
+def list_folder(root: str) -> Listing:
+    """All images under `root`, without labels."""
+    found = _walk_sorted(root)
+    return Listing("folder", root, [f[0] for f in found], *_stat_columns([f[1:] for f in found]))
+
+
 def list_files(paths: Sequence[str]) -> Listing:
     """Files (any ending) and folders (walked, images only), without labels, in the order given."""
     files, stats = [], []

@@ -118,7 +118,7 @@ def open_folder(path: str | os.PathLike, *, cache_dir: str | os.PathLike | None 
     """All images under a folder, however deep, without labels (-100). Raises ValueError if there are none."""
     if not os.path.isdir(path):
         raise ValueError(f"there is no folder {path}: check the path")
-    return open_files([path], cache_dir=cache_dir)
+    return _open_unlabelled(folder.list_folder(os.fspath(path)), f"the folder {path}", cache_dir)
 
 
 def open_files(paths: Sequence[str | os.PathLike], *, cache_dir: str | os.PathLike | None = None) -> Index:
@@ -127,11 +127,14 @@ def open_files(paths: Sequence[str | os.PathLike], *, cache_dir: str | os.PathLi
     Raises ValueError for a path that does not exist, NoImages if there are no images.
     """
     paths = [os.fspath(path) for path in paths]
-    listing = folder.list_files(paths)
+    what = f"the path {paths[0]}" if len(paths) == 1 else f"{len(paths)} paths"
+    return _open_unlabelled(folder.list_files(paths), what, cache_dir)
+
+
+def _open_unlabelled(listing: Listing, what: str, cache_dir: str | os.PathLike | None) -> Index:
     if not listing.files:
-        raise NoImages(f"no images under {', '.join(paths)} ({', '.join(sorted(folder.EXTENSIONS))})")
-    kind = "folder" if os.path.isdir(paths[0]) else "file"
-    return _open(listing, f"the {kind} {paths[0]}" if len(paths) == 1 else f"{len(paths)} paths", None, cache_dir)
+        raise NoImages(f"no images under {what} ({', '.join(sorted(folder.EXTENSIONS))})")
+    return _open(listing, what, None, cache_dir)
 
 
 def _open(listing: Listing, what: str, classes: Sequence[str] | None, cache_dir: str | os.PathLike | None) -> Index:

@@ -151,6 +151,16 @@ def test_the_fingerprint_tells_contents_from_times_and_places(data):
     assert open_index(moved).fingerprint != before
 
 
+def test_so_does_that_of_a_folder_without_classes(data, monkeypatch):
+    before = open_folder(data).fingerprint
+    moved = data.rename(data.parent / "moved")
+    assert open_folder(moved).fingerprint == before
+    monkeypatch.chdir(moved)
+    assert open_folder("train/..").fingerprint == before
+    (moved / "train/cat/1.jpg").rename(moved / "train/cat/0.jpg")
+    assert open_folder(moved).fingerprint != before
+
+
 def test_an_index_pickles(data):
     index = pickle.loads(pickle.dumps(open_index(data)))
     assert index.classes == ("cat", "dog") and len(index.encoded(3)) > 0
