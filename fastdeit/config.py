@@ -292,6 +292,8 @@ def check(config: Config) -> None:
     }.items():
         if given is not None and distillation.distillation_type == "none":
             raise UserError(f"{flag}: nobody listens to a teacher; give --distillation-type hard or soft too")
+    if distillation.teacher_path is not None and distillation.teacher_store is not None:
+        raise UserError("--teacher-path and --teacher-store: one asks a teacher, the other has its answers; give one")
     if distillation.unlabelled_path is not None and distillation.distillation_type == "none":
         raise UserError(
             "--unlabelled-path: without labels there must be a teacher: give --distillation-type hard or soft"

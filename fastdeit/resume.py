@@ -8,13 +8,14 @@ from .command import UserError
 from .config import Config
 from .distributed import Place
 
-# What may differ when a run goes on, because the weights do not depend on it. Where the batch is concerned, what counts
-# is the product over parts and processes: `check_same`.
+# What may differ when a run goes on, because the weights do not depend on it. Of data and teacher, what counts is the
+# content; of the batch, the product over parts and processes: `check_same`.
 FREE = {
     "run": "output_dir resume eval device tracker dry_run print_config checkpoint_minutes keep_epochs keep_count "
     "skip_nonfinite",
     "data": "data_path batch_size num_workers max_bad",
     "model": "grad_checkpointing",
+    "distillation": "teacher_path teacher_classes teacher_store unlabelled_path",
     "optimization": "accumulate",
     "speed": "compile attention sharding deterministic",
 }
@@ -68,11 +69,19 @@ def check_unchanged(config: Config, run: Path) -> None:
 
 
 def check_same(progress: dict, trainer) -> None:
-    """Refuse another data set, and a number of processes that makes another batch."""
+    """Refuse another data set, another teacher, and a number of processes that makes another batch."""
     if trainer.train_loader.index.fingerprint != progress["data"]:
+        more = trainer.config.distillation.unlabelled_path
+        where, flags = (f" and {more}", "--data-path and --unlabelled-path") if more else ("", "--data-path")
         raise UserError(
-            f"the training images in {trainer.config.data.data_path} are not those the run was started with: names, "
-            "sizes or classes differ; give the same data by --data-path, or start a new run"
+            f"the training images in {trainer.config.data.data_path}{where} are not those the run was started with: "
+            f"names, sizes or classes differ; give the same data by {flags}, or start a new run"
+        )
+    if trainer.teacher is not None and trainer.teacher.fingerprint != progress["teacher"]:
+        raise UserError(
+            f"the teacher {trainer.teacher.name} is not the one the run was started with: weights or classes differ, "
+            "or one is stored and the other is not; give the same by --teacher-path or --teacher-store, or start a new "
+            "run"
         )
     batch, processes = trainer.global_batch, trainer.place.world_size
     if batch != progress["global_batch"]:

@@ -42,10 +42,9 @@ class TaughtBatch(NamedTuple):
 class StoredTeacher:
     """Takes the place of a live teacher in the trainer."""
 
-    name = "store"
-
     def __init__(self, store: Store, config: Config):
-        self.store, self.epochs = store, config.optimization.epochs
+        self.store, self.epochs, self.name = store, config.optimization.epochs, f"of the store {store.folder}"
+        self.fingerprint = store.fingerprint
 
     def __call__(self, images: Tensor, batch: TaughtBatch):
         return batch.answers
@@ -53,7 +52,7 @@ class StoredTeacher:
     def check(self, batches) -> list[str]:
         header = self.store.header
         sentences = [
-            f"teacher {header['teacher']['name']}, answers of {self.store.folder}: {header['views']} views of "
+            f"teacher {header['teacher_name']}, answers of {self.store.folder}: {header['views']} views of "
             f"{header['positions']:,} images, {header['kind']}"
         ]
         if self.epochs > header["views"]:

@@ -113,8 +113,7 @@ def _claim(folder: Path, place: Place) -> None:
 def _begun(folder: Path, header: dict) -> dict:
     """The header that the store was begun with; refused if that was with another teacher, other data or other flags."""
     begun = teacher_store.read_header(folder)
-    free = {"settings": None, "piece_steps": None}
-    if found := differences({**begun, **free}, {**header, **free}):
+    if found := differences(teacher_store.asked(begun), teacher_store.asked(header)):
         raise UserError(
             f"the store {folder} was begun otherwise: {'; '.join(found[:3])}; go on with the command that began it, or "
             "give another --output"
@@ -188,6 +187,7 @@ class LiveAnswers:
             "global_batch": global_batch,
             "piece_steps": teacher_store.STEPS_AT_ONCE,
             "teacher": self.teacher.identity(),
+            "teacher_name": self.teacher.name,
             **describe(self.config, loader, mean=self.mean, std=self.std, precision=self.precision),
             "settings": self.config.to_dict(),
         }

@@ -35,7 +35,7 @@ class Teacher:
         groups: Sequence[Sequence[int]] | None = None,
     ):  # fmt: skip
         self.name, self.input_size, self.dtype = loaded.name, loaded.input_size, dtype
-        self.device = torch.device(device)
+        self.device, self.fingerprint = torch.device(device), _fingerprint(loaded, groups)
         plain = loaded.model.eval().requires_grad_(False)
         example = torch.randn(2, 3, loaded.input_size, loaded.input_size, generator=torch.Generator().manual_seed(0))
         try:
@@ -73,13 +73,9 @@ class Teacher:
         return self.network.model
 
     def identity(self) -> dict:
-        """Who answers: equal for two teachers with the same weights, input, precision and classes."""
-        digest = hashlib.sha256()
-        for key, value in self.network.state_dict().items():
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        """Who answers: equal for two teachers that give the same answers, wherever their files are."""
         precision = str(self.dtype).removeprefix("torch.")
-        return {"name": self.name, "weights": digest.hexdigest(), "input_size": self.input_size, "precision": precision}
+        return {"weights": self.fingerprint, "input_size": self.input_size, "precision": precision}
 
     def choose_memory_format(self, batch_size: int, place: Place) -> None:
         """Lay the weights out as this GPU runs them faster; on the CPU they stay as they are."""
@@ -128,6 +124,15 @@ class Teacher:
             same += int((answers.argmax(1) == expected.argmax(1)).sum())
             images += len(batch)
         return same / images, images
+
+
+def _fingerprint(loaded: Loaded, groups) -> str:
+    """Hex digest of the weights as they were loaded, the normalisation, and which classes stand for the data's."""
+    digest = hashlib.sha256(repr((loaded.mean, loaded.std, groups)).encode())
+    for key, value in loaded.model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class _Network(nn.Module):

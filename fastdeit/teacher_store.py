@@ -18,6 +18,7 @@ A piece is 50 steps of a view. Its rows are written and flushed before the line 
 itself; after a kill the pieces that lack a line are made again.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ import numpy as np
 from . import durable
 from .command import UserError
 
-FORMAT = 1
+FORMAT = 2
 STEPS_AT_ONCE = 50
 Piece = tuple[int, int, int]  # view, first step, end
 
@@ -72,6 +73,12 @@ def read_header(folder: Path) -> dict:
             f"the store {folder} is of format {header.get('format')}, this version reads {FORMAT}: store again"
         )
     return header
+
+
+def asked(header: dict) -> dict:
+    """Who was asked what: the part of a header that the answers depend on."""
+    free = ("settings", "piece_steps", "teacher_name")
+    return {key: value for key, value in header.items() if key not in free}
 
 
 def pieces_of(header: dict) -> list[Piece]:
@@ -147,6 +154,11 @@ class Store:
     def rows(self, view: int, positions: slice) -> dict[str, np.ndarray]:
         """Copies of the rows at these positions, for each array."""
         return {name: np.array(array[view, positions]) for name, array in self.arrays.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of who was asked what: equal for two stores with the same answers, wherever they are."""
+        return hashlib.sha256(json.dumps(asked(self.header), sort_keys=True).encode()).hexdigest()
 
     @property
     def probe(self) -> np.ndarray:

@@ -271,6 +271,7 @@ class Trainer:
                 "sums": self.sums.tolist(),
                 "global_batch": self.global_batch,
                 "data": self.train_loader.index.fingerprint,
+                "teacher": self.teacher.fingerprint if self.teacher is not None else None,
             }
         }
 

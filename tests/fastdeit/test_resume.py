@@ -216,6 +216,42 @@ def test_data_that_moved(straight, colors, tmp_path, monkeypatch):
     assert_same(straight, folder)
 
 
+def teaching(home):
+    return [
+        "--distillation-type", "hard", "--teacher-path", home / "teacher", "--teacher-classes", home / "classes.txt",
+        "--unlabelled-path", home / "more",
+    ]  # fmt: skip
+
+
+def test_a_teacher_and_images_that_moved(straight, colors, tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(straight / "last", here / "teacher")
+    shutil.copytree(colors / "val", here / "more")
+    (here / "classes.txt").write_text("blue\nred\ngreen\n")
+    command = [*RANDOM, "--data-path", colors, *teaching(here), "--epochs", 2]
+    run(*command, "--output-dir", tmp_path / "straight")
+    folder = tmp_path / "run"
+    run_until(monkeypatch, 1, *command, "--output-dir", folder)
+    here.rename(there)
+    for change, words in (
+        (lambda: flip_a_bit(there / "teacher" / "model.safetensors"), ["not the one", "--teacher-path"]),
+        (lambda: (there / "classes.txt").write_text("blue\ngreen\nred\n"), ["not the one", "--teacher-path"]),
+        (lambda: (there / "more" / "red" / "0.png").unlink(), [f"{there / 'more'} are not", "--unlabelled-path"]),
+    ):
+        shutil.copytree(there, tmp_path / "kept", dirs_exist_ok=True)
+        change()
+        refused(words, "--resume", folder, *teaching(there))
+        shutil.copytree(tmp_path / "kept", there, dirs_exist_ok=True)
+    run("--resume", folder, *teaching(there))
+    assert_same(tmp_path / "straight", folder)
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 def test_no_run_there(tmp_path):
     refused([str(tmp_path), "no run"], *RANDOM, "--resume", tmp_path)
 

@@ -21,7 +21,7 @@ from fastdeit.teacher_store import Store
 
 from .conftest import SMALL, refused, write_folder
 from .processes import context, start_ranks
-from .runs import assert_same
+from .runs import assert_same, run_until
 
 # Everything random is on, so that the order, the pixels, the mixing and the erasing must all come out alike. 48 images
 # in global batches of 8 are 6 steps an epoch, of which a third of the images is seen.
@@ -399,7 +399,7 @@ def test_other_files_are_left_alone(flags, tmp_path):
 )
 def test_flags_that_cannot_be_meant(flags, arguments, words):
     with pytest.raises(UserError, match=words):
-        teach_store.store([*flags, *arguments])
+        teach_store.store([*without(flags, "--teacher-path"), *arguments])
 
 
 def test_a_full_disk_says_so_and_loses_nothing(stored, tmp_path, monkeypatch):
@@ -452,6 +452,31 @@ def test_verify_finds_another_teacher(stored, flags, tmp_path, cli):
     weights.write_bytes(content)
     code, _, err = cli(teach.main, "verify", stored, "--teacher-path", folder, "--device", "cpu")
     assert code == 2 and "teacher" in err and "weights" in err
+
+
+def test_a_teacher_that_moved_is_the_same(stored, flags, tmp_path, cli):
+    folder = tmp_path / "moved"
+    shutil.copytree(Path(flags[flags.index("--teacher-path") + 1]), folder, symlinks=True)
+    code, out, err = cli(teach.main, "verify", stored, "--teacher-path", folder, "--device", "cpu", "--batches", "1")
+    assert code == 0 and "100.00 %" in out, err
+    teach_store.store([*flags, "--teacher-path", str(folder), "--views", "4", "--output", str(stored)])
+
+
+def test_a_run_goes_on_from_a_store_that_moved(flags, stored, teacher, tmp_path, monkeypatch, cli):
+    arguments = [*without(flags, "--teacher-path"), "--teacher-store", stored, "--output-dir", tmp_path / "run"]
+    run_until(monkeypatch, 2, *arguments)
+    shutil.copytree(stored, tmp_path / "moved")
+    other = changed(stored, tmp_path, lambda header: header["teacher"].update(weights="00"))
+    words = ["not the one the run was started with", "--teacher-store"]
+    refused(cli, train.main, "--resume", tmp_path / "run", "--teacher-store", other, words=words)
+    code, out, err = cli(train.main, "--resume", tmp_path / "run", "--teacher-store", tmp_path / "moved")
+    assert code == 0 and "going on at step 3" in out, err
+
+
+def test_a_teacher_beside_its_store(cli, flags, stored):
+    refused(
+        cli, train.main, *flags, "--teacher-store", stored, words=["--teacher-path and --teacher-store", "give one"]
+    )
 
 
 def test_the_run_says_how_often_a_view_is_used(flags, stored):
