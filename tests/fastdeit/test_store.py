@@ -145,6 +145,20 @@ def test_a_batch_in_parts_keeps_its_answers(flags, stored):
     assert torch.equal(torch.cat([half.answers[1] for half in split(soft, 4)]), soft.answers[1])
 
 
+def test_images_without_labels_have_stored_answers_too(flags, data, tmp_path):
+    """24 of them beside 48 with labels: 9 steps an epoch, in all of which the classes' term leaves them out."""
+    more = write_folder(tmp_path / "more", train=6, val=2) / "train"
+    arguments = [*flags, "--unlabelled-path", str(more)]
+    teach_store.store([*arguments, "--views", "2", "--output", str(tmp_path / "store")])
+    store = Store(tmp_path / "store")
+    assert (np.asarray(store.arrays["indices"]) >= 48).sum() > 10
+    live = losses(arguments, 16, tmp_path / "live")
+    replayed = losses([*without(arguments, "--teacher-path"), "--teacher-store", str(store.folder)], 16, tmp_path / "x")
+    assert len(live) == 16 and live.isfinite().all() and torch.equal(live, replayed)
+    with pytest.raises(UserError, match="data fingerprint"):
+        taught(parse([*without(flags, "--teacher-path"), "--teacher-store", str(store.folder)]), store.folder)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes, and kills
 
