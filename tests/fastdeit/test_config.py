@@ -1,4 +1,6 @@
 import json
+import shlex
+from functools import partial
 
 import pytest
 
@@ -49,11 +51,23 @@ def test_settings_of_another_version_are_refused_by_name():
         Config.from_dict(saved)
 
 
+# What may start a command line of a recipe, and what it does with the flags behind.
+STARTS = {
+    "python -m fastdeit.train": parse,
+    "python -m fastdeit.teach fit": partial(parse, recipe="teacher"),
+}
+
+
 @pytest.mark.parametrize("name", recipes.names())
-def test_every_recipe_is_whole(name):
-    config = parse(["--recipe", name])
+def test_the_command_in_a_recipes_docstring_is_of_that_recipe(name):
+    lines = [line.strip() for line in recipes.describe(name).splitlines() if line.startswith("    ")]
+    assert len(lines) == 1
+    (start,) = [start for start in STARTS if lines[0].startswith(start)]
+    given = shlex.split(lines[0].removeprefix(start))
+    config = STARTS[start](given)
     assert config.run.recipe == name
-    assert "python -m fastdeit" in recipes.describe(name)
+    changed = {key for key, value in flat(config).items() if value != flat(recipes.load(name))[key]} - {"recipe"}
+    assert changed <= {flag.removeprefix("--").replace("-", "_") for flag in given}
 
 
 def test_print_config_prints_json_and_runs_nothing(cli):
