@@ -13,7 +13,8 @@ uint8; nothing else runs, so this is the most that a trainer can get. Ours besid
 
 all with as many worker processes or threads as there are cores. Interleaved, an epoch each a round, medians, in wall
 time and in CPU time of all threads and processes (which other work on the machine disturbs less). Without --data-path:
-400 JPEGs of 500 x 375 cut from two photographs, about the size of ImageNet's; all in the page cache.
+400 JPEGs (on a GPU 4096, in batches of 256) of 500 x 375 cut from two photographs, about the size of ImageNet's; all in
+the page cache.
 
 On a GPU also: what decoding alone takes, for shares of it given to the hardware decoder (ours: all) and numbers of CPU
 threads, and with chroma interpolated as libjpeg does (ours) or repeated.
@@ -267,11 +268,14 @@ def needs_dali() -> None:
 def main() -> None:
     own = parser(__doc__)
     own.add_argument("--data-path", type=Path, help="a folder DIR/train/CLASS of JPEGs")
-    own.add_argument("--images", type=int, default=400, help="how many to make without --data-path")
-    own.add_argument("--batch-size", type=int, default=32)
+    own.add_argument("--images", type=int, help="how many to make without --data-path (400; for a GPU 4096)")
+    own.add_argument("--batch-size", type=int, help="32; for a GPU 256")
     own.add_argument("--rounds", type=int, default=5)
     arguments = own.parse_args()
     needs_dali()
+    on_gpu = arguments.device != "cpu"  # which takes an epoch of 400 images in too short a time to be measured
+    arguments.images = arguments.images or (4096 if on_gpu else 400)
+    arguments.batch_size = arguments.batch_size or (256 if on_gpu else 32)
     if arguments.quick:
         arguments.images, arguments.batch_size, arguments.rounds = 8, 4, 1
     columns = ("what", "cores", "images_per_s", "images_per_cpu_s", "cpu_ratio_to_timm")
@@ -281,7 +285,7 @@ def main() -> None:
         if arguments.data_path is None:
             make_images(root, arguments.images)
         runs = contestants(root, arguments.batch_size, arguments.device)
-        if arguments.device != "cpu":
+        if on_gpu:
             runs |= decoders(root, arguments.batch_size)
         speeds = measure(runs, arguments.rounds, warm_up=not arguments.quick)
     for name, (wall, cpu) in speeds.items():
