@@ -1,7 +1,9 @@
 """Tables for the terminal."""
 
+import shutil
+
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 NAMES = {
     "teacher": "teacher",
@@ -13,15 +15,19 @@ NAMES = {
 
 
 def _render(table: Table) -> str:
-    console = Console(width=100, highlight=False)
+    """The table in a frame; without one, and its names folded, where the terminal is too narrow for that."""
+    console = Console(width=shutil.get_terminal_size((100, 24)).columns, highlight=False)
+    if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
+        table.box, table.pad_edge = None, False
     with console.capture() as capture:
         console.print(table)
-    return capture.get().rstrip()
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
 def accuracy_table(result: dict[str, dict]) -> str:
     """`result`: {"model" or "ema": {head: {"top1", "top5", "loss", "ece"}}}."""
-    table = Table("weights", "head", "top-1 %", "top-5 %", "loss", "ECE %")
+    figures = (Column(name, no_wrap=True) for name in ("top-1 %", "top-5 %", "loss", "ECE %"))
+    table = Table("weights", "head", *figures)
     for source, heads in result.items():
         for head, value in heads.items():
             figures = (
