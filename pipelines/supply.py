@@ -46,7 +46,7 @@ class Supply:
 
     def take(self, step: int) -> tuple[Plan, Tensor]:
         """The plan of a step as it was carried out, and its images (B, size, size, 3) uint8."""
-        for ahead in range(step + len(self.in_flight), min(step + AHEAD, self.plans.steps)):
+        for ahead in range(step + len(self.in_flight), min(step + 1 + AHEAD, self.plans.steps)):
             self._submit(self.plans[ahead])
         fruitless = 0
         while True:
