@@ -64,10 +64,14 @@ def test_on_another_stream(photos):
     assert found == expected
 
 
-def test_batch_size_does_not_matter(photos):
-    def images(batch_size):
-        loader = train_loader(photos, batch_size=batch_size, device="cuda", augmentation=Augmentation(repeats=1))
+def test_neither_batch_size_nor_threads_matter(photos):
+    """Which they do where a batch is shared between the hardware decoder and another one."""
+
+    def images(batch_size, num_threads):
+        augmentation = Augmentation(repeats=1)
+        settings = {"batch_size": batch_size, "num_threads": num_threads, "augmentation": augmentation}
+        loader = train_loader(photos, device="cuda", **settings)
         return {int(i): image for batch in loader for i, image in zip(batch.indices, batch.images)}
 
-    small, large = images(8), images(32)
+    small, large = images(8, 1), images(32, 4)
     assert small.keys() == large.keys() and all(torch.equal(small[i], large[i]) for i in small)
