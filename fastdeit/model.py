@@ -192,9 +192,9 @@ class DeiT(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """As facebookresearch/deit: tokens, positions and Linear weights trunc_normal(0.02), biases 0."""
+        """As facebookresearch/deit: tokens, positions and Linear weights normal with a deviation of 0.02, biases 0."""
         for token in self.parameters(recurse=False):  # cls_token, dist_token, pos_embed
-            nn.init.trunc_normal_(token, std=0.02)
+            nn.init.normal_(token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 _init_linear(module)
@@ -304,7 +304,8 @@ class DeiT(nn.Module):
 
 
 def _init_linear(linear: nn.Linear) -> nn.Linear:
-    nn.init.trunc_normal_(linear.weight, std=0.02)
+    # Not trunc_normal_, whose bounds of 2 are 100 deviations away: in PyTorch 2.11 some weights came out as 2.0 itself.
+    nn.init.normal_(linear.weight, std=0.02)
     nn.init.zeros_(linear.bias)
     return linear
 

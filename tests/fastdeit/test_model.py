@@ -169,6 +169,7 @@ def test_initialisation_is_deits():
             count = parameter.numel()
             assert parameter.std().item() == pytest.approx(0.02, rel=5 / (2 * count) ** 0.5), name
             assert abs(parameter.mean().item()) < 5 * 0.02 / count**0.5, name
+            assert parameter.abs().max().item() < 7 * 0.02, name
     assert all(m.eps == 1e-6 for m in model.modules() if isinstance(m, nn.LayerNorm))
 
 
