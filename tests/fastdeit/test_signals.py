@@ -71,6 +71,7 @@ def test_while_the_state_is_copied(start, tmp_path):
 def test_a_second_signal_ends_at_once(start, tmp_path):
     child = start(hook=At(4, terminate_and_hang))
     while "finishing this step" not in (child.text if child.log.exists() else ""):
+        assert child.process.is_alive()
         time.sleep(0.05)
     child.kill(signal.SIGTERM)  # within a second: counts as the same
     time.sleep(1.2)
