@@ -9,7 +9,6 @@ Both wait for the loss at every step, as they do. What costs nothing beside the 
 Images are mixed on the device, as by timm without its prefetcher (with it, the loader's workers mix) and by deit.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import repeat
@@ -28,8 +27,13 @@ MIXING = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": SMOOTHING}
 LR = 2.5e-4
 
 
-def timm_has_tasks() -> bool:
-    return importlib.util.find_spec("timm.task") is not None
+def timm_lacks() -> str | None:
+    """What this timm lacks to distil, in a sentence; None where it can."""
+    try:
+        from timm.task import TokenDistillationTask  # noqa: F401
+    except ImportError:
+        return f"timm {timm.__version__} has no token distillation: pip install 'timm>=1.0.31'"
+    return None
 
 
 def student_of_timm(name: str, *, classes: int, pixels: int, drop_path: float) -> nn.Module:

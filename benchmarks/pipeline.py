@@ -259,10 +259,12 @@ def headlines(speeds: dict[str, tuple[float, float]], device: str) -> Iterable[H
 
 
 def needs_dali() -> None:
+    """Ends in a sentence and exit code 2 where it is missing."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError:
-        sys.exit("this benchmark reads images, which needs DALI: pip install 'fastdeit[train]'")
+        print("error: this benchmark reads images, which needs DALI: pip install 'fastdeit[train]'", file=sys.stderr)
+        sys.exit(2)
 
 
 def main() -> None:

@@ -102,7 +102,9 @@ def compare_forwards(arguments, network: nn.Module, trainer: Trainer) -> dict[st
     images = trainer.prepare(next(iter(trainer.train_loader)))
     ours = best_teacher(network, trainer, compiled=arguments.compile)
     calls = {"fastdeit": lambda: ours(images)}
-    if peers.timm_has_tasks():
+    if (lacking := peers.timm_lacks()) is not None:
+        print(f"forward  {'timm':36} left out: {lacking}")
+    else:
         formats = {"timm": torch.contiguous_format}
         if device.type == "cuda":
             formats["timm, channels_last"] = torch.channels_last

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_checks
+import benchmarks.__main__ as command
+from benchmarks import gpu_checks, pipeline
 from benchmarks.__main__ import BENCHMARKS, KERNELS
 from benchmarks.record import NO_TIMING, RECORDS
 
@@ -24,6 +25,8 @@ def benchmarks(*arguments, code=0):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_quick(name):
+    if name in ("pipeline", "epoch"):
+        pytest.importorskip("nvidia.dali")
     before = {path: path.stat().st_mtime_ns for path in RECORDS.rglob("*")}
     output = benchmarks(name, "--quick", "--device", "cpu")
     assert NO_TIMING in output and "done in" in output
@@ -45,13 +48,35 @@ def test_kernels_are_not_timed_without_a_gpu():
 
 
 def test_unknown_flags_are_refused_by_the_benchmark():
-    assert "FAILED (exit 2)" in benchmarks("loss", "--device", "cpu", "--quick", "--nonsense", code=1)
+    assert "not run" in benchmarks("loss", "--device", "cpu", "--quick", "--nonsense", code=2)
     benchmarks("loss", "norm", "--nonsense", code=2)
+
+
+def test_a_missing_package_ends_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # importing it raises
+    monkeypatch.setattr(sys, "argv", ["pipeline", "--quick", "--device", "cpu"])
+    with pytest.raises(SystemExit) as stop:
+        pipeline.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "pip install 'fastdeit[train]'" in error
+
+
+@pytest.mark.parametrize(
+    "names, codes, code",
+    [("all", {"epoch": 2}, 0), ("epoch norm", {"epoch": 2}, 2), ("all", {"epoch": 2, "loss": 1}, 1)],
+)
+def test_what_cannot_run_is_told_from_what_fails(names, codes, code, monkeypatch, capsys):
+    monkeypatch.setattr(command, "run", lambda name, *_, **__: codes.get(name, 0))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *names.split(), "--quick", "--device", "cpu"])
+    assert command.main() == code
+    ends = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.partition("\n====\n")[2].splitlines())
+    assert ends["epoch"].startswith("not run") and ends["norm"].startswith("done")
 
 
 def test_the_gpu_checks_know_every_benchmark_and_test(monkeypatch):
     assert set(gpu_checks.BENCHMARKS) == set(BENCHMARKS) and list(gpu_checks.BENCHMARKS)[:4] == list(KERNELS)
-    monkeypatch.setattr(gpu_checks, "NEEDS", {"pipelines": "nothing.like.this"})
-    steps = {step.name: step.needs for step in gpu_checks.test_steps()}
-    assert steps["kernels/test_attention_triton"] is None and steps["fastdeit/test_resume"] is None
-    assert steps["pipelines/test_gpu_loader"] == "nothing.like.this"
+    steps = {step.name: step for step in [*gpu_checks.test_steps(), *gpu_checks.benchmark_steps(list(BENCHMARKS))]}
+    assert gpu_checks.NEEDS.keys() <= steps.keys()
+    monkeypatch.setitem(gpu_checks.NEEDS, "pipelines/test_gpu_loader", ("torch", "nothing.like.this"))
+    assert steps["pipelines/test_gpu_loader"].missing == ["nothing.like.this"]
+    assert steps["kernels/test_attention_triton"].missing == [] == steps["fastdeit/test_teacher"].missing
