@@ -9,6 +9,7 @@ will do. The folded network must answer as the given one did, or it is not used.
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def fold_batchnorm(model: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
     the copy answers otherwise: a convolution whose output is also used without the BatchNorm only looks foldable.
     """
     folded = copy.deepcopy(model)
-    pairs = _pairs(folded, images)
+    pairs = chained(folded, images, _is_plain_conv, _is_batchnorm)
     if not pairs:
         return model, 0
     for conv, norm in pairs:
@@ -38,35 +39,45 @@ def fold_batchnorm(model: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
     return folded, len(pairs)
 
 
-def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
-    """Names of (convolution, BatchNorm) where the one's output was the other's input, each called once."""
-    outputs: dict[int, tuple[str, Tensor]] = {}  # by id; holding the tensors keeps the ids apart
+def chained(
+    model: nn.Module, images: Tensor, is_first: Callable[[nn.Module], bool], is_second: Callable[[nn.Module], bool]
+) -> list[tuple[str, str]]:
+    """Names of (first, second) where the one's output was the other's input as `model` ran, each called once.
+
+    Not in inference mode, where tensors do not know whether something has changed them in between.
+    """
+    outputs: dict[int, tuple[str, Tensor, int]] = {}  # by id; holding the tensors keeps the ids apart
     pairs, calls, hooks = [], Counter(), []
 
-    def after_conv(name):
+    def after_first(name):
         def hook(module, inputs, output):
             calls[name] += 1
-            outputs[id(output)] = (name, output)
+            outputs[id(output)] = (name, output, output._version)
 
         return hook
 
-    def before_norm(name):
+    def before_second(name):
         def hook(module, inputs):
             calls[name] += 1
-            if id(inputs[0]) in outputs:
-                pairs.append((outputs[id(inputs[0])][0], name))
+            first, _, version = outputs.get(id(inputs[0]), (None, None, None))
+            if version == inputs[0]._version:
+                pairs.append((first, name))
 
         return hook
 
     for name, module in model.named_modules():
-        if _is_plain_conv(module):
-            hooks.append(module.register_forward_hook(after_conv(name)))
-        elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-            hooks.append(module.register_forward_pre_hook(before_norm(name)))
+        if is_first(module):
+            hooks.append(module.register_forward_hook(after_first(name)))
+        elif is_second(module):
+            hooks.append(module.register_forward_pre_hook(before_second(name)))
     model(images)
     for hook in hooks:
         hook.remove()
-    return [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
+    return [(first, second) for first, second in pairs if calls[first] == calls[second] == 1]
+
+
+def _is_batchnorm(module: nn.Module) -> bool:
+    return isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
 
 
 def _is_plain_conv(module: nn.Module) -> bool:

@@ -1,9 +1,11 @@
-"""Contiguous or channels_last: which of the two a network runs faster in, measured and remembered.
+"""Contiguous, channels_last, or that with its 1x1 convolutions joined: how a network runs fastest, measured and
+remembered.
 
-Neither wins everywhere: for RegNetY's grouped convolutions channels_last was 2.5 x slower in PyTorch 2.1 and 6 % faster
+None wins everywhere: for RegNetY's grouped convolutions channels_last was 2.5 x slower in PyTorch 2.1 and 6 % faster
 in 2.4 (timm's results).
 """
 
+import copy
 import json
 import os
 import time
@@ -13,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import Place
+from .pointwise import join_pointwise
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+FORMATS = {  # of the images
+    "contiguous": torch.contiguous_format, "channels_last": torch.channels_last, "joined": torch.channels_last,
+}  # fmt: skip
 ROUNDS, FORWARDS = 3, 5  # the formats take turns, so that a machine that slows down slows both
 
 
 def choose(model: nn.Module, name: str, images: Tensor, place: Place, remembered: Path | None = None) -> str:
-    """The faster of FORMATS for `model` on `images`, both on the device and of the same dtype.
+    """The fastest of FORMATS for `model` on `images`, both on the device and of the same dtype.
 
     Measured by rank 0 for all. Remembered in a file by GPU, PyTorch, model `name`, dtype and shape, because a resumed
     run should compute as it did before. `remembered`: that file; by default in ~/.cache/fastdeit (XDG_CACHE_HOME).
@@ -39,17 +44,24 @@ def choose(model: nn.Module, name: str, images: Tensor, place: Place, remembered
     return place.broadcast(known[key])
 
 
-@torch.inference_mode()
+def laid_out(model: nn.Module, name: str, images: Tensor) -> nn.Module:
+    """A copy of `model` in one of FORMATS. images: a few that it can take."""
+    if name == "joined":
+        return join_pointwise(model, images)[0]
+    return copy.deepcopy(model).to(memory_format=FORMATS[name])
+
+
+@torch.no_grad()
 def measure(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Seconds of the fastest forward pass in each format. The model is left in the last one."""
+    """Seconds of the fastest forward pass in each format."""
+    copies = {name: laid_out(model, name, images[:2]) for name in FORMATS}
     seconds = dict.fromkeys(FORMATS, float("inf"))
     for _ in range(ROUNDS):
-        for name, memory_format in FORMATS.items():
-            model.to(memory_format=memory_format)
-            laid_out = images.contiguous(memory_format=memory_format)
-            model(laid_out)  # the first pass in a format may choose algorithms
+        for name, network in copies.items():
+            given = images.contiguous(memory_format=FORMATS[name])
+            network(given)  # the first pass in a format may choose algorithms
             for _ in range(FORWARDS):
-                seconds[name] = min(seconds[name], _seconds(model, laid_out))
+                seconds[name] = min(seconds[name], _seconds(network, given))
     return seconds
 
 

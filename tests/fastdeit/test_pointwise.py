@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torch import nn
+
+from fastdeit.fold_batchnorm import fold_batchnorm
+from fastdeit.pointwise import PointwiseReLU, join_pointwise
+from tests.fastdeit.test_teacher import pixels, with_statistics
+
+
+# The first convolution of each block, and where there is squeeze and excitation, its first one.
+@pytest.mark.parametrize("name, count", [("resnet26t", 8), ("regnety_002", 2 * 13)])
+def test_bottlenecks_are_joined(name, count):
+    folded, _ = fold_batchnorm(with_statistics(name, num_classes=5), pixels())
+    joined, pairs = join_pointwise(folded, pixels())
+    assert pairs == count == sum(isinstance(module, PointwiseReLU) for module in joined.modules())
+    with torch.no_grad():
+        expected = folded(pixels())
+        answers = joined(pixels().to(memory_format=torch.channels_last))
+    torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert not any(
+        parameter.requires_grad
+        for part in joined.modules()
+        for parameter in part.parameters(recurse=False)
+        if isinstance(part, PointwiseReLU)
+    )
+
+
+def test_one_layer_is_convolution_and_relu():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 10, 1).double()
+    images = torch.randn(3, 6, 5, 7, dtype=torch.float64).to(memory_format=torch.channels_last)
+    joined = PointwiseReLU(conv)(images)
+    torch.testing.assert_close(joined, conv(images).relu(), rtol=1e-12, atol=1e-12)
+    assert joined.is_contiguous(memory_format=torch.channels_last)
+
+
+class Branching(nn.Module):
+    """A convolution whose output is used before its ReLU, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 8, 1), nn.ReLU()
+
+    def forward(self, images):
+        x = self.conv(images)
+        return (self.relu(x) - x).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "model", [Branching(), nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(3, 4, 1, stride=2), nn.ReLU())]
+)
+def test_nothing_to_join(model):
+    joined, pairs = join_pointwise(model.eval(), pixels())
+    assert pairs == 0
+    with torch.no_grad():
+        torch.testing.assert_close(joined(pixels()), model(pixels()), rtol=1e-5, atol=1e-6)
