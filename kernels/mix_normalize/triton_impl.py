@@ -22,6 +22,7 @@ from torch import Tensor
 from .reference import empty_output
 
 BLOCK = 256  # groups in a tile: 8 numbers a thread; with 16, 143 registers would halve the warps in flight
+MAX_GRID_Y = 65535  # CUDA's limit: more tiles, of images above 22 million pixels, go on in the third axis
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def mix_normalize_kernel(
 ):  # fmt: skip
     GROUPS: tl.constexpr = (3 * W + 3) // 4  # in a row
     i = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * BLOCK
+    start = (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)) * BLOCK
     tile = start // GROUPS, (start + BLOCK - 1) // GROUPS  # first and last row
     index = start + tl.arange(0, BLOCK)
     y, group = index // GROUPS, index % GROUPS
@@ -170,9 +171,10 @@ def mix_normalize_triton(
         return out
     shift, scale = [255.0 * m for m in mean], [1.0 / (255.0 * s) for s in std]
     tiles = triton.cdiv(H * triton.cdiv(3 * W, 4), BLOCK)
+    layers = triton.cdiv(tiles, MAX_GRID_Y)
     # The batch is the fast axis of the grid: a tile's samples, and so its partners, are read side by side.
     with torch.cuda.device_of(images):
-        mix_normalize_kernel[(B, tiles)](
+        mix_normalize_kernel[(B, triton.cdiv(tiles, layers), layers)](
             images, *draws, out, B, H, *shift, *scale,
             W=W, CHANNELS_LAST=channels_last, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
