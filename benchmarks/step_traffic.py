@@ -1,11 +1,13 @@
 """What a compiled student moves through memory in a training step, counted without a GPU.
 
-python -m benchmarks.step_traffic [--student deit_small_distilled_patch16_224] [--batch-size 256]
+python -m benchmarks.step_traffic [--student deit_small_distilled_patch16_224] [--teacher regnety_160]
+                                  [--batch-size 256]
 
-The student is traced as training traces it (bf16 autocast, drop path, fused attention) and handed to torch.compile's
-Inductor, which plans its kernels for an H200 that it is told of; the plan is read instead of run. Bytes are those that
-each planned kernel reads and writes once: what caches save and what cuBLAS reads twice is not in them. The teacher, the
-loss and the optimizer are not part of this graph. Updates records/compile/step_traffic.csv.
+Student and teacher are traced as training traces them (bf16 autocast, drop path, fused attention; fp16, BatchNorms
+folded, 1x1 convolutions joined with their ReLU or not) and handed to torch.compile's Inductor, which plans its kernels
+for an H200 that it is told of; the plan is read instead of run. Bytes are those that each planned kernel reads and
+writes once: what caches save and what cuBLAS reads twice is not in them. The loss and the optimizer are not part of
+these graphs. Updates records/compile/step_traffic.csv.
 
 Imitating a device takes some of PyTorch's internals, as they are in 2.15.
 """
@@ -18,8 +20,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import timm
 import torch
 from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+from torch import nn
 from torch._inductor import config, ir
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
@@ -32,11 +36,14 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from fastdeit.fold_batchnorm import fold_batchnorm
+from fastdeit.memory_format import laid_out
 from fastdeit.model import create_model
 
 RECORD = Path(__file__).parent / "records" / "compile" / "step_traffic.csv"
 KINDS = (
-    "matrix products", "attention", "residual and LayerNorm", "GELU", "gradients of biases and norms", "casts", "other",
+    "products, convolutions", "attention", "residual and LayerNorm", "GELU", "gradients of biases and norms", "casts",
+    "other",
 )  # fmt: skip
 COLUMNS = ("pass", "kind", "kernels", "gigabytes")
 CUDA = torch.device("cuda", 0)
@@ -55,12 +62,32 @@ class Kernel:
 
 def planned(student: str, batch_size: int) -> dict[str, list[Kernel]]:
     """The kernels of the "forward" and the "backward" pass."""
-    return {name: plan(*graph, backward=name == "backward") for name, graph in traced(student, batch_size).items()}
+    model = create_model(student, drop_path=0.1, attention="fused").train().to(memory_format=torch.channels_last)
+    with FakeTensorMode() as fake:
+        noise = torch.empty(batch_size, len(model.blocks), 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            graphs = traced(model, fake, images_of(batch_size, model.img_size[0], torch.bfloat16), noise)
+    return {name: plan(*graph, backward=name == "backward") for name, graph in graphs.items()}
 
 
-def traced(student: str, batch_size: int) -> dict[str, tuple[GraphModule, list]]:
-    """The graphs of both passes and their inputs. Of tensors without contents on the CPU, because autograd asks CUDA's
-    for their stream; `plan` moves them."""
+def planned_teacher(name: str, batch_size: int, *, joined: bool) -> list[Kernel]:
+    """The kernels of a forward pass of a timm model as fastdeit.teacher lays it out in channels_last memory."""
+    model, pixels = timm.create_model(name, num_classes=1000).eval().requires_grad_(False), 224
+    example = torch.randn(2, 3, pixels, pixels)
+    model, _ = fold_batchnorm(model, example)
+    model = laid_out(model, "joined" if joined else "channels_last", example).half()
+    with FakeTensorMode() as fake, torch.no_grad():
+        (graph,) = traced(model, fake, images_of(batch_size, pixels, torch.float16)).values()
+    return plan(*graph, backward=False)
+
+
+def images_of(batch_size: int, pixels: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(batch_size, 3, pixels, pixels, dtype=dtype, memory_format=torch.channels_last)
+
+
+def traced(model: nn.Module, fake: FakeTensorMode, *inputs: torch.Tensor) -> dict[str, tuple[GraphModule, list]]:
+    """The graphs of "forward" and, with gradients, "backward", and their inputs. Of tensors without contents on the
+    CPU, because autograd asks CUDA's for their stream; `plan` moves them."""
     graphs = {}
 
     def keep(name):
@@ -74,22 +101,17 @@ def traced(student: str, batch_size: int) -> dict[str, tuple[GraphModule, list]]
         joint_graph_passes(joint)
         return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **options)
 
-    model = create_model(student, drop_path=0.1, attention="fused").train().to(memory_format=torch.channels_last)
-    with FakeTensorMode() as fake:
-        parameters = {name: fake.from_tensor(parameter) for name, parameter in model.named_parameters()}
-        shape = (batch_size, 3, *model.img_size)
-        images = torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
-        noise = torch.empty(batch_size, len(model.blocks), 2)
+    def run(state, *inputs):
+        return torch.func.functional_call(model, state, inputs)
 
-        def lifted(parameters, images, noise):
-            with torch.autocast("cpu", torch.bfloat16):
-                return torch.func.functional_call(model, parameters, (images, noise))
-
-        compiled = aot_function(
-            lifted, fw_compiler=keep("forward"), bw_compiler=keep("backward"), partition_fn=partition,
-            decompositions=select_decomp_table(),
-        )  # fmt: skip
-        sum(logits.sum() for logits in compiled(parameters, images, noise)).backward()
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    compiled = aot_function(
+        run, fw_compiler=keep("forward"), bw_compiler=keep("backward"), partition_fn=partition,
+        decompositions=select_decomp_table(),
+    )  # fmt: skip
+    outputs = compiled({name: fake.from_tensor(tensor) for name, tensor in state.items()}, *inputs)
+    if torch.is_grad_enabled():
+        sum(logits.sum() for logits in outputs).backward()
     return graphs
 
 
@@ -158,7 +180,7 @@ def kind_of(node) -> str | None:
     if has("attention"):
         return "attention"
     if isinstance(node.node, ir.ExternKernel):
-        return "matrix products"
+        return "products, convolutions"
     if has("rsqrt", "var_mean") or type(node).__name__ == "FusedMixOrderReductions":
         return "residual and LayerNorm"
     if has("sum"):
@@ -173,15 +195,19 @@ def kind_of(node) -> str | None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="deit_small_distilled_patch16_224")
+    parser.add_argument("--teacher", default="regnety_160")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--combo-kernels", action="store_true", help="Inductor joins independent kernels, an option")
     parser.add_argument("--no-record", action="store_true", help="leave records/compile/step_traffic.csv as it is")
     args = parser.parse_args()
     with config.patch(combo_kernels=args.combo_kernels):
-        rows = table(planned(args.student, args.batch_size))
-    print(f"torch {torch.__version__}, {args.student}, batch {args.batch_size}\n")
+        passes = planned(args.student, args.batch_size)
+        passes["teacher"] = planned_teacher(args.teacher, args.batch_size, joined=False)
+        passes["teacher, joined"] = planned_teacher(args.teacher, args.batch_size, joined=True)
+    print(f"torch {torch.__version__}, {args.student}, {args.teacher}, batch {args.batch_size}\n")
+    rows = table(passes)
     for row in [dict(zip(COLUMNS, COLUMNS)), *rows]:
-        print(f"{row['pass']:10}{row['kind']:32}{row['kernels']:>8}{row['gigabytes']:>11}")
+        print(f"{row['pass']:17}{row['kind']:32}{row['kernels']:>8}{row['gigabytes']:>11}")
     if not args.no_record:
         with RECORD.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -189,16 +215,18 @@ def main():
             writer.writerows(rows)
 
 
-def table(kernels: dict[str, list[Kernel]]) -> list[dict]:
-    """A row for each pass and kind, then the sum."""
+def table(passes: dict[str, list[Kernel]]) -> list[dict]:
+    """A row for each kind that a pass has, then the sum of the pass."""
     rows = []
-    for name, of_pass in kernels.items():
-        for kind in KINDS:
-            own = [kernel.bytes for kernel in of_pass if kernel.kind == kind]
-            rows.append({"pass": name, "kind": kind, "kernels": len(own), "gigabytes": sum(own) / 1e9})
-    total = {key: sum(row[key] for row in rows) for key in ("kernels", "gigabytes")}
-    rows.append({"pass": "both", "kind": "all", **total})
-    return [{**row, "gigabytes": f"{row['gigabytes']:.2f}"} for row in rows]
+    for name, kernels in passes.items():
+        own = {kind: [kernel.bytes for kernel in kernels if kernel.kind == kind] for kind in KINDS}
+        own["all"] = [size for sizes in own.values() for size in sizes]
+        rows += [
+            {"pass": name, "kind": kind, "kernels": len(sizes), "gigabytes": f"{sum(sizes) / 1e9:.2f}"}
+            for kind, sizes in own.items()
+            if sizes
+        ]
+    return rows
 
 
 if __name__ == "__main__":

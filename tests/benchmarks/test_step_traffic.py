@@ -18,10 +18,19 @@ def test_the_plan_of_a_step():
     kernels = planned(NANO, BATCH)
     counts = {(row["pass"], row["kind"]): row["kernels"] for row in table(kernels)}
     products = 4 * blocks + 1 + 2  # qkv, proj, fc1, fc2; patches; heads
-    assert counts["forward", "matrix products"] == products
-    assert counts["backward", "matrix products"] == 2 * products - 1  # the images need no gradient
+    assert counts["forward", "products, convolutions"] == products
+    assert counts["backward", "products, convolutions"] == 2 * products - 1  # the images need no gradient
     assert counts["forward", "attention"] == counts["forward", "GELU"] == blocks
     tokens = (blocks - 1) * model.pos_embed.shape[1] + 2  # the last block computes two
     hidden = BATCH * tokens * 4 * model.embed_dim
     gelu = sum(kernel.bytes for kernel in kernels["forward"] if kernel.kind == "GELU")
     assert gelu == 2 * 2 * hidden  # bf16, in and out
+
+
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="imitates a device by internals of PyTorch 2.15")
+def test_joined_convolutions_move_less():
+    from benchmarks.step_traffic import planned_teacher
+
+    apart, joined = (planned_teacher("regnety_002", 4, joined=joined) for joined in (False, True))
+    assert len(joined) < len(apart)
+    assert sum(kernel.bytes for kernel in joined) < 0.9 * sum(kernel.bytes for kernel in apart)
