@@ -108,7 +108,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     batch, tokens, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=_lse_dtype(q), device=q.device)
-    if use_triton(q) and q.dtype in DTYPES:
+    if q.numel() == 0:  # nothing to launch, and PyTorch's own operator dies of no heads
+        pass
+    elif use_triton(q) and q.dtype in DTYPES:
         from .forward import attention_forward
 
         attention_forward(q, k, v, out, lse, scale)
@@ -119,7 +121,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 def _backward(grad_out, q, k, v, out, lse, scale, grad_lse, grads: tuple[Tensor, Tensor, Tensor]):
-    if use_triton(q) and q.dtype in DTYPES:
+    if q.numel() == 0:
+        pass
+    elif use_triton(q) and q.dtype in DTYPES:
         from .backward import attention_backward
 
         attention_backward(grad_out, q, k, v, out, lse, scale, grad_lse, grads)
