@@ -1,6 +1,7 @@
 """Which implementation a tensor gets: Triton where it can run, plain PyTorch elsewhere."""
 
 import os
+from functools import cache
 
 import torch
 
@@ -8,9 +9,17 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@cache
+def compute_capability(device: torch.device) -> int:
+    """80, 90, 100 and so on."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def use_triton(tensor: torch.Tensor) -> bool:
-    """True for CUDA tensors, and for CPU tensors when TRITON_INTERPRET=1."""
-    return tensor.is_cuda or INTERPRETED
+    """True for CUDA tensors, from Ampere on, and for CPU tensors when TRITON_INTERPRET=1."""
+    # Older GPUs have 64 KB of shared memory, of which the kernels ask more, and Triton is not made for them.
+    return compute_capability(tensor.device) >= 80 if tensor.is_cuda else INTERPRETED
 
 
 def dot_precision(tensor: torch.Tensor) -> str:

@@ -1,20 +1,13 @@
 """What every launch of the attention kernels asks of its tensors and of the device."""
 
-from functools import cache
-
-import torch
 from torch import Tensor
 
-
-@cache
-def _architecture(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+from fastdeit.kernels.backend import compute_capability
 
 
 def architecture(x: Tensor) -> int:
     """80, 90, 100 and so on. The interpreter runs what a Hopper GPU would."""
-    return _architecture(x.device) if x.is_cuda else 90
+    return compute_capability(x.device) if x.is_cuda else 90
 
 
 def padded_columns(head_dim: int) -> int:

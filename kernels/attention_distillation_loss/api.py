@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import use_triton
+from ..backend import INTERPRETED, use_triton
 from . import reference
 
 
@@ -219,7 +219,8 @@ def _check_model(model, q, k, heads):
     for name, tensor in ((f"{model}_q", q), (f"{model}_k", k)):
         if tensor.ndim != 4 or 0 in tensor.shape:
             raise ValueError(f"{name} must be (batch, tokens, heads, head_dim), none 0, not {tuple(tensor.shape)}.")
-        if tensor.dtype not in floats and (use_triton(tensor) or tensor.dtype != torch.float64):
+        double = tensor.dtype == torch.float64 and tensor.device.type == "cpu" and not INTERPRETED
+        if tensor.dtype not in floats and not double:
             raise ValueError(f"{name} must be float32, float16 or bfloat16, not {tensor.dtype}; cast it first.")
         if tensor.shape[3] > 1 and tensor.stride(3) != 1:
             raise ValueError(f"the last dimension of {name} must be contiguous; call .contiguous() first.")

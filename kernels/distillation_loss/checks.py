@@ -2,7 +2,7 @@
 
 import torch
 
-from ..backend import use_triton
+from ..backend import INTERPRETED
 from .reference import IGNORE
 
 KINDS = ("none", "hard", "soft")
@@ -26,7 +26,8 @@ def check_options(kind, alpha, tau, smoothing, soft_reduction, reduction):
 
 def check_logits(cls_logits, dist_logits):
     floats = (torch.float32, torch.float16, torch.bfloat16)
-    if cls_logits.dtype not in floats and (use_triton(cls_logits) or cls_logits.dtype != torch.float64):
+    double = cls_logits.dtype == torch.float64 and cls_logits.device.type == "cpu" and not INTERPRETED
+    if cls_logits.dtype not in floats and not double:
         raise ValueError(f"cls_logits must be float32, float16 or bfloat16, not {cls_logits.dtype}; cast them first.")
     if cls_logits.ndim != 2 or 0 in cls_logits.shape:
         raise ValueError(f"cls_logits must be (batch, classes), neither of them 0, not {tuple(cls_logits.shape)}.")
