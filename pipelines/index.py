@@ -191,7 +191,7 @@ def _refuse_other_classes(unknown: set[str], missing: set[str], what: str) -> No
     if unknown:
         parts.append(f"has {_some(unknown)}, unknown to training")
     raise ValueError(
-        f"{what} does not have the classes of training: it {' and '.join(parts)}; give both splits the same classes "
+        f"{what} does not have the classes of training: it {' and '.join(parts)}; give it the same classes "
         "(an empty class folder will do)"
     )
 

@@ -71,7 +71,7 @@ def test_an_empty_class_folder_keeps_its_label(data):
 
 @pytest.mark.parametrize(
     "classes, message",
-    [(("cat", "cow", "dog"), "it lacks cow; give both splits the same"), (("cat",), "it has dog, unknown to training")],
+    [(("cat", "cow", "dog"), "it lacks cow; give it the same"), (("cat",), "it has dog, unknown to training")],
 )
 def test_other_classes_than_in_training_are_named(data, classes, message):
     with pytest.raises(ValueError, match=message):
