@@ -1,6 +1,7 @@
 """The model names and what they stand for."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -47,7 +48,8 @@ def model_names() -> list[str]:
     return list(ARCHITECTURES)
 
 
-def unknown_model_message(name: str) -> str:
-    """One sentence for a name nobody knows, with the names it may have meant."""
-    near = difflib.get_close_matches(name, ARCHITECTURES, n=3) or list(ARCHITECTURES)
-    return f"unknown model {name!r}; did you mean {' or '.join(near)}?"
+def unknown_model_message(name: str, others: Iterable[str] = ()) -> str:
+    """One sentence for a name nobody knows, with those it may have meant; `others`: timm's, where they would do too."""
+    if near := difflib.get_close_matches(name, dict.fromkeys([*ARCHITECTURES, *others]), n=3):
+        return f"unknown model {name!r}; did you mean {' or '.join(near)}?"
+    return f"unknown model {name!r}: see fastdeit.model.model_names()" + (" and timm.list_models()" if others else "")

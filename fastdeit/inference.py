@@ -108,6 +108,10 @@ def load(
 
     Raises UserError, or ValueError for weights that do not fit.
     """
+    if input_size is not None and input_size < 1:
+        raise UserError(f"--input-size {input_size}: must be at least 1")
+    if crop_ratio is not None and not 0 < crop_ratio <= 1:
+        raise UserError(f"--eval-crop-ratio {crop_ratio}: must lie above 0 and up to 1")
     device = torch.device(device)
     if pretrained:
         loaded = _published(str(source), input_size)
@@ -239,7 +243,7 @@ def _create(name: str, input_size: int | None, **options) -> nn.Module:
 
     source, _ = parse_model_name(name)
     if source is None and not timm.is_model(name):
-        raise UserError(ours.unknown_model_message(name) + " timm has no model of this name either")
+        raise UserError(ours.unknown_model_message(name, timm.list_models()))
     if input_size is not None:
         try:
             return timm.create_model(name, img_size=input_size, **options)

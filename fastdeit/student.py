@@ -49,7 +49,7 @@ def build_timm_model(config: Config, num_classes: int) -> nn.Module:
 
     name = config.model.model
     if not timm.is_model(name):
-        return ours.create_model(name)  # raises, with the names that come near
+        raise UserError(ours.unknown_model_message(name, timm.list_models()))
     options = {"num_classes": num_classes, "pretrained": config.model.pretrained}
     if config.model.drop_path:
         options["drop_path_rate"] = config.model.drop_path
