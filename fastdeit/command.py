@@ -54,6 +54,8 @@ def in_words(error: Exception) -> str | None:
         return f"{error.strerror}{where}: make room, and go on with a run by --resume"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         return f"{error.filename}: {error.strerror}; choose another place, or see to the permissions of this one"
+    if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)) and error.filename:
+        return f"{error.filename}: {error.strerror}; choose another place"
     if _is_ours(type(error).__module__) or (isinstance(error, ValueError) and _is_ours(_raising_module(error))):
         return " ".join(str(error).split())
     return None

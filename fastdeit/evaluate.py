@@ -93,6 +93,8 @@ def evaluate(classifiers: dict, loader, place, output: Path | None = None) -> di
     from .accuracy import Tally
     from .confusion import Answers
 
+    if output is not None and place.is_main:
+        output.mkdir(parents=True, exist_ok=True)  # refused now, not when all images have been seen
     tallies = {source: Tally() for source in classifiers}
     answers = {source: Answers(len(loader.index), place.device) for source in classifiers}
     for batch in _with_progress(loader, place):
@@ -122,7 +124,6 @@ def _write(output: Path, result: dict, tallies: dict, answers: dict, index) -> N
     from .confusion import draw_confusion, write_classes
     from .run_directory import write_json
 
-    output.mkdir(parents=True, exist_ok=True)
     write_json(output / "accuracy.json", result)
     prefixes = {"model": "", "ema": "ema_"}
     columns, diagrams = {}, {}

@@ -25,7 +25,7 @@ def saved_settings(run: Path) -> Config:
     """The settings a run was started with."""
     try:
         settings = json.loads((run / "settings.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--resume {run}: there is no run in this folder; give one that holds settings.json") from None
     except ValueError as error:
         raise UserError(f"--resume {run}: its settings.json is damaged ({error})") from error

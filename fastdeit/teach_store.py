@@ -100,10 +100,12 @@ def _store(options: Options, config: Config, place: Place) -> None:
 
 def _claim(folder: Path, place: Place) -> None:
     """The store's folder: a new one, or one that a store was begun in."""
-    if place.is_main and folder.exists():
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: there is a file of this name; choose another folder")
+    if place.is_main and folder.is_dir():
         ours = {f"{name}.npy" for name in ("indices", "labels", "classes", "probabilities", "probe")}
         ours |= {"header.json", "header.json.unfinished", "written", "bad_files.txt"}
-        if not folder.is_dir() or {path.name for path in folder.iterdir()} - ours:
+        if {path.name for path in folder.iterdir()} - ours:
             raise UserError(f"--output {folder} holds other files, which are left untouched: choose another folder")
     if place.is_main:
         folder.mkdir(parents=True, exist_ok=True)

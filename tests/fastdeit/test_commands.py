@@ -111,17 +111,37 @@ def test_a_class_missing_in_val(cli, tmp_path):
     refused(cli, train.main, *SMALL, "--data-path", root, words=["green"])
 
 
-def test_an_unknown_model(cli, colors):
-    refused(
-        cli,
-        train.main,
-        *SMALL,
-        "--data-path",
-        colors,
-        "--model",
-        "deit_tinny_patch16_224",
-        words=["deit_tiny_patch16_224"],
-    )
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        ("deit_tinny_patch16_224", ["did you mean", "deit_tiny_patch16_224"]),
+        ("resnet5", ["did you mean", "resnet50"]),
+        ("!", ["model_names()", "timm.list_models()"]),
+    ],
+)
+def test_an_unknown_model(cli, colors, model, words):
+    refused(cli, train.main, *SMALL, "--data-path", colors, "--model", model, words=words)
+
+
+def test_a_file_where_a_folder_is_meant(cli, colors, run, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    data = ["--data-path", colors]
+    refused(cli, train.main, *SMALL, "--data-path", file, words=[str(file), "no folder"])
+    refused(cli, train.main, *SMALL, *data, "--output-dir", file, words=[str(file), "a file of this name"])
+    refused(cli, train.main, *SMALL, *data, "--output-dir", file / "run", words=[str(file), "Not a directory"])
+    refused(cli, train.main, "--resume", file, words=[str(file), "no run in this folder"])
+    refused(cli, evaluate.main, run, *data, "--output", file / "out", words=[str(file), "Not a directory"])
+    refused(cli, export.main, run, "--format", "timm", "--output", file / "out", words=[str(file), "File exists"])
+    storing = ["--distillation-type", "hard", "--teacher-path", run, "--views", 1, "--output", file]
+    refused(cli, teach.main, "store", *SMALL, *data, *storing, words=[str(file), "a file of this name"])
+
+
+@pytest.mark.parametrize("main", [evaluate.main, predict.main])
+@pytest.mark.parametrize("flag, value", [("--input-size", "0"), ("--eval-crop-ratio", "2")])
+def test_sizes_no_image_has(cli, colors, run, main, flag, value):
+    images = ["--data-path", colors] if main is evaluate.main else [colors / "val"]
+    refused(cli, main, run, *images, flag, value, words=[f"{flag} {value}"])
 
 
 def test_a_teacher_of_other_classes(cli, run, tmp_path):
