@@ -113,15 +113,16 @@ def _die(place: Place, error: Exception) -> None:
     taking the process group down in order."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    sentence = in_words(error)
+    sentence, lost = in_words(error), isinstance(error, dist.DistError) or "by peer" in str(error)
+    if lost:  # where it waited for the other is no news, least of all from 63 ranks
+        told = f", having lost another rank, whose message tells the cause: {' '.join(str(error).split())}"
+    else:
+        told = f": {sentence or traceback.format_exc()}"
     # For torchrun's closing report: the sentence is enough, where there is one.
-    get_error_handler().record_exception(error if sentence is None else error.with_traceback(None))
+    get_error_handler().record_exception(error.with_traceback(None) if lost or sentence else error)
     place.at_end.__exit__(type(error), error, error.__traceback__)
-    lost = isinstance(error, dist.DistError) or "by peer" in str(error)
     print(
-        f"rank {place.rank} of {place.world_size} on {socket.gethostname()} ({place.device}) ends"
-        + (", having lost another rank, whose message tells the cause" if lost else "")
-        + f": {sentence or traceback.format_exc()}",
+        f"rank {place.rank} of {place.world_size} on {socket.gethostname()} ({place.device}) ends{told}",
         file=sys.stderr,
     )
     sys.stderr.flush()

@@ -107,6 +107,7 @@ def test_a_rank_that_ends_ends_the_job(data, tmp_path, action, cause):
     assert 0 not in codes and time.monotonic() - since < 60
     witness = ranks[0 if action is die else 1].text
     assert re.search(r"rank \d of 2 on \S+ \(cpu\) ends", witness) and cause in witness
+    assert ("Traceback" in witness) == (action is fail)  # whoever has lost another only says so
     assert step_of(tmp_path / "run") == 2  # the end of the first epoch
     checkpoint.read(tmp_path / "run" / "last")
 
