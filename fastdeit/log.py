@@ -47,7 +47,8 @@ class Log:
             text = bar_text(self.title, epoch, figures, self.console.width - BAR_WIDTH)
             self.bar.update(self.task, completed=step, description=text)
         elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
-            self.say(f"  step {step}/{self.total_steps}  {_train_text(figures)}  left {self._left(step)}")
+            parts = [f"  step {step}/{self.total_steps}", *_train_parts(figures), f"left {self._left(step)}"]
+            self.say("  ".join(parts))
 
     def evaluated(
         self, *, step: int, epoch: int, epochs: int, figures: dict, seconds: float, accuracy: dict[str, dict]
@@ -57,15 +58,16 @@ class Log:
         self._write(
             {"kind": "eval", "step": step, "epoch": epoch, "seconds": {"evaluation": round(seconds, 4)}, **accuracy}
         )
-        percent = "  ".join(
+        first, *others = [
             f"{'ema ' if source == 'ema' else ''}{head} {100 * value:.2f}"
             for source, heads in accuracy.items()
             for head, value in heads.items()
-        )
-        width = len(str(epochs))
-        self.say(
-            f"epoch {epoch + 1:{width}d}/{epochs}  {_train_text(figures)}  left {self._left(step)}  top-1 % {percent}"
-        )
+        ]
+        parts = [
+            f"epoch {epoch + 1:{len(str(epochs))}d}/{epochs}", *_train_parts(figures), f"left {self._left(step)}",
+            f"top-1 % {first}", *others,
+        ]  # fmt: skip
+        self.say(in_lines(parts, self.console.width) if self.console.is_terminal else "  ".join(parts))
 
     def say(self, text: str) -> None:
         self.last_line = time.monotonic()
@@ -112,6 +114,16 @@ class Log:
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
+def in_lines(parts: list[str], width: int) -> str:
+    """The parts side by side, in as many lines as that takes; the first part stands alone at its edge."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) > width:
+            lines.append(" " * len(parts[0]))
+        lines[-1] += f"  {part}"
+    return "\n".join(lines)
+
+
 def bar_text(title: str, epoch: int, figures: dict, width: int) -> str:
     """What stands before the bar: as much as there is room for, or the bar would go."""
     text = f"{title}  epoch {epoch + 1}"
@@ -127,16 +139,16 @@ def bar_text(title: str, epoch: int, figures: dict, width: int) -> str:
     return text
 
 
-def _train_text(figures: dict) -> str:
+def _train_parts(figures: dict) -> list[str]:
     if not figures:
-        return ""
+        return []
     names = {"class_loss": "class", "teacher_loss": "teacher", "attention_loss": "attention"}
     terms = ", ".join(f"{name} {figures[key]:.3f}" for key, name in names.items() if figures.get(key))
     terms = f" ({terms})" if "," in terms else ""
-    return (
-        f"loss {figures['loss']:.3f}{terms}  lr {figures['lr']:.1e}  {figures['images_per_s']:,.0f} images/s  "
-        f"data {100 * figures['data_share']:.0f} %"
-    )
+    return [
+        f"loss {figures['loss']:.3f}{terms}", f"lr {figures['lr']:.1e}", f"{figures['images_per_s']:,.0f} images/s",
+        f"data {100 * figures['data_share']:.0f} %",
+    ]  # fmt: skip
 
 
 def _flat(record: dict, prefix: str = ""):

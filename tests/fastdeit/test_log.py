@@ -49,6 +49,31 @@ def test_the_bars_text_takes_what_fits():
     assert bar_text("student", 0, FIGURES, 99).endswith("data 25 %  lr 1.5e-03")
 
 
+ACCURACY = {source: {"cls": 0.2333, "dist": 0.2528, "both": 0.2444} for source in ("model", "ema")}
+EVALUATED = {
+    "step": 66, "epoch": 2, "epochs": 30, "figures": FIGURES | {"class_loss": 0.2}, "seconds": 1.0,
+    "accuracy": ACCURACY,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_an_epochs_figures_are_not_torn_apart(terminal, columns):
+    log, written = terminal(columns)
+    log.evaluated(**EVALUATED)
+    lines = written.getvalue().splitlines()
+    assert lines[0].startswith("epoch  3/30  loss 0.146 (class 0.200, teacher 0.001, attention 0.001)")
+    assert len(lines) > 1 and max(map(len, lines)) <= columns
+    assert all(line.startswith(" " * len("epoch  3/30  ")) for line in lines[1:])
+    for part in ("164 images/s", "data 25 %", "left -:--:--", "top-1 % cls 23.33", "ema cls 23.33", "ema both 24.44"):
+        assert sum(part in line for line in lines) == 1, part
+
+
+def test_without_a_terminal_an_epoch_is_one_line(capsys):
+    Log(None, total_steps=1200, title="student").evaluated(**EVALUATED)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("epoch  3/30  loss 0.146") and line.endswith("ema dist 25.28  ema both 24.44")
+
+
 def test_the_cursor_is_hidden_only_while_steps_are_made(terminal):
     log, written = terminal(80)
     log.say("teacher: refused")
