@@ -61,6 +61,7 @@ def with_digits(config, place):
         train(settings, place)
         if place.is_main:
             settings.run.output_dir.rename(target)
+            print(f"the teacher is finished: {settings.run.output_dir} is now {target}")
         place.barrier()
     config.distillation.teacher_path = str(target)
     return config

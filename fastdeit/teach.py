@@ -38,10 +38,9 @@ def fit(arguments: list[str]) -> None:
         train(config, place)
         if place.is_main:
             data = "" if config.data.data_path is None else f" --data-path {config.data.data_path}"
-            print(
-                f"teach a student with it: python -m fastdeit.train{data} --distillation-type hard --teacher-path RUN, "
-                "RUN being the folder above"
-            )
+            folder, what = config.run.output_dir or "RUN", "" if config.run.output_dir else " (RUN: the folder above)"
+            command = f"python -m fastdeit.train{data} --distillation-type hard --teacher-path {folder}"
+            print(f"teach a student with it{what}:\n\n{fold(f'    {command}')}")
 
 
 if __name__ == "__main__":

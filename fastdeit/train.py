@@ -89,8 +89,9 @@ def train(config, place) -> dict:
         similarity = pictures.token_similarity(trainer, folder)
         print(tables.summary_table(summary))
         if similarity:
-            print("cosine similarity of class and distillation token, input and after each block:", *similarity)
-        print(f"curves.png, summary.json and the checkpoints last and best are in {folder}")
+            values = " ".join(map(str, similarity))
+            trainer.log.say(f"cosine similarity of class and distillation token, input and after each block: {values}")
+        trainer.log.say(f"curves.png, summary.json and the checkpoints last and best are in {folder}")
     return summary
 
 
@@ -158,9 +159,10 @@ def _sizes(trainer, indices) -> str:
     training, validation = indices
     config = trainer.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    steps = f"{trainer.total_steps:,} step{'s' * (trainer.total_steps != 1)}"
     return (
         f"{config.model.model}: {parameters / 1e6:.2f} M parameters, {len(training):,} training and "
-        f"{len(validation):,} validation images of {len(training.classes)} classes, {trainer.total_steps:,} steps of "
+        f"{len(validation):,} validation images of {len(training.classes)} classes, {steps} of "
         f"{trainer.global_batch} images, {trainer.place.device}"
     )
 
