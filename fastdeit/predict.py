@@ -12,6 +12,8 @@ rotation is not applied.
 
 import logging
 import os
+import shutil
+import stat
 import sys
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,8 @@ from typing import Annotated, Literal
 
 from .command import UserError, parse, run
 from .prediction import Prediction, as_csv, as_json, as_line, csv_header
+
+TOP = 5  # classes
 
 
 def main() -> None:
@@ -41,8 +45,8 @@ def main() -> None:
         ]
         """Files; folders, which are searched with all below them, and patterns such as 'photos/**/*.jpg', which give
         the files with an image's extension, sorted."""
-        top: int = 5
-        """Classes to show."""
+        top: int | None = None
+        """Classes to show. Default: 5, or as many of them as fit on a line of the terminal."""
         head: Literal["cls", "dist", "both"] = "both"
         """Class head, distillation head, or the average of their logits."""
         ema: bool = False
@@ -74,8 +78,9 @@ def main() -> None:
         raise UserError("--json and --csv are two forms of the same answer: choose one")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("predict is one process: start it with python, not with torchrun")
-    if arguments.top < 1:
+    if arguments.top is not None and arguments.top < 1:
         raise UserError(f"--top {arguments.top}: show at least one class")
+    top = TOP if arguments.top is None else arguments.top
     files = image_files(arguments.images)
     pictures = None if arguments.attention is None else _picture_paths(files, arguments.attention)
     if arguments.ema and not has_moving_average(arguments.checkpoint, pretrained=arguments.pretrained):
@@ -87,16 +92,17 @@ def main() -> None:
             precision=arguments.precision, crop_ratio=arguments.eval_crop_ratio,
         )  # fmt: skip
         answers = predict(
-            classifier, files, place, top=arguments.top, head=arguments.head, batch_size=arguments.batch_size,
+            classifier, files, place, top=top, head=arguments.head, batch_size=arguments.batch_size,
             pictures=pictures,
         )  # fmt: skip
         classes, header = class_names(classifier), None
         if arguments.json:
             form = as_json
         elif arguments.csv:
-            form, header = as_csv, csv_header(min(arguments.top, len(classes)))
+            form, header = as_csv, csv_header(min(top, len(classes)))
         else:
-            form = as_line(files, classes)
+            to_fit = arguments.top is None and sys.stdout.isatty()
+            form = as_line(files, classes, shutil.get_terminal_size().columns if to_fit else None)
         for note in classifier.notes:
             print(note, file=sys.stderr)
         try:
@@ -113,7 +119,7 @@ def predict(
     files: Sequence[str],
     place,
     *,
-    top: int = 5,
+    top: int = TOP,
     head: str = "both",
     batch_size: int = 64,
     pictures: dict[str, Path] | None = None,
@@ -239,16 +245,17 @@ def _print(answers: Iterator[list[Prediction]], header: str | None, form: Callab
 
 @contextmanager
 def _progress(total: int):
-    """(say, advance): a bar on stderr where that is a terminal which the answers do not go to."""
+    """(say, advance): a bar on stderr where that is a terminal and the answers go to a file; from a pipe they may come
+    back to the terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
-    console = Console(stderr=True)
+    console, to_file = Console(stderr=True), stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode)
     columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(
         *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False,
-        disable=sys.stdout.isatty() or not console.is_terminal,
+        disable=not (console.is_terminal and to_file),
     )  # fmt: skip
     task = bar.add_task("", total=total)
     with bar:

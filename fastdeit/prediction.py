@@ -18,8 +18,13 @@ class Prediction(NamedTuple):
 # Each form gives a line, or None where it has none for an image that could not be read.
 
 
-def as_line(images: Sequence[str], classes: Sequence[str]) -> Callable[[Prediction], str | None]:
-    """The plain form, its columns as wide as these names of images and classes ask for."""
+def as_line(
+    images: Sequence[str], classes: Sequence[str], width: int | None = None
+) -> Callable[[Prediction], str | None]:
+    """The plain form, its columns as wide as these names of images and classes ask for.
+
+    width: the longest line that is wanted; classes behind the first give way to it
+    """
     image_width = min(max(map(len, images)), IMAGE_WIDTH)
     class_width = min(max(map(len, classes)), CLASS_WIDTH)
 
@@ -27,7 +32,12 @@ def as_line(images: Sequence[str], classes: Sequence[str]) -> Callable[[Predicti
         if answer.error is not None:
             return None
         cells = [f"{name:<{class_width}} {100 * p:5.1f} %" for name, p in answer.classes]
-        return "  ".join([f"{answer.image:<{image_width}}", *cells])
+        line, *others = [f"{answer.image:<{image_width}}  {cells[0]}", *cells[1:]]
+        for cell in others:
+            if width is not None and len(line) + 2 + len(cell) > width:
+                break
+            line += f"  {cell}"
+        return line
 
     return form
 

@@ -20,6 +20,7 @@ from fastdeit.image_files import image_files
 from fastdeit.inference import class_names, load
 from fastdeit.model import IMAGENET_MEAN, IMAGENET_STD, create_model
 from fastdeit.pipelines import eval_loader
+from fastdeit.prediction import Prediction, as_line
 
 from .conftest import COLORS, refused
 
@@ -274,19 +275,34 @@ class Terminal(io.TextIOWrapper):
         return True
 
 
-@pytest.mark.parametrize("stdout_too", [False, True])
-def test_a_bar_where_it_is_not_in_the_way(run, images, damaged, tmp_path, monkeypatch, stdout_too):
-    with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
-        monkeypatch.setattr(sys, "stdout", (Terminal if stdout_too else io.TextIOWrapper)(out))
+@pytest.mark.parametrize("stdout", ["file", "pipe", "terminal"])
+def test_a_bar_where_it_is_not_in_the_way(run, images, damaged, tmp_path, monkeypatch, stdout):
+    """A pipe's reader, `head` say, may write to the terminal that the bar is on."""
+    file = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    reader, writer = {"file": lambda: (file, file), "pipe": os.pipe, "terminal": os.openpty}[stdout]()
+    with os.fdopen(writer, "w", closefd=False) as out, open(tmp_path / "err", "wb") as err:
+        monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", Terminal(err))
         monkeypatch.setattr(sys, "argv", ["predict", str(run), *images, *damaged, "--csv", "--device", "cpu"])
         predict.main()
         sys.stdout.flush(), sys.stderr.flush()
     told = (tmp_path / "err").read_text()
-    assert ("predicting" in told) == (not stdout_too)
+    assert ("predicting" in told) == (stdout == "file")
     for name, cause in damaged.items():
         assert re.search(f"{re.escape(name)}: .*{cause}", told)
-    assert [row[0] for row in csv.reader(open(tmp_path / "out"))] == ["image", *images]
+    if stdout == "file":
+        os.lseek(reader, 0, os.SEEK_SET)
+    answered = os.read(reader, 1 << 16).decode()
+    assert [row[0] for row in csv.reader(io.StringIO(answered))] == ["image", *images]
+    for descriptor in {file, reader, writer}:
+        os.close(descriptor)
+
+
+def test_the_plain_form_gives_way_to_the_terminals_width():
+    answer = Prediction("a.png", [("cat", 0.5), ("dog", 0.25), ("a long name", 0.125)])
+    lines = {width: as_line(["a.png"], ["cat", "dog"], width)(answer) for width in (None, 10, 31, 52)}
+    assert lines[10] == "a.png  cat  50.0 %" and lines[31] == "a.png  cat  50.0 %  dog  25.0 %"
+    assert lines[52] == lines[None] == "a.png  cat  50.0 %  dog  25.0 %  a long name  12.5 %"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
