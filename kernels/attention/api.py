@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastdeit.kernels.backend import use_triton
+from fastdeit.kernels.backend import full_precision, use_triton
 
 from . import cpu
 
@@ -115,8 +115,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 
         attention_forward(q, k, v, out, lse, scale)
     else:
-        for result, value in zip((out, lse), cpu.attention_forward(q, k, v, scale)):
-            result.copy_(value)
+        with full_precision(q):
+            for result, value in zip((out, lse), cpu.attention_forward(q, k, v, scale)):
+                result.copy_(value)
     return out, lse
 
 
@@ -128,8 +129,9 @@ def _backward(grad_out, q, k, v, out, lse, scale, grad_lse, grads: tuple[Tensor,
 
         attention_backward(grad_out, q, k, v, out, lse, scale, grad_lse, grads)
     else:
-        for grad, value in zip(grads, cpu.attention_backward(grad_out, q, k, v, out, lse, scale, grad_lse)):
-            grad.copy_(value)
+        with full_precision(q):
+            for grad, value in zip(grads, cpu.attention_backward(grad_out, q, k, v, out, lse, scale, grad_lse)):
+                grad.copy_(value)
 
 
 def _lse_dtype(x: Tensor) -> torch.dtype:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import INTERPRETED, use_triton
+from ..backend import INTERPRETED, full_precision, use_triton
 from . import reference
 
 
@@ -124,7 +124,8 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale
     if not use_triton(student_q):
-        return reference.forward(*arguments, objective, with_grad)
+        with full_precision(student_q):
+            return reference.forward(*arguments, objective, with_grad)
     if objective == "mean_kl":
         from .triton_mean import forward
 
@@ -166,7 +167,8 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor]:
     arguments = dloss, student_q, student_k, teacher_q, teacher_k, student_lse, teacher_lse
     if not use_triton(student_q):
-        return reference.backward(*arguments, delta, student_scale, teacher_scale, objective)
+        with full_precision(student_q):
+            return reference.backward(*arguments, delta, student_scale, teacher_scale, objective)
     if objective == "mean_kl":
         from .triton_mean import backward
 

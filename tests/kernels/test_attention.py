@@ -102,6 +102,17 @@ def test_autocast_casts_mixed_inputs():
         assert attention(q, k, v).dtype == torch.bfloat16
 
 
+def test_autocast_leaves_the_arithmetic_alone():
+    """Products of the plain formulas are in float32 inside autocast too, forward and backward."""
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            qkv = make(2, 9, 3, 2, 32, dtype=torch.bfloat16).requires_grad_()
+            out, lse = attention_qkvpacked(qkv, return_lse=True)
+            grads.append(torch.autograd.grad(out.float().sin().sum() + lse.sum(), qkv)[0])
+    assert torch.equal(*grads)
+
+
 def test_second_derivative_is_refused():
     qkv = make(1, 3, 3, 1, 32).requires_grad_()
     (grad,) = torch.autograd.grad(attention_qkvpacked(qkv).sum(), qkv, create_graph=True)

@@ -300,6 +300,20 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(ours, truth)
 
 
+@pytest.mark.parametrize("options", [{}, MSE, MEAN], ids=str)
+def test_autocast_leaves_the_arithmetic_alone(options):
+    """Scores and products of the plain formulas are in float32 inside autocast too, forward and backward."""
+    case, results = Case(9, batch=2, heads=2, head_dim=32, teacher_dim=32, options=options), []
+    for enabled in (False, True):
+        student, teacher = make(case, torch.bfloat16)
+        student.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = attention_distillation_loss(*pairs(case, student, teacher), **options)
+            results.append((loss.detach(), torch.autograd.grad(loss, student)[0]))
+    for ours, inside in zip(*results):
+        assert torch.equal(ours, inside) and ours.dtype == inside.dtype
+
+
 x = torch.zeros(2, 5, 3, 8)
 BAD_INPUT = [
     ("rows must be", (x, x, x, x), {"rows": "cls"}),

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,3 +21,30 @@ def test_cpu_tensors_take_triton_in_the_interpreter_alone(monkeypatch):
     for interpreted in (False, True):
         monkeypatch.setattr(backend, "INTERPRETED", interpreted)
         assert backend.use_triton(torch.zeros(1)) is interpreted
+
+
+@pytest.mark.parametrize(
+    "triton, numpy, runs",
+    [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.0+git1", "2.5.2", True), ("3.9.0", "2.4.6", True)],
+)
+def test_old_interpreters_need_an_old_numpy(triton, numpy, runs, monkeypatch):
+    monkeypatch.setattr("triton.__version__", triton)
+    monkeypatch.setattr("numpy.__version__", numpy)
+    lacking = backend.interpreter_lacks()
+    assert lacking is None if runs else "Triton 3.6.0 needs an older NumPy: pip install 'numpy<2.4'" in lacking
+
+
+def test_an_interpreter_that_cannot_run_says_so_when_a_kernel_is_called():
+    program = """
+import os, numpy, triton
+os.environ["TRITON_INTERPRET"] = "1"
+triton.__version__, numpy.__version__ = "3.6.0", "2.5.2"
+import torch
+from fastdeit.kernels import bias_gelu
+try:
+    bias_gelu(torch.ones(2, 4), torch.zeros(4))
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "pip install 'numpy<2.4'" in done.stdout
