@@ -61,6 +61,11 @@ def main() -> int:
 def run(name: str, flags: list[str], *, quick: bool, device: str) -> int:
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if quick and device == "cpu" and name in KERNELS:
+        from fastdeit.kernels.backend import interpreter_lacks
+
+        if (lacking := interpreter_lacks()) is not None:
+            print(f"error: {lacking}", file=sys.stderr)
+            return NOT_RUN
         environment["TRITON_INTERPRET"] = "1"  # before the first import of Triton, hence out here
     module = f"benchmarks.{name.replace('-', '_')}"
     command = [sys.executable, "-m", module, "--device", device, *(["--quick"] if quick else []), *flags]
