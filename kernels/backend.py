@@ -41,6 +41,11 @@ def use_triton(tensor: torch.Tensor) -> bool:
     return INTERPRETED
 
 
+def full_precision(tensor: torch.Tensor) -> torch.autocast:
+    """Around plain PyTorch in an operator, whose float32 products a caller's autocast would make half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def dot_precision(tensor: torch.Tensor) -> str:
     """`input_precision` of tl.dot: float32 follows PyTorch's own switch, half precision has only one way."""
     # Not torch.get_float32_matmul_precision(), which raises once somebody has used the newer switches.
