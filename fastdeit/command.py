@@ -33,13 +33,16 @@ def run(main: Callable[[], int | None]) -> None:
     """
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at the end
+        code = 0
     except Exception as error:
         message = in_words(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         code = 2
-    sys.stdout.flush()
     sys.exit(code)
 
 
@@ -81,11 +84,7 @@ def parse(kind: type, *, description: str, **options):
     import tyro
 
     _explain(kind)
-    try:
-        return tyro.cli(tyro.conf.OmitArgPrefixes[kind], description=_AsItIs(fold(description)), **options)
-    except BrokenPipeError:  # whoever reads the help, `head` say, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    return tyro.cli(tyro.conf.OmitArgPrefixes[kind], description=_AsItIs(fold(description)), **options)
 
 
 @functools.cache

@@ -105,11 +105,7 @@ def main() -> None:
             form = as_line(files, classes, shutil.get_terminal_size().columns if to_fit else None)
         for note in classifier.notes:
             print(note, file=sys.stderr)
-        try:
-            some = _print(answers, header, form, len(files))
-        except BrokenPipeError:  # whoever reads, `head` say, has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return
+        some = _print(answers, header, form, len(files))
     if not some:
         raise UserError("no image could be read")
 

@@ -111,10 +111,12 @@ def test_help_fits_the_terminal(monkeypatch, capsys, columns):
     assert max(map(len, help_of(monkeypatch, capsys, columns).splitlines())) <= columns
 
 
-def test_help_may_be_read_in_part():
+@pytest.mark.parametrize("arguments", [["--help"], ["--print-config"]])
+def test_what_is_said_may_be_read_in_part(arguments):
+    pytest.importorskip("tyro")
     read, write = os.pipe()
     os.close(read)
-    command_line = [sys.executable, "-c", "from fastdeit.config import parse; parse(['--help'])"]
+    command_line = [sys.executable, "-m", "fastdeit.train", *arguments]
     done = subprocess.run(command_line, stdout=write, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
