@@ -16,6 +16,7 @@ COMMANDS = {"prepare": prepare, "show": show}
 @pytest.fixture
 def cli(monkeypatch, capsys):
     """cli(name, *arguments) -> (exit code, stdout, stderr)."""
+    pytest.importorskip("tyro")
 
     def call(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -113,6 +114,8 @@ def _die(*_):
 
 
 def test_a_picture_of_what_training_sees(cli, photos, tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("nvidia.dali")
     code, _, err = cli("show", photos.reader.root, tmp_path / "out.png", "--aa", "none")
     assert code == 0, err
     with Image.open(tmp_path / "out.png") as picture:
