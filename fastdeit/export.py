@@ -16,6 +16,7 @@ appears only after that. The last three take normalised images (batch, 3, height
 import importlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,6 +131,8 @@ def _compare(trained: Trained, read_back: Callable[[Tensor], Tensor], kind: str)
 
 def write_timm(trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
     timm = _import("timm")
+    if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < (1, 0, 31):
+        raise UserError(f"timm {timm.__version__} cannot read what is written for it: pip install 'timm>=1.0.31'")
     from safetensors.torch import save_file
 
     model = trained.model

@@ -200,7 +200,9 @@ def _published(name: str, input_size: int | None) -> dict:
     which answers by head."""
     try:
         model = _create(name, input_size, pretrained=True)
-    except (OSError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes its reader stumble anywhere
         raise UserError(
             f"the published weights of {name} could not be loaded ({error.__class__.__name__}: {error}); download a "
             "file of them and give it with --model NAME"

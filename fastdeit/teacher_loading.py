@@ -99,7 +99,7 @@ def _timm_model(name: str, path: str | None, input_size: int | None) -> Loaded:
 def _published(name: str, input_size: int | None) -> nn.Module:
     try:
         return _create(name, input_size, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a damaged file makes its reader stumble anywhere
         raise UserError(
             f"the published weights of the teacher {name} could not be loaded ({error.__class__.__name__}: {error}); "
             "give them as a file by --teacher-path, or fit a teacher with `python -m fastdeit.teach fit`"

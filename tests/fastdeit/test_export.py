@@ -16,6 +16,8 @@ from fastdeit.command import UserError
 from fastdeit.export import Trained, export
 from fastdeit.model import DeiT, create_model
 
+pytest.importorskip("timm", minversion="1.0.31")  # older ones do not read what is written for timm
+
 CLASSES = ("cat", "dog", "axolotl")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -73,6 +75,13 @@ def test_timm_models_travel_too(tmp_path):
     export(original, "timm", tmp_path / "out")
     read = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert same(read(original.example(2)), original, original.example(2))
+
+
+def test_a_timm_too_old_to_read_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(timm, "__version__", "1.0.22")
+    with pytest.raises(UserError, match=r"timm 1\.0\.22 .*pip install 'timm>=1\.0\.31'"):
+        export(trained(), "timm", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # transformers

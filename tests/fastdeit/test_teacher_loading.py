@@ -15,6 +15,8 @@ from fastdeit.teacher_classes import SelectClasses, read_groups, same_classes
 
 from .conftest import SMALL
 
+pytest.importorskip("timm", minversion="1.0.31")  # older ones cannot read a local folder's safetensors
+
 CLASSES = ("blue", "green", "red")
 
 
@@ -54,6 +56,9 @@ def test_a_folder_timm_can_load(resnet, tmp_path):
     assert teacher_loading.class_groups(loaded, None, CLASSES) is None
     with pytest.raises(UserError, match="--teacher-classes"):
         teacher_loading.class_groups(loaded, None, ("blue", "red", "green"))
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    with pytest.raises(UserError, match="could not be loaded"):
+        teacher_loading.load(Distillation(teacher_model=f"local-dir:{tmp_path}"))
 
 
 def test_our_own_run_at_another_size(colors, tmp_path):
