@@ -173,6 +173,20 @@ def test_tiles_beyond_the_second_axis_of_the_grid(monkeypatch):
     run([], kernels.mix_normalize, images, *PIXELS, **draws)
 
 
+def test_wrong_indices_on_a_gpu_reach_no_memory_of_others(monkeypatch):
+    """Where they are not refused because looking would stop the stream."""
+    monkeypatch.setattr(distillation_triton, "MAX_BLOCK", 16)
+    wild, weights = torch.tensor([2**40, -(2**40), 37]), torch.tensor([0.5, 0.0, 1.0])
+    logits, stored = tensor(3, 37), torch.stack((wild, wild + 5), 1)
+    with memory_watch():
+        for teacher in ((wild, None, "hard"), (stored, torch.rand(3, 2), "soft")):
+            options = teacher[2], 0.5, 1.0, 0.1, False, True
+            distillation_triton.launch(logits, logits, wild, wild.flip(0), weights, *teacher[:2], *options)
+        images, boxes = torch.zeros(3, 8, 8, 3, dtype=torch.uint8), torch.tensor([-(2**31), 5, 2**30, 2**31 - 2])
+        boxes = boxes.int().expand(3, 4)
+        mix_triton.mix_normalize_triton(images, *PIXELS, wild, weights, boxes, boxes, wild, FLOAT, True)
+
+
 # The checker itself.
 
 
