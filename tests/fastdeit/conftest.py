@@ -35,12 +35,14 @@ def write_folder(root, *, train=12, val=4, size=20, colors=COLORS):
 
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory):
+    pytest.importorskip("nvidia.dali")  # to read them
     return write_folder(tmp_path_factory.mktemp("colors"))
 
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """Run a command in this process: cli(main, *arguments) -> (exit code, stdout, stderr)."""
+    pytest.importorskip("tyro")
 
     def call(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
@@ -62,6 +64,7 @@ SMALL = (
 @pytest.fixture(scope="session")
 def run(colors, tmp_path_factory):
     """A finished run on the colours: its folder. Not to be written to."""
+    pytest.importorskip("tyro")
     from fastdeit import train
     from fastdeit.config import parse
     from fastdeit.distributed import join

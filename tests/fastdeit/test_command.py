@@ -77,6 +77,7 @@ class Some:
 
 
 def help_of(monkeypatch, capsys, columns):
+    pytest.importorskip("tyro")
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
         command.parse(Some, prog="some", args=["--help"], description=f"One.\n\n    some --size 4\n\n{'two ' * 40}")
@@ -102,6 +103,7 @@ def test_a_long_command_line_goes_on_behind_a_backslash(monkeypatch):
 
 
 def test_settings_without_their_source():
+    pytest.importorskip("tyro")
     made = make_dataclass("Made", [("size", int, 3)])
     assert command.parse(made, args=["--size", "4"], description="").size == 4
 

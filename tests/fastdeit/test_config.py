@@ -9,6 +9,8 @@ from fastdeit.command import UserError
 from fastdeit.config import Config, parse
 from fastdeit.train import main
 
+pytest.importorskip("tyro")
+
 # facebookresearch/deit main.py; those of its flags this project has must keep their names and defaults.
 ORIGINAL = {
     "batch_size": 64, "epochs": 300, "input_size": 224, "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.99996,

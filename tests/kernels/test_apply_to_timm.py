@@ -13,7 +13,7 @@ from torch import nn
 
 from fastdeit.kernels import apply_to_timm
 
-timm = pytest.importorskip("timm")
+timm = pytest.importorskip("timm", minversion="1.0.31")
 TINY = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=5)
 
 

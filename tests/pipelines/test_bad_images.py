@@ -20,6 +20,8 @@ from fastdeit.pipelines import (
     train_loader,
 )
 
+pytest.importorskip("nvidia.dali")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Large crops: what is left of a truncated file is decoded where a crop needs no more.
 PLAIN = Augmentation(aa="none", color_jitter=0, repeats=1, scale=(0.9, 1.0))

@@ -36,6 +36,7 @@ def test_labels_follow_and_the_rest_has_none(index, data):
 
 
 def test_the_loader_gives_each_image_with_its_label(index):
+    pytest.importorskip("nvidia.dali")
     plain = Augmentation(
         scale=(1, 1), ratio=(1, 1), hflip=0, aa="none", color_jitter=0, reprob=0, mixup=0, cutmix=0, repeats=1
     )

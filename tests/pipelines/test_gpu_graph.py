@@ -1,7 +1,10 @@
 """The graph that runs on a GPU, as far as it can be looked at without one: DALI traces it, but does not build it."""
 
-import nvidia.dali.backend as dali
 import pytest
+
+pytest.importorskip("nvidia.dali")
+
+import nvidia.dali.backend as dali
 from nvidia.dali.pipeline import Pipeline
 
 from fastdeit.pipelines import Augmentation

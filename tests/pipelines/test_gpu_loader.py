@@ -5,6 +5,7 @@ import torch
 
 from fastdeit.pipelines import Augmentation, eval_loader, train_loader
 
+pytest.importorskip("nvidia.dali")
 pytestmark = pytest.mark.gpu
 CROP = Augmentation(aa="none", color_jitter=0)
 

@@ -10,6 +10,8 @@ import torch
 
 from fastdeit.pipelines import Augmentation, eval_loader, open_folder, train_loader
 
+pytest.importorskip("nvidia.dali")
+
 PLAIN = Augmentation(aa="none", color_jitter=0, repeats=1)
 RAND_SMALL = {"input_size": 48, "augmentation": Augmentation(repeats=1), "seed": 3}
 

@@ -5,9 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import timm.data.auto_augment as timm_aa
-from nvidia.dali import fn, pipeline_def, types
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
+
+pytest.importorskip("nvidia.dali")
+
+from nvidia.dali import fn, pipeline_def, types
 
 from fastdeit.pipelines import pillow
 from fastdeit.pipelines.dali_operations import layer

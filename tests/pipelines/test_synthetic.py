@@ -8,6 +8,7 @@ from fastdeit.pipelines import Augmentation, SyntheticIndex, eval_loader, show, 
 
 
 def test_synthetic_batches_are_resident_and_mixed_like_real_ones(photos):
+    pytest.importorskip("nvidia.dali")
     index = SyntheticIndex(images=96, classes=10)
     loader = train_loader(index, batch_size=16, input_size=32, seed=5)
     first, *rest = list(loader)
@@ -33,6 +34,7 @@ assert len(list(eval_loader(index, batch_size=8, input_size=32))) == 2
 
 
 def test_show_draws_a_picture(photos, tmp_path, monkeypatch):
+    pytest.importorskip("nvidia.dali")
     out = tmp_path / "out.png"
     root = photos.path(0).rsplit("/train/", 1)[0]
     monkeypatch.setattr("sys.argv", ["show", root, str(out), "--aa", "rand-m5"])

@@ -7,6 +7,8 @@ from PIL import Image
 from timm.data import auto_augment as timm_aa
 from torchvision import transforms
 
+pytest.importorskip("nvidia.dali")
+
 from fastdeit.pipelines import Augmentation, pillow
 from fastdeit.pipelines.cpu import CpuViews
 from fastdeit.pipelines.gpu import GpuViews
