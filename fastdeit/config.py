@@ -244,8 +244,14 @@ class Config:
 def check(config: Config) -> None:
     """Refuse values no run can work with."""
     trackers.check(config.run.tracker)
+    _check_ranges(config)
+    _check_together(config)
+
+
+def _check_ranges(config: Config) -> None:
+    """Each setting by itself."""
     data, optimization, distillation = config.data, config.optimization, config.distillation
-    rates = {
+    for flag, rate in {
         "--drop-path": config.model.drop_path,
         "--smoothing": optimization.smoothing,
         "--distillation-alpha": distillation.distillation_alpha,
@@ -255,8 +261,7 @@ def check(config: Config) -> None:
         "--mixup-prob": data.mixup_prob,
         "--mixup-switch-prob": data.mixup_switch_prob,
         "--max-bad": data.max_bad,
-    }
-    for flag, rate in rates.items():
+    }.items():
         if not 0 <= rate <= 1:
             raise UserError(f"{flag} {rate}: must lie between 0 and 1")
     for flag, count in {
@@ -286,6 +291,15 @@ def check(config: Config) -> None:
     }.items():
         if value < 0:
             raise UserError(f"{flag} {value}: must not be negative")
+    if distillation.distillation_tau <= 0:
+        raise UserError(f"--distillation-tau {distillation.distillation_tau}: a temperature must be above 0")
+    if not 0 < data.eval_crop_ratio <= 1:
+        raise UserError(f"--eval-crop-ratio {data.eval_crop_ratio}: must lie above 0 and up to 1")
+
+
+def _check_together(config: Config) -> None:
+    """Settings that do not go with each other."""
+    data, distillation = config.data, config.distillation
     for flag, given in {
         "--teacher-path": distillation.teacher_path,
         "--teacher-store": distillation.teacher_store,
@@ -298,16 +312,12 @@ def check(config: Config) -> None:
         raise UserError(
             "--unlabelled-path: without labels there must be a teacher: give --distillation-type hard or soft"
         )
-    if distillation.distillation_tau <= 0:
-        raise UserError(f"--distillation-tau {distillation.distillation_tau}: a temperature must be above 0")
     if data.batch_size % 2 and (data.mixup > 0 or data.cutmix > 0):
         raise UserError(
             f"--batch-size {data.batch_size}: mixup and cutmix pair the samples of a batch; use an even size"
         )
     if config.speed.sharding == "fsdp" and config.speed.precision == "fp16":
         raise UserError("--sharding fsdp goes with --precision bf16 or fp32: it does not know the loss scaling of fp16")
-    if not 0 < data.eval_crop_ratio <= 1:
-        raise UserError(f"--eval-crop-ratio {data.eval_crop_ratio}: must lie above 0 and up to 1")
 
 
 def parse(
@@ -344,7 +354,7 @@ def parse(
 def _flag(arguments: list[str], name: str) -> str | None:
     """The value of --name in the raw arguments: the recipe must be known before the parser is built."""
     for position, argument in enumerate(arguments):
-        key, equals, value = argument.replace("_", "-", 0).partition("=")
+        key, equals, value = argument.partition("=")
         if key.replace("_", "-") == f"--{name}":
             return value if equals else (arguments[position + 1] if position + 1 < len(arguments) else None)
     return None
