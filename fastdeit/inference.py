@@ -20,12 +20,10 @@ from . import model as ours
 from .accuracy import by_head
 from .architectures import ARCHITECTURES, Architecture
 from .command import UserError
-from .config import Config
 from .distributed import Place
-from .student import build_student, heads, is_ours, mean_std
+from .preparation import PRECISIONS
+from .student import create_timm, heads, is_ours, mean_std, rebuild
 from .weights import checkpoint_file, head_names, load_weights, read_state_dict
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -163,17 +161,9 @@ def class_names(classifier: Classifier) -> tuple[str, ...]:
 def _checkpoint(source: str | Path, weights: str, input_size: int | None, device: torch.device) -> dict:
     if not Path(source).exists():
         raise UserError(_nothing_at(str(source)))
-    folder = checkpoint.find(source)
-    saved = checkpoint.description(folder)
-    settings = Config.from_dict(saved["settings"])
-    settings.model.finetune, settings.model.pretrained, settings.model.drop_path = None, False, 0.0
-    settings.data.input_size = input_size or saved["input_size"]
-    if device.type != "cuda":
-        settings.speed.attention = "sdpa"  # the weights do not care, and the others need a GPU to be fast or to run
-    model = build_student(settings, saved["num_classes"])
-    notes = load_weights(model, folder / f"{weights}.safetensors")
+    model, saved, notes = rebuild(checkpoint.find(source), device, weights=weights, input_size=input_size)
     return {
-        "model": model, "classes": tuple(saved["classes"]), "input_size": settings.data.input_size,
+        "model": model, "classes": tuple(saved["classes"]), "input_size": input_size or saved["input_size"],
         "mean": tuple(saved["mean"]), "std": tuple(saved["std"]), "crop_ratio": saved["eval_crop_ratio"],
         "notes": tuple(notes),
     }  # fmt: skip
@@ -239,20 +229,14 @@ def _as_configured(model: nn.Module, input_size: int | None, notes: list[str], s
 
 
 def _create(name: str, input_size: int | None, **options) -> nn.Module:
-    """timm's model; a transformer is made for input_size, a convolutional network takes any."""
+    """student.create_timm for a name that timm knows."""
     import timm
     from timm.models import parse_model_name
 
     source, _ = parse_model_name(name)
     if source is None and not timm.is_model(name):
         raise UserError(ours.unknown_model_message(name, timm.list_models()))
-    if input_size is not None:
-        try:
-            return timm.create_model(name, img_size=input_size, **options)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-    return timm.create_model(name, **options)
+    return create_timm(name, input_size, **options)
 
 
 def _written_by_timm(folder: Path) -> bool:

@@ -1,8 +1,11 @@
 """From settings to the model that is trained: one of ours, or any timm model by name."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
+from . import checkpoint
 from . import model as ours
 from .command import UserError
 from .config import Config
@@ -39,6 +42,25 @@ def build_student(config: Config, num_classes: int) -> nn.Module:
     return model
 
 
+def rebuild(
+    folder: Path, device: torch.device, *, weights: str = "model", input_size: int | None = None
+) -> tuple[nn.Module, dict, list[str]]:
+    """The model of a checkpoint folder, on the CPU, to be used on `device`.
+
+    weights: "model", or "ema" for the moving average. input_size: pixels on a side, if another than in training.
+    Returns (model, what config.json says of it, sentences of weights.load_weights); raises UserError, or ValueError for
+    weights that do not fit.
+    """
+    saved = checkpoint.description(folder)
+    settings = Config.from_dict(saved["settings"])
+    settings.model.finetune, settings.model.pretrained, settings.model.drop_path = None, False, 0.0
+    settings.data.input_size = input_size or saved["input_size"]
+    if device.type != "cuda":
+        settings.speed.attention = "sdpa"  # the weights do not care, and the others need a GPU to be fast or to run
+    model = build_student(settings, saved["num_classes"])
+    return model, saved, load_weights(model, folder / f"{weights}.safetensors")
+
+
 def is_ours(name: str) -> bool:
     return name in ours.model_names()
 
@@ -56,12 +78,7 @@ def build_timm_model(config: Config, num_classes: int) -> nn.Module:
     if config.model.patch_size:
         options["patch_size"] = config.model.patch_size
     try:
-        try:
-            return timm.create_model(name, img_size=config.data.input_size, **options)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            return timm.create_model(name, **options)  # convolutional networks take any size
+        return create_timm(name, config.data.input_size, **options)
     except TypeError as error:
         for option, remedy in {"patch_size": "leave --patch-size away", "drop_path_rate": "give --drop-path 0"}.items():
             if option in str(error):
@@ -74,6 +91,20 @@ def build_timm_model(config: Config, num_classes: int) -> nn.Module:
             f"the published weights of {name} could not be loaded ({error.__class__.__name__}: {error}); download them "
             "first, give a file by --finetune, or start from random weights by --no-pretrained"
         ) from error
+
+
+def create_timm(name: str, input_size: int | None, **options) -> nn.Module:
+    """timm's model. A transformer is made for images of `input_size` pixels (None: its own), and timm interpolates its
+    positions; a convolutional network takes any."""
+    import timm
+
+    if input_size is not None:
+        try:
+            return timm.create_model(name, img_size=input_size, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+    return timm.create_model(name, **options)
 
 
 def mean_std(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -163,7 +163,7 @@ class _Network(nn.Module):
 def load_teacher(config: Config, classes: Sequence[str], *, student_mean, student_std, place: Place) -> Teacher:
     """The teacher of the settings, ready to answer; refused unless its classes are the data's, or mapped to them."""
     settings = config.distillation
-    loaded = load(settings)
+    loaded = load(settings, place.device)
     groups = class_groups(loaded, settings.teacher_classes, classes)
     # fp16 rounds eight times finer than bf16: of 4,224 mixed views of the digits their teacher decided as in fp32 on
     # 99.95 %, in bf16 on 99.50 %. What overflows is noticed in `check`, and in the loss.

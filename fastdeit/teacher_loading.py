@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from . import checkpoint
+from .architectures import unknown_model_message
 from .command import UserError
-from .config import Config, Distillation
-from .student import build_student, mean_std
+from .config import Distillation
+from .student import create_timm, mean_std, rebuild
 from .teacher_classes import read_groups, same_classes
 from .weights import head_names, load_weights, read_state_dict
 
@@ -34,10 +36,11 @@ class Loaded:
         return self.model.num_classes
 
 
-def load(settings: Distillation) -> Loaded:
-    """The teacher that --teacher-model and --teacher-path name. Raises UserError, or ValueError for unfit weights."""
+def load(settings: Distillation, device: torch.device) -> Loaded:
+    """The teacher that --teacher-model and --teacher-path name, for use on `device`. Raises UserError, or ValueError
+    for weights that do not fit."""
     if settings.teacher_path is not None and Path(settings.teacher_path).is_dir():
-        loaded = _own_checkpoint(checkpoint.find(settings.teacher_path), settings.teacher_input_size)
+        loaded = _own_checkpoint(checkpoint.find(settings.teacher_path), settings.teacher_input_size, device)
     else:
         loaded = _timm_model(settings.teacher_model, settings.teacher_path, settings.teacher_input_size)
     if not loaded.num_classes:
@@ -56,17 +59,11 @@ def class_groups(loaded: Loaded, mapping: str | None, classes: Sequence[str]) ->
     return None
 
 
-def _own_checkpoint(folder: Path, input_size: int | None) -> Loaded:
+def _own_checkpoint(folder: Path, input_size: int | None, device: torch.device) -> Loaded:
     """A checkpoint folder of ours: config.json holds the model, its input and the names of its classes."""
-    saved = checkpoint.description(folder)
-    settings = Config.from_dict(saved["settings"])
-    settings.model.finetune, settings.model.pretrained, settings.model.drop_path = None, False, 0.0
-    settings.data.input_size = input_size or saved["input_size"]
-    model = build_student(settings, saved["num_classes"])
-    load_weights(model, folder)
-    return Loaded(
-        str(folder), model, settings.data.input_size, tuple(saved["mean"]), tuple(saved["std"]), tuple(saved["classes"])
-    )
+    model, saved, _ = rebuild(folder, device, input_size=input_size)
+    mean, std, classes = (tuple(saved[key]) for key in ("mean", "std", "classes"))
+    return Loaded(str(folder), model, input_size or saved["input_size"], mean, std, classes)
 
 
 def _timm_model(name: str, path: str | None, input_size: int | None) -> Loaded:
@@ -78,11 +75,11 @@ def _timm_model(name: str, path: str | None, input_size: int | None) -> Loaded:
     except ValueError as error:
         raise UserError(f"--teacher-model {name}: {error}") from error
     if source is None and not timm.is_model(name):
-        raise UserError(f"--teacher-model {name}: timm has no model of this name; see timm.list_models()")
+        raise UserError(f"--teacher-model {name}: {unknown_model_message(name, timm.list_models())}")
     if path is None:
         model = _published(name, input_size)
     else:
-        model = _create(name, input_size, pretrained=False)
+        model = create_timm(name, input_size)
         head = head_names(model)[0]
         weight = read_state_dict(_file(path)).get(f"{head}.weight")
         if weight is not None and len(weight) != model.num_classes:
@@ -98,25 +95,12 @@ def _timm_model(name: str, path: str | None, input_size: int | None) -> Loaded:
 
 def _published(name: str, input_size: int | None) -> nn.Module:
     try:
-        return _create(name, input_size, pretrained=True)
+        return create_timm(name, input_size, pretrained=True)
     except Exception as error:  # a damaged file makes its reader stumble anywhere
         raise UserError(
             f"the published weights of the teacher {name} could not be loaded ({error.__class__.__name__}: {error}); "
             "give them as a file by --teacher-path, or fit a teacher with `python -m fastdeit.teach fit`"
         ) from error
-
-
-def _create(name: str, input_size: int | None, **options) -> nn.Module:
-    """At another input size than its own a transformer is made for that size (timm interpolates its positions)."""
-    import timm
-
-    if input_size is not None:
-        try:
-            return timm.create_model(name, img_size=input_size, **options)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise  # convolutional networks take any size, and no img_size
-    return timm.create_model(name, **options)
 
 
 def _file(path: str) -> Path:
