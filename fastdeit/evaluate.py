@@ -16,8 +16,6 @@ from typing import Annotated, Literal
 
 from .command import UserError, parse, run
 
-TITLES = {"cls": "class head", "dist": "distillation head", "both": "both heads, averaged"}
-
 
 def main() -> None:
     import tyro
@@ -122,17 +120,18 @@ def evaluate(classifiers: dict, loader, place, output: Path | None = None) -> di
 def _write(output: Path, result: dict, tallies: dict, answers: dict, index) -> None:
     from .calibration import draw_calibration
     from .confusion import draw_confusion, write_classes
-    from .run_directory import write_json
+    from .durable import replace_json
+    from .tables import NAMES
 
-    write_json(output / "accuracy.json", result)
+    replace_json(output / "accuracy.json", result)
     prefixes = {"model": "", "ema": "ema_"}
     columns, diagrams = {}, {}
     for source, heads in answers.items():
         moving = ", moving average" if source == "ema" else ""
         columns |= {f"{prefixes[source]}top1_{head}": kept for head, kept in heads.items()}
-        diagrams |= {TITLES[head] + moving: counts for head, counts in tallies[source].calibration().items()}
+        diagrams |= {NAMES[head] + moving: counts for head, counts in tallies[source].calibration().items()}
         final = list(heads)[-1]  # what the model answers: both heads, or the only one
-        title = f"{TITLES[final]}{moving}: top-1 {100 * result[source][final]['top1']:.2f} %"
+        title = f"{NAMES[final]}{moving}: top-1 {100 * result[source][final]['top1']:.2f} %"
         file = "confusion.png" if source == "model" else "confusion_ema.png"
         draw_confusion(output / file, index.classes, heads[final], index.labels, title)
     write_classes(output / "classes.csv", index.classes, index.labels, columns)

@@ -70,7 +70,7 @@ def claim(config: Config) -> tuple[Path, bool]:
         )
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", config.to_dict())
+    durable.replace_json(folder / "settings.json", config.to_dict())
     return folder, made
 
 
@@ -86,10 +86,6 @@ def _give_up(folder: Path, made: bool, error: BaseException | None) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-
-def write_json(path: Path, content) -> None:
-    durable.replace_json(path, content)
 
 
 def _lock(folder: Path) -> IO:

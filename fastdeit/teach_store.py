@@ -25,7 +25,7 @@ from . import command, teacher_store
 from .command import UserError
 from .config import Config, parse
 from .distributed import Place, join
-from .preparation import precision_of, prepare
+from .preparation import first_views, precision_of, prepare
 from .stored_teacher import describe, positions_of, probe_of
 from .teacher_store import Piece, Store, Writer, differences
 
@@ -80,7 +80,8 @@ def _store(options: Options, config: Config, place: Place) -> None:
     live = LiveAnswers(config, place, indices[0].classes, options.top)
     _claim(options.output, place)
     loader, _ = loaders(config, indices, place, options.output if place.is_main else None)
-    for sentence in live.teacher.check(live.first_views(loader)):  # before a store stands with what is refused here
+    # Before there is a store of what may be refused here.
+    for sentence in live.teacher.check(first_views(loader, live.prepare)):
         _say(place, sentence)
     header = live.header(loader, options.views)
     if place.is_main and not (options.output / "header.json").is_file():
@@ -169,12 +170,6 @@ class LiveAnswers:
 
     def prepare(self, batch) -> Tensor:
         return prepare(batch, self.mean, self.std, self.precision)
-
-    def first_views(self, loader, images: int = 512) -> Iterator[Tensor]:
-        loader.set_epoch(0)
-        for batch in islice(loader, -(-images // loader.plans.batch_size)):
-            yield self.prepare(batch)
-        loader.set_epoch(0)
 
     def header(self, loader, views: int) -> dict:
         global_batch = loader.plans.batch_size * loader.plans.world_size

@@ -15,8 +15,6 @@ from typing import Protocol
 
 from .command import UserError
 
-NAMES = ("tensorboard", "wandb", "trackio", "none")
-
 
 class Tracker(Protocol):
     def log(self, step: int, figures: dict[str, float]) -> None: ...
@@ -30,7 +28,7 @@ def check(name: str | None) -> None:
 
 
 def open_tracker(name: str | None, folder: Path, settings: dict) -> Tracker | None:
-    """The tracker of the run in `folder`. `name`: one of NAMES, or None for TensorBoard where it is installed.
+    """The tracker of the run in `folder`. `name`: as --tracker takes it; None for TensorBoard where it is installed.
 
     settings: the run's, as the trackers show them. Raises UserError if the tracker refuses to start.
     """

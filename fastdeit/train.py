@@ -5,11 +5,9 @@ python -m fastdeit.train --data-path DIR      your own folder, DIR/train/CLASS/*
 torchrun --nproc-per-node 8 -m fastdeit.train --data-path DIR
 """
 
-import itertools
 import json
 from pathlib import Path
 
-from .accumulation import split
 from .command import UserError, run
 
 
@@ -27,14 +25,11 @@ def main() -> None:
 
 def train(config, place) -> dict:
     """One run, from settings to the closing table. Returns the table: top-1 as fractions, see tables.NAMES."""
-    from . import pictures, resume, run_directory, stored_teacher, tables
-    from .data import loaders, open_images
+    from . import run_directory, tables
+    from .data import open_images
     from .digits import with_digits
     from .dry_run import dry_run
-    from .student import build_student, mean_std
-    from .teacher import load_teacher
-    from .teacher_store import Store
-    from .trainer import Trainer, deterministic
+    from .trainer import deterministic
 
     if config.speed.attention == "xformers" and place.device.type != "cuda":
         raise UserError("--attention xformers runs on CUDA devices only: leave --attention away on this one")
@@ -48,6 +43,35 @@ def train(config, place) -> dict:
             print(f"{tables.summary_table(summary)}\n{run_directory.to_resume(config)} is finished")
         return summary
     indices = open_images(config, place)
+    trainer, folder, saved = build(config, place, indices)
+    if config.run.dry_run:
+        return dry_run(trainer)
+    _begin(trainer, indices, folder)
+    trainer.load(saved)
+    del saved
+    accuracy = trainer.fit()
+    summary = {head: value["top1"] for head, value in accuracy["model"].items()}
+    if trainer.teacher is not None and config.distillation.teacher_store is None:
+        summary["teacher"] = trainer.accuracy_of(lambda images: (trainer.teacher(images), None))["cls"]["top1"]
+    if config.distillation.compare_undistilled:
+        summary["undistilled"] = train_undistilled(config, place, indices, folder)
+    _end(trainer, summary, folder)
+    return summary
+
+
+def build(config, place, indices):
+    """(trainer, the run's folder, what of the run is saved): the latter two None for a dry run.
+
+    All that can be refused without the folder is refused before it is claimed.
+    """
+    from . import resume, run_directory, stored_teacher
+    from .data import loaders
+    from .preparation import first_views
+    from .student import build_student, mean_std
+    from .teacher import load_teacher
+    from .teacher_store import Store
+    from .trainer import Trainer
+
     classes = indices[0].classes
     model = build_student(resume.without_start(config), len(classes))
     mean, std = mean_std(model)
@@ -67,32 +91,37 @@ def train(config, place) -> dict:
         teacher, both_loaders = stored_teacher.take(store, config, place, both_loaders, mean, std)
     trainer = Trainer(config, place, model, teacher, both_loaders, classes, own_folder, title="student")
     if teacher is not None:
-        for sentence in teacher.check(first_views(trainer)):
+        views = first_views(trainer.train_loader, trainer.prepare, parts=config.optimization.accumulate)
+        for sentence in teacher.check(views):
             trainer.log.say(sentence)
-    if config.run.dry_run:
-        return dry_run(trainer)
-    if place.is_main:
-        if not (folder / "first_batch.png").exists():
-            pictures.first_batch(trainer, folder / "first_batch.png")
-        trainer.log.say(f"{_sizes(trainer, indices)}\nwriting to {folder}")
-    trainer.load(saved)
-    del saved
-    accuracy = trainer.fit()
-    summary = {head: value["top1"] for head, value in accuracy["model"].items()}
-    if teacher is not None and store is None:
-        summary["teacher"] = trainer.accuracy_of(lambda images: (teacher(images), None))["cls"]["top1"]
-    if config.distillation.compare_undistilled:
-        summary["undistilled"] = train_undistilled(config, place, indices, folder)
-    if place.is_main:
-        run_directory.write_json(folder / "summary.json", summary)
-        pictures.curves(folder)
-        similarity = pictures.token_similarity(trainer, folder)
-        print(tables.summary_table(summary))
-        if similarity:
-            values = " ".join(map(str, similarity))
-            trainer.log.say(f"cosine similarity of class and distillation token, input and after each block: {values}")
-        trainer.log.say(f"curves.png, summary.json and the checkpoints last and best are in {folder}")
-    return summary
+    return trainer, folder, saved
+
+
+def _begin(trainer, indices, folder: Path) -> None:
+    """What is drawn and said before the first step."""
+    from . import pictures
+
+    if not trainer.place.is_main:
+        return
+    if not (folder / "first_batch.png").exists():
+        pictures.first_batch(trainer, folder / "first_batch.png")
+    trainer.log.say(f"{_sizes(trainer, indices)}\nwriting to {folder}")
+
+
+def _end(trainer, summary: dict, folder: Path) -> None:
+    """What is written, drawn and said after the last one."""
+    from . import durable, pictures, tables
+
+    if not trainer.place.is_main:
+        return
+    durable.replace_json(folder / "summary.json", summary)
+    pictures.curves(folder)
+    similarity = pictures.token_similarity(trainer, folder)
+    print(tables.summary_table(summary))
+    if similarity:
+        values = " ".join(map(str, similarity))
+        trainer.log.say(f"cosine similarity of class and distillation token, input and after each block: {values}")
+    trainer.log.say(f"curves.png, summary.json and the checkpoints last and best are in {folder}")
 
 
 def evaluate_only(config, place) -> dict:
@@ -120,15 +149,6 @@ def evaluate_only(config, place) -> dict:
     if place.is_main:
         print(accuracy_table({weights: result[weights] for weights in sources}))
     return result
-
-
-def first_views(trainer, images: int = 512):
-    """The first training images as student and teacher see them, batch by batch."""
-    trainer.train_loader.set_epoch(0)
-    parts = trainer.config.optimization.accumulate
-    for batch in itertools.islice(trainer.train_loader, -(-images // (parts * trainer.config.data.batch_size))):
-        yield from map(trainer.prepare, split(batch, parts))
-    trainer.train_loader.set_epoch(0)
 
 
 def train_undistilled(config, place, indices, folder: Path) -> float:
