@@ -80,7 +80,6 @@ def main() -> None:
         raise UserError("predict is one process: start it with python, not with torchrun")
     if arguments.top is not None and arguments.top < 1:
         raise UserError(f"--top {arguments.top}: show at least one class")
-    top = TOP if arguments.top is None else arguments.top
     files = image_files(arguments.images)
     pictures = None if arguments.attention is None else _picture_paths(files, arguments.attention)
     if arguments.ema and not has_moving_average(arguments.checkpoint, pretrained=arguments.pretrained):
@@ -92,22 +91,25 @@ def main() -> None:
             precision=arguments.precision, crop_ratio=arguments.eval_crop_ratio,
         )  # fmt: skip
         answers = predict(
-            classifier, files, place, top=top, head=arguments.head, batch_size=arguments.batch_size,
-            pictures=pictures,
+            classifier, files, place, top=arguments.top or TOP, head=arguments.head,
+            batch_size=arguments.batch_size, pictures=pictures,
         )  # fmt: skip
-        classes, header = class_names(classifier), None
-        if arguments.json:
-            form = as_json
-        elif arguments.csv:
-            form, header = as_csv, csv_header(min(top, len(classes)))
-        else:
-            to_fit = arguments.top is None and sys.stdout.isatty()
-            form = as_line(files, classes, shutil.get_terminal_size().columns if to_fit else None)
+        form, header = _form(arguments, files, class_names(classifier))
         for note in classifier.notes:
             print(note, file=sys.stderr)
         some = _print(answers, header, form, len(files))
     if not some:
         raise UserError("no image could be read")
+
+
+def _form(arguments, files: Sequence[str], classes: Sequence[str]) -> tuple[Callable, str | None]:
+    """(what makes a line of an answer, the line above all answers or None)"""
+    if arguments.json:
+        return as_json, None
+    if arguments.csv:
+        return as_csv, csv_header(min(arguments.top or TOP, len(classes)))
+    to_fit = arguments.top is None and sys.stdout.isatty()
+    return as_line(files, classes, shutil.get_terminal_size().columns if to_fit else None), None
 
 
 def predict(
