@@ -44,7 +44,7 @@ class _Argument:
         layout = [(stride, n) for stride, n in zip(tensor.stride(), tensor.shape) if n != 1 and stride]
         self.dimensions, self.numel = sorted(layout, reverse=True), tensor.numel()
         self.what = f"a {tuple(tensor.shape)} {tensor.dtype} tensor of strides {tensor.stride()}"
-        self.storage = tensor.untyped_storage()
+        self.start, self.bytes = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
         self.loaded = np.zeros(0)  # the last tile of pointers
 
     def has(self, addresses: np.ndarray) -> np.ndarray:
@@ -91,17 +91,19 @@ class _Watch:
         return self.compiled.store(pointers & ADDRESS, values, mask)
 
     def atomic_rmw(self, operation, pointers, values, mask, semantics):
-        self._arguments_of(pointers[mask], "updates")
+        list(self._arguments_of(pointers[mask], "updates"))
         return self.compiled.atomic_rmw(operation, pointers & ADDRESS, values, mask, semantics)
 
     def atomic_cas(self, pointers, compared, values, semantics):
-        self._arguments_of(pointers.ravel(), "updates")
+        list(self._arguments_of(pointers.ravel(), "updates"))
         return self.compiled.atomic_cas(pointers & ADDRESS, compared, values, semantics)
 
     def _history(self, argument) -> np.ndarray:
         """Of each element of its storage: the last program to read it and when, the last to write it and when."""
-        start, n = argument.storage.data_ptr(), argument.storage.nbytes() // argument.size
-        return self.histories.setdefault(start, np.zeros((4, n), np.int32))
+        storage = argument.start, argument.size
+        if storage not in self.histories:
+            self.histories[storage] = np.zeros((4, argument.bytes // argument.size), np.int32)
+        return self.histories[storage]
 
     def _fault(self, verb: str, what: str):
         raise MemoryFault(f"{self.kernel}: program {self.builder.grid_idx} {verb} {what}")
@@ -136,7 +138,7 @@ class _Watch:
             if self.last_program_only:
                 continue
             reader, read_at, writer, written_at = self._history(argument)
-            elements = (addresses.astype(np.int64) - argument.storage.data_ptr()) // argument.size
+            elements = (addresses.astype(np.int64) - argument.start) // argument.size
             readers, writers = reader[elements], writer[elements]
             if ((writers != 0) & (writers != program)).any():
                 self._fault(verb, f"{argument.what}, where another program has written")

@@ -243,6 +243,20 @@ def test_the_checker_knows_the_gaps_of_a_view():
     shift(x[1:3], torch.zeros(4, 8), 16)
 
 
+@triton.jit
+def count_kernel(counts_ptr, index):
+    tl.atomic_add(counts_ptr + index + tl.arange(0, 4), 1)
+
+
+def test_the_checker_takes_atomics_of_several_programs_and_knows_their_bounds():
+    counts = torch.zeros(5, dtype=torch.int32)
+    with memory_watch():
+        count_kernel[(3,)](counts, 1)
+    assert counts.tolist() == [0, 3, 3, 3, 3]
+    with pytest.raises(InterpreterError, match=r"updates a \(5,\) .* outside, from 20 to 20"), memory_watch():
+        count_kernel[(3,)](counts, 2)
+
+
 # Offsets beyond 32 bits.
 
 
