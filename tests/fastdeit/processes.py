@@ -27,6 +27,8 @@ class Child:
     """One process of a run. `hook`: called in it first, to patch what is to happen."""
 
     def __init__(self, *arguments, log, hook=None, environment=None):
+        pytest.importorskip("tyro")
+        pytest.importorskip("nvidia.dali")
         self.log = log
         arguments = [str(argument) for argument in arguments]
         self.process = context.Process(target=_run, args=(arguments, str(log), hook, environment or {}))

@@ -22,6 +22,7 @@ RANDOM = (
 def run(*arguments):
     """A whole run in this process, as the command makes it, without the pictures. Returns the closing table."""
     pytest.importorskip("tyro")
+    pytest.importorskip("nvidia.dali")
     config = parse([str(argument) for argument in arguments])
     no_pictures = {name: lambda *_: None for name in ("first_batch", "curves", "token_similarity")}
     with mock.patch.multiple("fastdeit.pictures", **no_pictures), join(config.run.device) as place:

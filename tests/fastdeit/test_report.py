@@ -25,6 +25,9 @@ from fastdeit.report.settings import command, differences, recipe_settings
 from .conftest import SMALL, write_folder
 from .runs import RANDOM, run_until
 
+pytest.importorskip("tyro")
+pytest.importorskip("nvidia.dali")
+
 # Folders may be called like this, and a page must not care.
 CLASSES = {"<script>": (40, 60, 200), '"><img src=x onerror=y>': (50, 180, 60), "tom & jerry": (210, 50, 40)}
 EMPTY = {"img", "meta", "br"}

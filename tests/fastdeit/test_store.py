@@ -23,6 +23,9 @@ from .conftest import SMALL, refused, write_folder
 from .processes import context, start_ranks
 from .runs import assert_same, run_until
 
+pytest.importorskip("tyro")
+pytest.importorskip("nvidia.dali")
+
 # Everything random is on, so that the order, the pixels, the mixing and the erasing must all come out alike. 48 images
 # in global batches of 8 are 6 steps an epoch, of which a third of the images is seen.
 RECIPE = [

@@ -77,6 +77,8 @@ def test_without_the_extra_the_first_missing_package_is_named(tmp_path, name):
 
 
 def test_a_missing_package_that_is_not_of_the_extra_is_a_defect(monkeypatch):
+    pytest.importorskip("tyro")
+
     def absent():
         raise ModuleNotFoundError("x", name="left_pad")
 

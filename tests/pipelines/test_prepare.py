@@ -197,6 +197,7 @@ def wait_until(condition, seconds: float = 60) -> None:
 
 
 def test_killed_it_leaves_no_process_and_goes_on(tmp_path):
+    pytest.importorskip("tyro")
     source, out = tmp_path / "source", tmp_path / "out"
     images = {f"{i}.jpg": odd_images.encoded(odd_images.picture(900, 1200, seed=i)) for i in range(60)}
     odd_images.write(source / "train/ant", images)

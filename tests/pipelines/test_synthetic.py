@@ -35,6 +35,7 @@ assert len(list(eval_loader(index, batch_size=8, input_size=32))) == 2
 
 def test_show_draws_a_picture(photos, tmp_path, monkeypatch):
     pytest.importorskip("nvidia.dali")
+    pytest.importorskip("tyro")
     out = tmp_path / "out.png"
     root = photos.path(0).rsplit("/train/", 1)[0]
     monkeypatch.setattr("sys.argv", ["show", root, str(out), "--aa", "rand-m5"])
@@ -49,6 +50,7 @@ def test_show_draws_a_picture(photos, tmp_path, monkeypatch):
     [(["--image", "999"], "--image 999"), (["--aa", "nonsense"], "RandAugment"), (["--split", "x"], "x")],
 )
 def test_show_refuses_in_a_sentence(photos, tmp_path, monkeypatch, options, words):
+    pytest.importorskip("tyro")
     root = photos.path(0).rsplit("/train/", 1)[0]
     monkeypatch.setattr("sys.argv", ["show", root, str(tmp_path / "out.png"), *options])
     with pytest.raises(SystemExit, match=f"error: .*{words}"):
