@@ -6,6 +6,7 @@ A recipe (fastdeit/recipes) is a function that returns a filled `Config`; the co
 
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,6 +283,7 @@ def _check_ranges(config: Config) -> None:
         "--min-lr": optimization.min_lr,
         "--warmup-epochs": optimization.warmup_epochs,
         "--weight-decay": optimization.weight_decay,
+        "--opt-eps": optimization.opt_eps,
         "--clip-grad": optimization.clip_grad or 0,
         "--attention-distillation-weight": distillation.attention_distillation_weight,
         "--checkpoint-minutes": config.run.checkpoint_minutes,
@@ -289,9 +291,11 @@ def _check_ranges(config: Config) -> None:
         "--keep-count": config.run.keep_count or 0,
         "--skip-nonfinite": config.run.skip_nonfinite,
     }.items():
-        if value < 0:
-            raise UserError(f"{flag} {value}: must not be negative")
-    if distillation.distillation_tau <= 0:
+        if not 0 <= value < math.inf:
+            raise UserError(f"{flag} {value}: must be a number, and not negative")
+    if not all(0 <= beta < 1 for beta in optimization.opt_betas):
+        raise UserError(f"--opt-betas {' '.join(map(str, optimization.opt_betas))}: must lie from 0 to below 1")
+    if not 0 < distillation.distillation_tau < math.inf:
         raise UserError(f"--distillation-tau {distillation.distillation_tau}: a temperature must be above 0")
     if not 0 < data.eval_crop_ratio <= 1:
         raise UserError(f"--eval-crop-ratio {data.eval_crop_ratio}: must lie above 0 and up to 1")
