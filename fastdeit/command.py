@@ -59,6 +59,12 @@ def in_words(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}; choose another place, or see to the permissions of this one"
     if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)) and error.filename:
         return f"{error.filename}: {error.strerror}; choose another place"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: not every command has imported torch
+        wanted = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+        return (
+            f"the GPU's memory does not suffice ({wanted}): lower --batch-size; in training --accumulate makes up for "
+            "it, and --grad-checkpointing takes less memory too"
+        )
     if _is_ours(type(error).__module__) or (isinstance(error, ValueError) and _is_ours(_raising_module(error))):
         return " ".join(str(error).split())
     return None
