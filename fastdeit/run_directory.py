@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+import torch
+
 from . import durable, resume
 from .command import UserError
 from .config import Config
@@ -77,8 +79,8 @@ def claim(config: Config) -> tuple[Path, bool]:
 def _give_up(folder: Path, made: bool, error: BaseException | None) -> None:
     """Remove what was made for nothing: it would stand in the way of the same command with its mistake put right. A
     folder that was there before is emptied again."""
-    begun = ("checkpoints", "nonfinite.jsonl")
-    if not isinstance(error, (UserError, ValueError)) or any((folder / name).exists() for name in begun):
+    begun, refusals = ("checkpoints", "nonfinite.jsonl"), (UserError, ValueError, torch.OutOfMemoryError)
+    if not isinstance(error, refusals) or any((folder / name).exists() for name in begun):
         return
     with suppress(OSError):  # what the user is to read is why the run was refused
         for path in [folder] if made else list(folder.iterdir()):

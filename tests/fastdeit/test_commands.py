@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fastdeit import evaluate, export, predict, report, teach, train
@@ -33,7 +34,6 @@ def test_a_run_leaves_what_the_readme_says(run):
 
 def test_timm_loads_the_checkpoint(run):
     import timm
-    import torch
 
     from fastdeit.inference import load
 
@@ -173,6 +173,16 @@ def test_a_refused_run_leaves_an_empty_folder_of_the_users_empty(cli, colors, tm
         cli, train.main, *SMALL, "--data-path", colors, "--output-dir", target, "--bce-loss", words=["--smoothing 0"]
     )
     assert target.stat().st_ino == before and not list(target.iterdir())
+
+
+def test_a_run_that_does_not_fit_into_memory_leaves_no_folder(cli, colors, tmp_path, monkeypatch):
+    def too_much(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. It is full.")
+
+    monkeypatch.setattr("fastdeit.trainer.Trainer._learn", too_much)
+    target = tmp_path / "run"
+    refused(cli, train.main, *SMALL, "--data-path", colors, "--output-dir", target, words=["--batch-size"])
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("flag", ["--teacher-path", "--teacher-store"])
