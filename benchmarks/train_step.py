@@ -17,7 +17,8 @@ Weights are random: they do not change the time. Times are steps.py's: on the CP
 
     mfu          FLOP of the student's forward and backward pass, as torch.utils.flop_counter counts them at batch 1
                  (matrix products, attention's among them; the teacher's and the optimizer's are not counted), over the
-                 time and the peak of dense bf16: the datasheet's, and that of a large product measured here
+                 time and the peak of dense bf16: the datasheet's, and that of a large product measured here. Counted in
+                 our student, whose last block computes the heads' tokens alone, and taken for the peers as well
     peak_mb      most memory that the contender holds in a step: models, optimizer, activations
     kernels      that run in a step; launches: calls that the host makes for them, and a CUDA graph's is one
     idle_share   the part of the step in which no kernel, copy or memset runs: 1 - their time as the profiler has it

@@ -99,8 +99,9 @@ def test_batches_of_timm_are_fresh_each_time():
 def test_flops_are_those_of_the_products():
     tokens, width, depth, patches = 198, 192, 12, 196
     block = tokens * 12 * width**2 + 2 * tokens**2 * width  # multiplications of the linear layers, of attention
+    last = tokens * 3 * width**2 + 2 * 9 * width**2 + 2 * 2 * tokens * width  # two tokens ask, all answer
     embedding, heads = patches * 768 * width, 2 * width * CLASSES
-    forward = 2 * (depth * block + embedding + heads)
+    forward = 2 * ((depth - 1) * block + last + embedding + heads)
     # Twice as many backward, but that no gradient of the images is asked for.
     assert train_step.flops_per_image(STUDENT, 224) == 3 * forward - 2 * embedding
 
