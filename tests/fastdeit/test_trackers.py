@@ -4,6 +4,7 @@ by TensorBoard itself."""
 import importlib.machinery
 import json
 import sys
+import time
 import types
 
 import pytest
@@ -85,6 +86,7 @@ def test_tensorboard_is_what_a_run_gets_unasked(folder):
         for step in steps:
             tracker.log(step, {"train/loss": 1 / step / len(steps)})
         tracker.close()
+        time.sleep(1.1)  # seconds in their names tell the two files' order
     events = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("train/loss")
     assert {event.step: event.value for event in events} == pytest.approx({10: 1 / 30, 20: 1 / 40, 30: 1 / 60})
 
