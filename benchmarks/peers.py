@@ -28,12 +28,14 @@ LR = 2.5e-4
 
 
 def timm_lacks() -> str | None:
-    """What this timm lacks to distil, in a sentence; None where it can."""
+    """What this timm lacks to distil as its train.py does, in a sentence; None where it can."""
     try:
-        from timm.task import TokenDistillationTask  # noqa: F401
+        from timm.task import TokenDistillationTask
+
+        complete = hasattr(TokenDistillationTask, "setup_ema")
     except ImportError:
-        return f"timm {timm.__version__} has no token distillation: pip install 'timm>=1.0.31'"
-    return None
+        complete = False
+    return None if complete else f"timm {timm.__version__} does not distil as 1.0.31 does: pip install 'timm>=1.0.31'"
 
 
 def student_of_timm(name: str, *, classes: int, pixels: int, drop_path: float) -> nn.Module:
