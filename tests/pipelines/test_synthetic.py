@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -49,9 +50,10 @@ def test_show_draws_a_picture(photos, tmp_path, monkeypatch):
     "options, words",
     [(["--image", "999"], "--image 999"), (["--aa", "nonsense"], "RandAugment"), (["--split", "x"], "x")],
 )
-def test_show_refuses_in_a_sentence(photos, tmp_path, monkeypatch, options, words):
+def test_show_refuses_in_a_sentence(photos, tmp_path, monkeypatch, capsys, options, words):
     pytest.importorskip("tyro")
     root = photos.path(0).rsplit("/train/", 1)[0]
     monkeypatch.setattr("sys.argv", ["show", root, str(tmp_path / "out.png"), *options])
-    with pytest.raises(SystemExit, match=f"error: .*{words}"):
+    with pytest.raises(SystemExit, match="^2$"):
         show.main()
+    assert re.match(f"error: .*{words}", capsys.readouterr().err)
