@@ -54,6 +54,6 @@ def test_show_refuses_in_a_sentence(photos, tmp_path, monkeypatch, capsys, optio
     pytest.importorskip("tyro")
     root = photos.path(0).rsplit("/train/", 1)[0]
     monkeypatch.setattr("sys.argv", ["show", root, str(tmp_path / "out.png"), *options])
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         show.main()
     assert re.match(f"error: .*{words}", capsys.readouterr().err)
