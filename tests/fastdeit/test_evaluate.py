@@ -303,7 +303,7 @@ def test_a_diagram_with_empty_bins(tmp_path):
     counts = calibration_counts(torch.from_numpy(logits), torch.from_numpy(labels))
     draw_calibration({"few": counts, "the same": counts}, tmp_path / "diagram.png")
     with Image.open(tmp_path / "diagram.png") as picture:
-        assert picture.size == (792, 506)
+        assert picture.size in ((792, 506), (792, 505))  # before matplotlib 3.11
 
 
 # ---------------------------------------------------------------------------------------------------------------------
