@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from .image_headers import BadHeader, image_size
+from .inspection import BadHeader, Inspected, columns, inspect
 from .names import Names
 from .records import UNLABELLED, BadFile, Listing, Records
 
@@ -99,30 +99,30 @@ def read_records(listing: Listing) -> Records:
     """Read the header of every file."""
     starts = range(0, len(listing.files), CHUNK)
     with ThreadPoolExecutor(THREADS) as pool:
-        chunks = pool.map(lambda s: [_size_or_cause(listing.root, f) for f in listing.files[s : s + CHUNK]], starts)
+        chunks = pool.map(
+            lambda s: [_inspected_or_cause(listing.root, f) for f in listing.files[s : s + CHUNK]], starts
+        )
         results = [result for chunk in chunks for result in chunk]
     good = np.array([not isinstance(result, str) for result in results], bool)
-    heights_widths = np.array([result for result in results if not isinstance(result, str)], np.int32).reshape(-1, 2)
     labels = np.full(len(results), UNLABELLED, np.int64) if listing.labels is None else listing.labels
     return Records(
         names=Names.pack(file for file, ok in zip(listing.files, good) if ok),
         sizes=listing.sizes[good],
         labels=labels[good],
-        heights=heights_widths[:, 0].copy(),
-        widths=heights_widths[:, 1].copy(),
+        **columns([result for result in results if not isinstance(result, str)]),
         classes=listing.classes,
         classes_are_named=True,
         bad=tuple(BadFile(file, cause) for file, cause in zip(listing.files, results) if isinstance(cause, str)),
     )
 
 
-def _size_or_cause(root: str, file: str) -> tuple[int, int] | str:
+def _inspected_or_cause(root: str, file: str) -> Inspected | str:
     try:
         descriptor = os.open(os.path.join(root, file), os.O_RDONLY)
     except OSError as error:
         return f"cannot be opened ({error.strerror})"
     try:
-        return image_size(lambda offset, count: _read_at(descriptor, offset, count))
+        return inspect(lambda offset, count: _read_at(descriptor, offset, count))
     except BadHeader as cause:
         return str(cause)
     except OSError as error:

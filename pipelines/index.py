@@ -144,6 +144,8 @@ def _open(listing: Listing, what: str, classes: Sequence[str] | None, cache_dir:
     if not len(records.names):
         raise NoImages(_nothing_left(bad, what), bad)
     labels, classes = _labels_among(records, classes, what)
+    if turned := int(records.rotated.sum()):
+        log.info("%s: the EXIF orientation of %d images is not applied, as in timm", what, turned)
     return Index(classes, labels, records.heights, records.widths, bad, records, reader(listing.root, records))
 
 

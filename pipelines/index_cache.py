@@ -10,8 +10,8 @@ import numpy as np
 from .names import Names
 from .records import BadFile, Records
 
-FORMAT = 1  # raise it when the meaning of a stored field changes
-_ARRAYS = ("sizes", "labels", "heights", "widths", "shard_ids", "positions")
+FORMAT = 2  # raise it when the meaning of a stored field changes
+_ARRAYS = ("sizes", "labels", "heights", "widths", "rotated", "shard_ids", "positions")
 
 
 def load(file: Path, key: str) -> Records | None:

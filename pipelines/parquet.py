@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .image_headers import BadHeader, size_of_bytes
+from .inspection import BadHeader, Inspected, columns, inspect_bytes
 from .labels import number_labels
 from .names import Names
 from .records import BadFile, Listing, Records
@@ -32,8 +32,7 @@ class Row(NamedTuple):
 
     label: int | str
     encoded_bytes: int
-    height: int
-    width: int
+    header: Inspected
     shard_id: int
     position: int  # row of the file
 
@@ -48,19 +47,17 @@ def read_records(listing: Listing) -> Records:
         classes = classes or declared
     _advise(sum(row.encoded_bytes for row in rows), listing.root)
     labels, classes, named = number_labels([row.label for row in rows], classes)
-    sizes, heights, widths, shard_ids, positions = np.array([row[1:] for row in rows], np.int64).reshape(-1, 5).T
     return Records(
-        names=Names.pack(map(str, positions)),
-        sizes=sizes.copy(),
+        names=Names.pack(str(row.position) for row in rows),
+        sizes=np.array([row.encoded_bytes for row in rows], np.int64),
         labels=labels,
-        heights=heights.astype(np.int32),
-        widths=widths.astype(np.int32),
+        **columns([row.header for row in rows]),
         classes=classes,
         classes_are_named=named,
         bad=tuple(bad),
         shards=tuple(listing.files),
-        shard_ids=shard_ids.astype(np.int32),
-        positions=positions.copy(),
+        shard_ids=np.array([row.shard_id for row in rows], np.int32),
+        positions=np.array([row.position for row in rows], np.int64),
     )
 
 
@@ -73,11 +70,11 @@ def _read_file(root: str, file: str, shard_id: int, rows: list[Row], bad: list[B
         with pq.ParquetFile(os.path.join(root, file), memory_map=True) as parquet:
             image, label = _columns(parquet.schema_arrow, file)
             for position, (encoded, its_label) in enumerate(_images_and_labels(parquet, image, label)):
-                size, cause = _size_or_cause(encoded, its_label)
+                header, cause = _inspected_or_cause(encoded, its_label)
                 if cause:
                     bad.append(BadFile(f"{file}:{position}", cause))
                 else:
-                    rows.append(Row(its_label, len(encoded), *size, shard_id, position))
+                    rows.append(Row(its_label, len(encoded), header, shard_id, position))
             return _declared_classes(parquet.schema_arrow, label)
     except (OSError, pa.ArrowException) as error:
         bad.append(BadFile(file, f"cannot be read as Parquet ({error})"))
@@ -151,13 +148,13 @@ def _binary(table: Any, image: str) -> list[memoryview | None]:
     return [memoryview(value.as_buffer()) if value.is_valid else None for value in column]
 
 
-def _size_or_cause(encoded: memoryview | None, label: Any) -> tuple[tuple[int, int] | None, str]:
+def _inspected_or_cause(encoded: memoryview | None, label: Any) -> tuple[Inspected | None, str]:
     if encoded is None:
         return None, "no bytes in this row (an image that is only a path?)"
     if label is None:
         return None, "no label"
     try:
-        return size_of_bytes(encoded), ""
+        return inspect_bytes(encoded), ""
     except BadHeader as cause:
         return None, str(cause)
 

@@ -46,6 +46,7 @@ class Records:
     labels: np.ndarray  # (n,) int64, UNLABELLED where there is none
     heights: np.ndarray  # (n,) int32
     widths: np.ndarray  # (n,) int32
+    rotated: np.ndarray  # (n,) bool: EXIF asks for a turn or a reflection, which is not applied
     classes: tuple[str, ...]
     classes_are_named: bool  # False: the source knows numbers only, and `classes` is "0", "1", ...
     bad: tuple[BadFile, ...]
@@ -66,6 +67,7 @@ class Records:
             labels=self.labels[rows],
             heights=self.heights[rows],
             widths=self.widths[rows],
+            rotated=self.rotated[rows],
             bad=(),
             shard_ids=taken(self.shard_ids),
             positions=taken(self.positions),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .folder import EXTENSIONS, THREADS
-from .image_headers import BadHeader, image_size
+from .inspection import BadHeader, Inspected, columns, inspect
 from .labels import number_labels
 from .names import Names
 from .records import BadFile, Listing, Records
@@ -27,11 +27,11 @@ from .tar_headers import BadTar, Member, members
 
 
 class Sample(NamedTuple):
-    """What one shard says of one image; size is None where `cause` says why it is bad."""
+    """What one shard says of one image; header is None where `cause` says why it is bad."""
 
     image: Member
     label: int | str | None
-    size: tuple[int, int] | None
+    header: Inspected | None
     cause: str = ""
 
 
@@ -47,13 +47,11 @@ def read_records(listing: Listing) -> Records:
         good += [s for s in samples if not s.cause]
         shard_ids += [shard_id] * sum(not s.cause for s in samples)
     labels, classes, named = number_labels([s.label for s in good], listing.classes)
-    heights_widths = np.array([s.size for s in good], np.int32).reshape(-1, 2)
     return Records(
         names=Names.pack(s.image.name for s in good),
         sizes=np.array([s.image.size for s in good], np.int64),
         labels=labels,
-        heights=heights_widths[:, 0].copy(),
-        widths=heights_widths[:, 1].copy(),
+        **columns([s.header for s in good]),
         classes=classes,
         classes_are_named=named,
         bad=tuple(bad),
@@ -116,7 +114,7 @@ def _sample(read: Callable[[int, int], bytes], parts: dict[str, Member]) -> Samp
         return read(image.offset + offset, rest if count < 0 else max(0, min(count, rest)))
 
     try:
-        return Sample(image, label, image_size(read_image))
+        return Sample(image, label, inspect(read_image))
     except BadHeader as cause:
         return Sample(image, label, None, str(cause))
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from fastdeit.pipelines.bad_files import LOGGED, BadFiles, TooManyBadFiles
-from fastdeit.pipelines.image_headers import size_of_bytes
 from fastdeit.pipelines.index import open_index
+from fastdeit.pipelines.inspection import inspect_bytes
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,14 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", odd_images.odd_but_good())
 def test_size_of_odd_images(name):
     contents = odd_images.odd_but_good()[name]
-    assert size_of_bytes(contents) == (odd_images.HEIGHT, odd_images.WIDTH)
-    assert size_of_bytes(memoryview(contents)) == (odd_images.HEIGHT, odd_images.WIDTH)
+    assert inspect_bytes(contents)[:2] == (odd_images.HEIGHT, odd_images.WIDTH)
+    assert inspect_bytes(memoryview(contents))[:2] == (odd_images.HEIGHT, odd_images.WIDTH)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (255, 256), (256, 255), (3000, 2)])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP"])
 def test_sizes_agree_with_pillow(format, size):
-    assert size_of_bytes(odd_images.encoded(Image.new("RGB", size[::-1]), format)) == size
+    assert inspect_bytes(odd_images.encoded(Image.new("RGB", size[::-1]), format))[:2] == size
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -40,7 +40,7 @@ def test_a_header_cut_anywhere_gives_a_size_or_a_cause(format):
     contents = odd_images.encoded(odd_images.picture(), format)
     for length in range(0, len(contents), 7):
         try:
-            assert size_of_bytes(contents[:length]) == (odd_images.HEIGHT, odd_images.WIDTH)
+            assert inspect_bytes(contents[:length])[:2] == (odd_images.HEIGHT, odd_images.WIDTH)
         except ValueError as cause:
             assert str(cause)
 

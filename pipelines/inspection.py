@@ -9,7 +9,10 @@ Sizes are those of the stored pixels: an EXIF rotation is not applied, as in Pil
 
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 # read(offset, count): up to `count` bytes of the encoded image, fewer at its end; all the rest if count is -1.
 Read = Callable[[int, int], bytes]
@@ -26,8 +29,22 @@ class BadHeader(ValueError):
     """The bytes are no image that can be decoded; the message is the cause, in a few words."""
 
 
-def image_size(read: Read) -> tuple[int, int]:
-    """(height, width) in pixels. Raises BadHeader with the cause."""
+class Inspected(NamedTuple):
+    """What an index keeps of a header."""
+
+    height: int  # pixels as stored
+    width: int
+    rotated: bool  # EXIF asks for a turn or a reflection, which is not applied
+
+
+def columns(inspected: Sequence[Inspected]) -> dict[str, np.ndarray]:
+    """heights, widths (n,) int32 and rotated (n,) bool, as Records has them."""
+    heights, widths, rotated = np.array(inspected, np.int32).reshape(-1, 3).T
+    return {"heights": heights.copy(), "widths": widths.copy(), "rotated": rotated.astype(bool)}
+
+
+def inspect(read: Read) -> Inspected:
+    """Raises BadHeader with the cause."""
     head = read(0, HEAD_BYTES)
     try:
         height, width = _size_by_format(head, read)
@@ -35,12 +52,12 @@ def image_size(read: Read) -> tuple[int, int]:
         raise BadHeader("truncated header") from None
     if height < 1 or width < 1:
         raise BadHeader(f"damaged header: {width} x {height} pixels")
-    return height, width
+    return Inspected(height, width, False)
 
 
-def size_of_bytes(encoded: bytes | memoryview) -> tuple[int, int]:
-    """image_size of an image that is in memory."""
-    return image_size(lambda offset, count: bytes(encoded[offset:] if count < 0 else encoded[offset : offset + count]))
+def inspect_bytes(encoded: bytes | memoryview) -> Inspected:
+    """`inspect` an image that is in memory."""
+    return inspect(lambda offset, count: bytes(encoded[offset:] if count < 0 else encoded[offset : offset + count]))
 
 
 def _size_by_format(head: bytes, read: Read) -> tuple[int, int]:
