@@ -111,7 +111,7 @@ class Model:
     model_ema: bool = True
     """Keep, evaluate and save an exponential moving average of the weights."""
     model_ema_decay: float = 0.99996
-    """Decay of the moving average per step."""
+    """Decay of the moving average per step, reached by a warm-up: min(decay, (1 + step) / (10 + step))."""
     grad_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
@@ -174,7 +174,7 @@ class Optimization:
     lr: float = 5e-4
     """Peak learning rate for a global batch of 512 images; scaled linearly with the batch."""
     unscale_lr: bool = False
-    """Take --lr as it is."""
+    """Take --lr, --warmup-lr and --min-lr as they are."""
     weight_decay: float = 0.05
     """Decoupled weight decay; none on biases, norms, tokens and position embedding."""
     opt_eps: float = 1e-8
@@ -186,9 +186,9 @@ class Optimization:
     warmup_epochs: float = 5
     """Epochs of linear warm-up."""
     warmup_lr: float = 1e-6
-    """Learning rate of step 0 (not scaled)."""
+    """Learning rate of step 0; scaled like --lr for global batches below 512, and left as it is for larger ones."""
     min_lr: float = 1e-5
-    """Learning rate at the end (not scaled)."""
+    """Learning rate at the end; scaled as --warmup-lr is."""
     smoothing: float = 0.1
     """Label smoothing of the class term."""
     bce_loss: bool = False

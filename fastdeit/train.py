@@ -105,7 +105,7 @@ def _begin(trainer, indices, folder: Path) -> None:
         return
     if not (folder / "first_batch.png").exists():
         pictures.first_batch(trainer, folder / "first_batch.png")
-    trainer.log.say(f"{_sizes(trainer, indices)}\nwriting to {folder}")
+    trainer.log.say("\n".join([_sizes(trainer, indices), *_pace(trainer), f"writing to {folder}"]))
 
 
 def _end(trainer, summary: dict, folder: Path) -> None:
@@ -184,6 +184,19 @@ def _sizes(trainer, indices) -> str:
         f"{config.model.model}: {parameters / 1e6:.2f} M parameters, {len(training):,} training and "
         f"{len(validation):,} validation images of {len(training.classes)} classes, {steps} of "
         f"{trainer.global_batch} images, {trainer.place.device}"
+    )
+
+
+def _pace(trainer) -> list[str]:
+    from .schedule import average_in_words, rates_in_words
+
+    config, steps = trainer.config, trainer.total_steps
+    sentences = rates_in_words(
+        trainer.rates, lr=config.optimization.lr, global_batch=trainer.global_batch, total_steps=steps,
+        warmup_steps=trainer.warmup_steps,
+    )  # fmt: skip
+    return (
+        [sentences, average_in_words(config.model.model_ema_decay, steps)] if trainer.ema is not None else [sentences]
     )
 
 

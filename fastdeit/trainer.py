@@ -25,7 +25,7 @@ from .nonfinite import TERMS, Guard
 from .objective import Objective
 from .optimizer import build_optimizer
 from .preparation import precision_of, prepare
-from .schedule import learning_rate, scaled_peak
+from .schedule import learning_rate, scaled_rates
 from .student import mean_std
 from .timer import PhaseTimer
 from .trackers import open_tracker
@@ -62,9 +62,11 @@ class Trainer:
         self.forward = parallel.spread(model, self.ema, config.speed.sharding, place)
         self.objective = Objective.from_config(config)
         self.global_batch = config.data.batch_size * settings.accumulate * place.world_size
-        self.peak_lr = scaled_peak(settings.lr, self.global_batch, scale=not settings.unscale_lr)
+        self.rates = scaled_rates(
+            settings.lr, settings.warmup_lr, settings.min_lr, self.global_batch, scale=not settings.unscale_lr
+        )
         self.optimizer = build_optimizer(
-            model, settings.opt, lr=self.peak_lr, weight_decay=settings.weight_decay, eps=settings.opt_eps,
+            model, settings.opt, lr=self.rates.peak, weight_decay=settings.weight_decay, eps=settings.opt_eps,
             betas=settings.opt_betas,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
@@ -150,10 +152,9 @@ class Trainer:
         return [{"drop_path_noise": part} for part in own.chunk(parts)]
 
     def lr(self) -> float:
-        settings = self.config.optimization
         return learning_rate(
-            self.steps_done, peak=self.peak_lr, total_steps=self.total_steps, warmup_steps=self.warmup_steps,
-            warmup_lr=min(settings.warmup_lr, self.peak_lr), min_lr=min(settings.min_lr, self.peak_lr),
+            self.steps_done, peak=self.rates.peak, total_steps=self.total_steps, warmup_steps=self.warmup_steps,
+            warmup_lr=self.rates.start, min_lr=self.rates.floor,
         )  # fmt: skip
 
     # -----------------------------------------------------------------------------------------------------------------

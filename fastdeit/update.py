@@ -6,13 +6,14 @@ from torch import nn
 from .config import Config
 from .nonfinite import Guard
 from .parallel import own_share, whole
+from .schedule import average_decay
 
 
 class Update:
     """One optimizer's step at a time. `ema` is the moving average's model, or None."""
 
     def __init__(self, model: nn.Module, ema: nn.Module | None, optimizer, scaler, guard: Guard, config: Config):
-        self.model, self.ema, self.ema_weight = model, ema, 1 - config.model.model_ema_decay
+        self.model, self.ema, self.ema_decay = model, ema, config.model.model_ema_decay
         self.optimizer, self.scaler, self.guard = optimizer, scaler, guard
         self.clip = config.optimization.clip_grad
         # Fused optimizers take `hold` themselves (they call it found_inf); for others the host has to wait and decide.
@@ -44,7 +45,7 @@ class Update:
         for buffer, before in zip(self.model.buffers(), self.buffers_before):
             buffer.copy_(torch.where(hold > 0, before, buffer))
         if self.ema is not None:
-            self._average(self.ema_weight * (1 - hold))
+            self._average((1 - average_decay(step, self.ema_decay)) * (1 - hold))
         return hold
 
     def _gradient_norm(self) -> torch.Tensor:
