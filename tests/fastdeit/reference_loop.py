@@ -3,8 +3,8 @@
 It takes each step's batch as a whole, whatever the parts the trainer splits it into, and shares no code with the
 trainer but the model and the batch. Sources: DeiT (arXiv 2012.12877, equations 2 and 3; facebookresearch/deit main.py,
 engine.py, losses.py), DeiT III (arXiv 2204.07118), mixup (arXiv 1710.09412), cutmix (arXiv 1905.04899), AdamW (arXiv
-1711.05101, algorithm 2), LAMB (arXiv 1904.00962, algorithm 2, with the clipping to norm 1 of apex's FusedLAMB), SGD with
-Nesterov momentum 0.9 as timm's "sgd", the cosine of arXiv 1608.03983 with timm's linear warm-up.
+1711.05101, algorithm 2), LAMB (arXiv 1904.00962, algorithm 2, with the clipping to norm 1 of apex's FusedLAMB), SGD
+with Nesterov momentum 0.9 as timm's "sgd", the cosine of arXiv 1608.03983 with timm's linear warm-up.
 """
 
 import copy
@@ -45,8 +45,8 @@ class Recipe:
         return self.min_lr + (self.peak - self.min_lr) * (1 + math.cos(math.pi * step / self.total_steps)) / 2
 
     def decay(self, step: int) -> float:
-        """Of the moving average, after step `step` (counted from 0)."""
-        return self.ema_decay
+        """Of the moving average, after step `step` (counted from 0); warmed up as TensorFlow's with num_updates."""
+        return min(self.ema_decay, (1 + step) / (10 + step))
 
 
 def train(model, batches, recipe: Recipe, teacher=None):

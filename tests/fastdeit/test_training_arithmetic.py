@@ -81,7 +81,7 @@ class Teacher:
 CASES = {
     "labels, both heads averaged": (
         deit,
-        {"smoothing": 0.1, "eps": 1e-3, "weight_decay": 0.5, "betas": (0.8, 0.95), "ema_decay": 0.75},
+        {"smoothing": 0.1, "eps": 1e-3, "weight_decay": 0.5, "betas": (0.8, 0.95), "ema_decay": 0.25},
         {},
     ),
     "hard, accumulated, clipped": (deit, {"kind": "hard", "alpha": 0.3, "clip": 0.5, "eps": 1e-3}, {"accumulate": 2}),
@@ -128,13 +128,10 @@ def settings_of(recipe: Recipe, *, accumulate=1, scaled=False) -> Config:
     distillation.distillation_tau = recipe.tau
     distillation.distillation_reduction = "numel" if recipe.divided_by_classes else "batchmean"
     optimization.epochs, optimization.accumulate, optimization.opt = EPOCHS, accumulate, recipe.opt
-    optimization.lr, optimization.unscale_lr = recipe.peak * (512 / BATCH if scaled else 1), not scaled
-    optimization.warmup_epochs, optimization.warmup_lr = recipe.warmup_steps / STEPS, recipe.warmup_lr
-    optimization.min_lr, optimization.weight_decay, optimization.opt_eps = (
-        recipe.min_lr,
-        recipe.weight_decay,
-        recipe.eps,
-    )
+    share, optimization.unscale_lr = (BATCH / 512 if scaled else 1), not scaled  # of a batch of 512: all three shrink
+    optimization.lr, optimization.min_lr = recipe.peak / share, recipe.min_lr / share
+    optimization.warmup_epochs, optimization.warmup_lr = recipe.warmup_steps / STEPS, recipe.warmup_lr / share
+    optimization.weight_decay, optimization.opt_eps = recipe.weight_decay, recipe.eps
     optimization.opt_betas, optimization.clip_grad = recipe.betas, recipe.clip
     optimization.smoothing, optimization.bce_loss = recipe.smoothing, recipe.binary
     config.run.device = "cpu"
