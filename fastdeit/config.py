@@ -1,5 +1,5 @@
 """Every setting of a training run. Field names are the flags, with the names of facebookresearch/deit main.py (and,
-where that has none, timm's train.py), so an existing command line carries over.
+where that has none, timm's train.py); deit_flags.py reads the rest of an existing command line.
 
 A recipe (fastdeit/recipes) is a function that returns a filled `Config`; the command line overrides its fields.
 """
@@ -337,9 +337,9 @@ def parse(
     recipe: the one taken when --recipe is not given. kind: Config, with further groups of a command's own perhaps.
     description: of the command; the recipe's if None.
     """
-    from . import recipes, resume
+    from . import deit_flags, recipes, resume
 
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = deit_flags.translate(sys.argv[1:] if arguments is None else arguments, kind)
     default = resume.defaults(_flag(arguments, "resume"))
     if default is None:
         chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
