@@ -1,8 +1,8 @@
 """Compiles every Triton kernel of the project for sm_80, sm_90 and sm_100, without a GPU, and reports what each uses.
 
-python benchmarks/compile_report.py                     all kernels; updates records/compile/resources.csv
-python benchmarks/compile_report.py attention "D=64"    only that operation, or cases whose name contains it
-python benchmarks/compile_report.py --check             exits 1 when a kernel spills on sm_90 or misses wgmma there
+python -m benchmarks.compile_report                     all kernels; updates records/compile/resources.csv
+python -m benchmarks.compile_report attention "D=64"    only that operation, or cases whose name contains it
+python -m benchmarks.compile_report --check             exits 1 when a kernel spills on sm_90 or misses wgmma there
 """
 
 import argparse
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import triton
 
-from fastdeit.kernels.compile_case import ARCHITECTURES, Resources, all_cases, compile_case, problems
+from .compile_case import ARCHITECTURES, Resources, compile_case, problems
+from .compile_cases import all_cases
 
 RECORD = Path(__file__).parent / "records" / "compile" / "resources.csv"
 RESOURCES = [field.name for field in fields(Resources)]

@@ -19,11 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from fastdeit.kernels.attention import backward, configs, forward
-from fastdeit.kernels.attention.backward import attention_backward
+from fastdeit.kernels.attention import configs, triton_backward, triton_forward
 from fastdeit.kernels.attention.configs import BackwardConfig, ForwardConfig, Tiles
-from fastdeit.kernels.attention.forward import attention_forward
-from fastdeit.kernels.attention.launch import architecture, padded_columns
+from fastdeit.kernels.backend import architecture, padded_columns
 
 from .kernel_table import KernelTable
 from .record import parser
@@ -49,10 +47,10 @@ class Tensors:
         self.forward()
 
     def forward(self) -> None:
-        attention_forward(*self.qkv, self.out, self.lse, self.scale)
+        triton_forward.attention_forward(*self.qkv, self.out, self.lse, self.scale)
 
     def backward(self) -> None:
-        attention_backward(self.grad_out, *self.qkv, self.out, self.lse, self.scale, None, self.grads)
+        triton_backward.attention_backward(self.grad_out, *self.qkv, self.out, self.lse, self.scale, None, self.grads)
 
 
 Candidate = ForwardConfig | BackwardConfig
@@ -93,7 +91,11 @@ def _backward(tokens: int, own: BackwardConfig) -> Iterator[BackwardConfig]:
 @contextmanager
 def chosen(config: Candidate) -> Iterator[None]:
     """The kernels take this configuration, whatever the shape."""
-    module, name = (forward, "forward_config") if isinstance(config, ForwardConfig) else (backward, "backward_config")
+    module, name = (
+        (triton_forward, "forward_config")
+        if isinstance(config, ForwardConfig)
+        else (triton_backward, "backward_config")
+    )
     table = getattr(module, name)
     setattr(module, name, lambda *_: config)
     try:

@@ -1,8 +1,10 @@
-"""Fused operations for vision transformers. They need torch and triton, and nothing else of this project.
+"""Fused operations for vision transformers. They know tensors only, and import nothing else of fastdeit.
 
-Each operation is a folder: `api.py` (the public function, its checks and its registration with PyTorch),
-`reference.py` (plain PyTorch: the CPU path and the oracle of the tests) and the Triton implementation, which is
-imported at the first call that needs it.
+Each operation is a folder, which imports neither another operation nor `integrations`, only `backend` and `tiles`:
+
+    api.py         the public function: its checks, and its registration with PyTorch
+    reference.py   plain PyTorch: the CPU path, and the oracle of the tests
+    triton_*.py    the Triton kernels and their launches, imported at the first call that needs them
 """
 
 # With the repository's root on sys.path this folder is also found under the bare name `kernels`, which is how
@@ -10,12 +12,12 @@ imported at the first call that needs it.
 # operation anew and leave those in use dangling: under that name there is nothing here.
 if __name__ == "fastdeit.kernels":
     from .add_layer_norm.api import add_layer_norm
-    from .apply_to_timm import apply_to_timm
-    from .apply_to_transformers import apply_to_transformers, register_with_transformers
     from .attention.api import attention, attention_qkvpacked
     from .attention_distillation_loss.api import attention_distillation_loss
     from .bias_gelu.api import bias_gelu
     from .distillation_loss.api import distillation_loss
+    from .integrations.timm_models import apply_to_timm
+    from .integrations.transformers_models import apply_to_transformers, register_with_transformers
     from .mix_normalize.api import mix_normalize
 
     __all__ = [

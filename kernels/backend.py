@@ -1,9 +1,10 @@
-"""Which implementation a tensor gets: Triton where it can run, plain PyTorch elsewhere."""
+"""Which implementation a tensor gets (Triton where it can run, else plain PyTorch), and what a launch asks of it."""
 
 import os
 from functools import cache
 
 import torch
+from torch import Tensor
 
 # Triton reads this variable when it is imported and then runs every kernel on the CPU, as NumPy.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -30,7 +31,7 @@ def compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def use_triton(tensor: torch.Tensor) -> bool:
+def use_triton(tensor: Tensor) -> bool:
     """True for CUDA tensors, from Ampere on, and for CPU tensors when TRITON_INTERPRET=1, which raises RuntimeError
     where the interpreter cannot run."""
     if tensor.is_cuda:
@@ -41,13 +42,36 @@ def use_triton(tensor: torch.Tensor) -> bool:
     return INTERPRETED
 
 
-def full_precision(tensor: torch.Tensor) -> torch.autocast:
+def full_precision(tensor: Tensor) -> torch.autocast:
     """Around plain PyTorch in an operator, whose float32 products a caller's autocast would make half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def dot_precision(tensor: torch.Tensor) -> str:
+def dot_precision(tensor: Tensor) -> str:
     """`input_precision` of tl.dot: float32 follows PyTorch's own switch, half precision has only one way."""
     # Not torch.get_float32_matmul_precision(), which raises once somebody has used the newer switches.
     tf32 = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
+
+
+def architecture(x: Tensor) -> int:
+    """80, 90, 100 and so on. The interpreter runs what a Hopper GPU would."""
+    return compute_capability(x.device) if x.is_cuda else 90
+
+
+def padded_columns(head_dim: int) -> int:
+    """Columns of a tile: the next power of two."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+def readable(x_BNHD: Tensor) -> Tensor:
+    """x if the kernels can read it in place (contiguous head_dim, a batch entry within 2**31 elements), else a copy."""
+    _, tokens, heads, head_dim = x_BNHD.shape
+    _, stride_n, stride_h, stride_d = x_BNHD.stride()
+    reach = (tokens + 256) * stride_n + heads * stride_h + head_dim
+    return x_BNHD if stride_d == 1 and reach < 2**31 else x_BNHD.contiguous()
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Of batch, tokens and heads, for each; that of head_dim is 1."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastdeit.kernels.backend import use_triton
-
+from ..backend import use_triton
 from .reference import add_layer_norm_backward_reference, add_layer_norm_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -60,7 +59,7 @@ def _add_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = (x, residual, weight, bias, layer_scale, drop_path_scale, eps)
     if use_triton(x) and x.dtype != torch.float64:
-        from .triton_impl import add_layer_norm_triton
+        from .triton_kernels import add_layer_norm_triton
 
         return add_layer_norm_triton(*arguments)
     return add_layer_norm_reference(*arguments)
@@ -86,7 +85,7 @@ def _add_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (grad_normed, grad_residual, x, new_residual, mean, rstd, weight, layer_scale, drop_path_scale)
     if use_triton(x) and x.dtype != torch.float64:
-        from .triton_impl import add_layer_norm_backward_triton
+        from .triton_kernels import add_layer_norm_backward_triton
 
         return add_layer_norm_backward_triton(*arguments)
     return add_layer_norm_backward_reference(*arguments)

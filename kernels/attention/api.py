@@ -9,8 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastdeit.kernels.backend import full_precision, use_triton
-
+from ..backend import full_precision, use_triton
 from . import cpu
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -111,7 +110,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     if q.numel() == 0:  # nothing to launch, and PyTorch's own operator dies of no heads
         pass
     elif use_triton(q) and q.dtype in DTYPES:
-        from .forward import attention_forward
+        from .triton_forward import attention_forward
 
         attention_forward(q, k, v, out, lse, scale)
     else:
@@ -125,7 +124,7 @@ def _backward(grad_out, q, k, v, out, lse, scale, grad_lse, grads: tuple[Tensor,
     if q.numel() == 0:
         pass
     elif use_triton(q) and q.dtype in DTYPES:
-        from .backward import attention_backward
+        from .triton_backward import attention_backward
 
         attention_backward(grad_out, q, k, v, out, lse, scale, grad_lse, grads)
     else:

@@ -8,8 +8,8 @@ and a gradient of lse. Both keep lse as a natural log, so either backward fits e
 import torch
 from torch import Tensor
 
+from ..backend import readable
 from . import reference
-from .launch import readable
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

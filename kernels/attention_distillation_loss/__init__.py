@@ -1,0 +1,1 @@
+"""Distance of two models' attention maps. Imports backend.py and tiles.py only."""

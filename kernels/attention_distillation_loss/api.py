@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ..backend import INTERPRETED, full_precision, use_triton
-from . import reference
 
 
 def attention_distillation_loss(
@@ -28,9 +27,10 @@ def attention_distillation_loss(
     (q, k).
 
     On a GPU no map is ever in memory, only O(batch * heads * tokens) numbers: each model's scores are computed once in
-    the forward and twice in the backward (`heads="mean"`: two to four times each, see triton_mean.py). Runs give the
-    same bits. It helps when the models are alike: attention transfer from some families of teachers costs accuracy
-    (arXiv 2605.07191).
+    the forward and twice in the backward. Maps averaged over heads (`heads="mean"` with "kl") are the exception: plain
+    PyTorch makes them, forward and backward, for as many images at a time as fit into 512 MB. Runs give the same bits.
+    It helps when the models are alike: attention transfer from some families of teachers costs accuracy (arXiv
+    2605.07191).
 
     Args:
         student_q, student_k: (batch, tokens, heads, head_dim), any strides with a contiguous last dimension, such as
@@ -75,9 +75,8 @@ def attention_distillation_loss(
         student_q, student_k, teacher_q, teacher_k = (
             t.flatten(2).unflatten(2, (heads, -1)) for t in (student_q, student_k, teacher_q, teacher_k)
         )
-    with_grad = torch.is_grad_enabled() and (student_q.requires_grad or student_k.requires_grad)
     objective = "mean_kl" if heads == "mean" else objective
-    return _op(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, objective, with_grad)[0]
+    return _op(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, objective)[0]
 
 
 def _match_tokens(student_q, student_k, teacher_q, teacher_k, rows, student_prefix, teacher_prefix):
@@ -120,35 +119,21 @@ def _op(
     student_scale: float,
     teacher_scale: float,
     objective: str,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale
-    if not use_triton(student_q):
-        with full_precision(student_q):
-            return reference.forward(*arguments, objective, with_grad)
-    if objective == "mean_kl":
-        from .triton_mean import forward
-
-        return forward(*arguments, with_grad)
-    from .triton_impl import forward
-
-    return forward(*arguments, objective)
+) -> tuple[Tensor, Tensor, Tensor]:
+    if objective != "mean_kl" and use_triton(student_q):
+        from .triton_kernels import forward
+    else:
+        from .reference import forward
+    with full_precision(student_q):
+        return forward(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, objective)
 
 
 @_op.register_fake
-def _(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, objective, with_grad):
-    statistics = torch.promote_types(student_q.dtype, torch.float32)
-    B, R, H_s, _ = student_q.shape
-
-    def saved(heads, needed):
-        return student_q.new_empty((B, heads, R) if needed else 0, dtype=statistics)
-
-    return (
-        student_q.new_empty((), dtype=statistics),
-        saved(H_s, objective != "mse"),
-        saved(teacher_q.shape[2], objective != "mse"),
-        saved(H_s, objective == "mean_kl" and with_grad),
-    )
+def _(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, objective):
+    B, R = student_q.shape[:2]
+    loss = student_q.new_empty((), dtype=torch.promote_types(student_q.dtype, torch.float32))
+    lse = (loss.new_empty(0 if objective == "mse" else (B, q.shape[2], R)) for q in (student_q, teacher_q))
+    return loss, *lse
 
 
 @torch.library.custom_op("fastdeit::attention_distillation_loss_backward", mutates_args=())
@@ -160,22 +145,17 @@ def _backward_op(
     teacher_k: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
-    delta: Tensor,
     student_scale: float,
     teacher_scale: float,
     objective: str,
 ) -> tuple[Tensor, Tensor]:
-    arguments = dloss, student_q, student_k, teacher_q, teacher_k, student_lse, teacher_lse
-    if not use_triton(student_q):
-        with full_precision(student_q):
-            return reference.backward(*arguments, delta, student_scale, teacher_scale, objective)
-    if objective == "mean_kl":
-        from .triton_mean import backward
-
-        return backward(*arguments, delta, student_scale, teacher_scale)
-    from .triton_impl import backward
-
-    return backward(*arguments, student_scale, teacher_scale, objective)
+    if objective != "mean_kl" and use_triton(student_q):
+        from .triton_kernels import backward
+    else:
+        from .reference import backward
+    tensors = dloss, student_q, student_k, teacher_q, teacher_k, student_lse, teacher_lse
+    with full_precision(student_q):
+        return backward(*tensors, student_scale, teacher_scale, objective)
 
 
 @_backward_op.register_fake
@@ -184,14 +164,14 @@ def _(dloss, student_q, student_k, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.student_scale, ctx.teacher_scale, ctx.objective, _ = inputs
+    *tensors, ctx.student_scale, ctx.teacher_scale, ctx.objective = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _backward(ctx, dloss, *_):
     dq, dk = _backward_op(dloss, *ctx.saved_tensors, ctx.student_scale, ctx.teacher_scale, ctx.objective)
-    return dq, dk, *(None,) * 6
+    return dq, dk, *(None,) * 5
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

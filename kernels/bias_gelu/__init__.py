@@ -1,0 +1,1 @@
+"""Bias and exact GELU in one pass. Imports backend.py only."""

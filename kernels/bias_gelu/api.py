@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastdeit.kernels.backend import use_triton
-
+from ..backend import use_triton
 from .reference import bias_gelu_backward_reference, bias_gelu_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -36,7 +35,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op("fastdeit::bias_gelu", mutates_args=())
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     if use_triton(x) and x.dtype != torch.float64:
-        from .triton_impl import bias_gelu_triton
+        from .triton_kernels import bias_gelu_triton
 
         return bias_gelu_triton(x, bias)
     return bias_gelu_reference(x, bias)
@@ -50,7 +49,7 @@ def _(x, bias):
 @torch.library.custom_op("fastdeit::bias_gelu_backward", mutates_args=())
 def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     if use_triton(x) and x.dtype != torch.float64:
-        from .triton_impl import bias_gelu_backward_triton
+        from .triton_kernels import bias_gelu_backward_triton
 
         return bias_gelu_backward_triton(grad, x, bias)
     return bias_gelu_backward_reference(grad, x, bias)

@@ -1,0 +1,1 @@
+"""Loss of a class head and a distillation head, with its gradient. Imports backend.py only."""

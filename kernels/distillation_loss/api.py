@@ -106,7 +106,7 @@ def _op(
     if not cls_logits.is_cuda:
         checks.check_labels(cls_logits.shape[1], target, second, teacher)
     if use_triton(cls_logits):
-        from .triton_impl import launch as implementation
+        from .triton_kernels import launch as implementation
     else:
         implementation = reference
     return implementation(

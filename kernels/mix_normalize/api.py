@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdeit.kernels.backend import use_triton
-
+from ..backend import use_triton
 from .reference import empty_output, mix_normalize_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -82,7 +81,7 @@ def _mix_normalize(
         raise ValueError(f"partner must lie in 0..{B - 1}, the positions of this batch, got {partner.tolist()}")
     arguments = (images, mean, std, partner, lam, box, erase_box, erase_seed, dtype, channels_last)
     if use_triton(images):
-        from .triton_impl import mix_normalize_triton
+        from .triton_kernels import mix_normalize_triton
 
         return mix_normalize_triton(*arguments)
     return mix_normalize_reference(*arguments)

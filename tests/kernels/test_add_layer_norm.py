@@ -85,9 +85,11 @@ def test_within_budget(size, dtype, branch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_kernel_within_budget(size, dtype, monkeypatch):
-    from fastdeit.kernels.add_layer_norm import triton_impl
+    from fastdeit.kernels.add_layer_norm import triton_kernels
 
-    monkeypatch.setattr(triton_impl, "PROGRAMS", 4)  # few programs: each loops over several tiles, the last has fewer
+    monkeypatch.setattr(
+        triton_kernels, "PROGRAMS", 4
+    )  # few programs: each loops over several tiles, the last has fewer
     check(size, dtype, BRANCHES["both"])
 
 

@@ -124,13 +124,13 @@ def test_more_tokens_than_the_kernels_take(monkeypatch):
     model, images = tiny().eval(), torch.randn(1, 3, 32, 32)
     apply_to_timm(model)
     assert attention_ops(lambda: model(images))
-    monkeypatch.setattr("fastdeit.kernels.attention_swap.MAX_TOKENS", 16)
+    monkeypatch.setattr("fastdeit.kernels.integrations.report.MAX_TOKENS", 16)
     assert not attention_ops(lambda: model(images))
 
 
 def test_copies_pickles_and_second_call(caplog):
     model, images = tiny().eval(), torch.randn(1, 3, 32, 32)
-    with caplog.at_level(logging.INFO, logger="fastdeit.kernels.apply_to_timm"):
+    with caplog.at_level(logging.INFO, logger="fastdeit.kernels"):
         report = apply_to_timm(model)
     assert "2 of 2 attention layers replaced" in caplog.text
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

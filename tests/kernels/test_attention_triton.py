@@ -10,7 +10,7 @@ import torch
 from attention_oracle import check, definition
 
 from fastdeit.kernels import attention, attention_qkvpacked
-from fastdeit.kernels.attention import backward, configs, forward
+from fastdeit.kernels.attention import configs, triton_backward, triton_forward
 
 SHAPES = [  # batch, tokens, heads, head_dim
     (3, 1, 1, 64),
@@ -115,7 +115,7 @@ def test_full_gpu_in_small(arch, tokens, head_dim, device, monkeypatch):
     """What many heads take at ViT sizes, with few: one program walks over all queries forward; one launch backward,
     which sums dQ over blocks of keys where these do not fit at once."""
     monkeypatch.setattr(configs, "FULL_GPU", 1)
-    for module in (forward, backward):
+    for module in (triton_forward, triton_backward):
         monkeypatch.setattr(module, "architecture", lambda x: arch)
     half = torch.float16
     assert configs.backward_config(arch, tokens, max(64, 1 << (head_dim - 1).bit_length()), half, 1).one is not None
@@ -127,7 +127,7 @@ def test_full_gpu_in_small(arch, tokens, head_dim, device, monkeypatch):
 @DEVICES
 def test_two_backward_launches_on_other_gpus(device, monkeypatch):
     """Ampere's configurations, which hold fewer keys in one program."""
-    for module in (forward, backward):
+    for module in (triton_forward, triton_backward):
         monkeypatch.setattr(module, "architecture", lambda x: 80)
     q, k, v = (make(1, 198, 1, 64, device=device, dtype=torch.float16, seed=i) for i in range(3))
     check(lambda *x: attention(*x, return_lse=True), q, k, v, 0.125)

@@ -58,9 +58,11 @@ def test_within_budget(size, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [*SIZES, (1, 300, 40)], ids=str)
 def test_kernel_within_budget(size, dtype, monkeypatch):
-    from fastdeit.kernels.bias_gelu import triton_impl
+    from fastdeit.kernels.bias_gelu import triton_kernels
 
-    monkeypatch.setattr(triton_impl, "PROGRAMS", 8)  # few programs: each loops over several tiles, the last has fewer
+    monkeypatch.setattr(
+        triton_kernels, "PROGRAMS", 8
+    )  # few programs: each loops over several tiles, the last has fewer
     check(size, dtype)
 
 

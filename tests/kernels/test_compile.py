@@ -7,7 +7,8 @@ from fastdeit.kernels.backend import INTERPRETED
 if INTERPRETED:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from fastdeit.kernels.compile_case import all_cases, compile_case, problems
+from benchmarks.compile_case import compile_case, problems
+from benchmarks.compile_cases import all_cases
 
 CASES = [(case, arch) for _, case in all_cases() for arch in case.architectures]
 

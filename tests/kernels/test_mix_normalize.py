@@ -116,7 +116,7 @@ def test_kernel_takes_any_part_of_the_draws(given):
 @pytest.mark.interpreter
 @LAYOUTS
 def test_kernel_writes_its_output_and_nothing_else(monkeypatch, channels_last):
-    from fastdeit.kernels.mix_normalize import triton_impl
+    from fastdeit.kernels.mix_normalize import triton_kernels
 
     B, H, W = 2, 5, 7
     guarded = torch.full((B * 3 * H * W + 64,), float("nan"))
@@ -125,15 +125,15 @@ def test_kernel_writes_its_output_and_nothing_else(monkeypatch, channels_last):
         middle = guarded[32:-32]
         return middle.view(B, H, W, 3).permute(0, 3, 1, 2) if channels_last else middle.view(B, 3, H, W)
 
-    monkeypatch.setattr(triton_impl, "empty_output", inside_guards)
+    monkeypatch.setattr(triton_kernels, "empty_output", inside_guards)
     images, draws = random_images(B, H, W), random_draws(B, H, W)
-    triton_impl.mix_normalize_triton(images, MEAN, STD, *draws.values(), torch.float32, channels_last)
+    triton_kernels.mix_normalize_triton(images, MEAN, STD, *draws.values(), torch.float32, channels_last)
     assert guarded[:32].isnan().all() and guarded[-32:].isnan().all() and not guarded[32:-32].isnan().any()
 
 
 @pytest.mark.interpreter
 def test_kernel_marks_samples_whose_partner_is_outside_the_batch():
-    from fastdeit.kernels.mix_normalize.triton_impl import mix_normalize_triton
+    from fastdeit.kernels.mix_normalize.triton_kernels import mix_normalize_triton
 
     partner, lam = torch.tensor([1, -1, 3, 3]), torch.tensor([0.5, 0.5, 0.5, 1.0])
     out = mix_normalize_triton(

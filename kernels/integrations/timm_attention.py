@@ -4,8 +4,8 @@ from timm.layers import Attention
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .attention.api import attention, attention_qkvpacked
-from .attention_swap import fits
+from ..attention.api import attention, attention_qkvpacked
+from .report import fits
 
 
 @register_notrace_module  # a leaf for timm's feature extraction by torch.fx

@@ -25,11 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.backend import dot_precision
-
+from ..backend import architecture, dot_precision, padded_columns, readable, strides
+from ..tiles import LOG2_E, load_rows, store_rows
 from .configs import backward_config
-from .launch import architecture, padded_columns, readable
-from .tiles import LOG2_E, load_rows, store_rows
 
 
 @triton.jit
@@ -214,7 +212,7 @@ def attention_backward(
     columns = max(64, padded_columns(head_dim))  # dQᵀ has that many rows, and wgmma needs 64
     config = backward_config(architecture(q), tokens, columns, q.dtype, batch * heads)
     one, by_query, by_key = config
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3])
+    steps = strides(q, k, v, dq)
     shared = {"HEAD_DIM": head_dim, "COLS": columns, "PRECISION": dot_precision(q), "enable_fp_fusion": True}
 
     def scratch(*shape: int) -> Tensor:
@@ -226,7 +224,7 @@ def attention_backward(
             padded = blocks * one.keys
             backward_kernel[(batch * heads,)](
                 q, k, v, out, grad_out, lse, grad_lse, scratch(2, padded),
-                scratch(padded, columns) if blocks > 1 else None, dq, dk, dv, scale, heads, tokens, padded, *strides,
+                scratch(padded, columns) if blocks > 1 else None, dq, dk, dv, scale, heads, tokens, padded, *steps,
                 KV_ROWS=one.keys, BLOCK_M=one.queries, BLOCKS=blocks,
                 num_warps=one.num_warps, num_stages=one.num_stages, **shared,
             )  # fmt: skip
@@ -236,12 +234,12 @@ def attention_backward(
         assert by_query.queries % by_key.queries == 0  # backward_kv reads no statistics past the padding
         rows = scratch(2, padded)
         backward_q_kernel[(batch * heads * query_blocks,)](
-            q, k, v, out, grad_out, lse, grad_lse, rows, dq, scale, heads, tokens, query_blocks, padded, *strides,
+            q, k, v, out, grad_out, lse, grad_lse, rows, dq, scale, heads, tokens, query_blocks, padded, *steps,
             BLOCK_M=by_query.queries, BLOCK_N=by_query.keys,
             num_warps=by_query.num_warps, num_stages=by_query.num_stages, **shared,
         )  # fmt: skip
         backward_kv_kernel[(batch * heads * key_blocks,)](
-            q, k, v, grad_out, rows, dk, dv, scale, heads, tokens, key_blocks, padded, *strides,
+            q, k, v, grad_out, rows, dk, dv, scale, heads, tokens, key_blocks, padded, *steps,
             KV_ROWS=by_key.keys, BLOCK_M=by_key.queries,
             num_warps=by_key.num_warps, num_stages=by_key.num_stages, **shared,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import logging
 
 from torch import nn
 
-from .attention_swap import SwapReport, why_not
+from .report import SwapReport, why_not
 
 logger = logging.getLogger(__name__)
 

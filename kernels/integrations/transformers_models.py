@@ -13,8 +13,8 @@ import logging
 
 from torch import Tensor, nn
 
-from .attention.api import HEAD_DIMS, attention
-from .attention_swap import SwapReport, fits, why_not
+from ..attention.api import HEAD_DIMS, attention
+from .report import SwapReport, fits, why_not
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.backend import dot_precision
-
+from ..backend import architecture, dot_precision, padded_columns, readable, strides
+from ..tiles import LN_2, LOG2_E, load_rows, store_rows
 from .configs import forward_config
-from .launch import architecture, padded_columns, readable
-from .tiles import LN_2, LOG2_E, load_rows, store_rows
 
 
 @triton.jit
@@ -114,7 +112,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     with torch.cuda.device_of(q):
         forward_kernel[(batch * heads * splits,)](
             q, k, v, out, lse, scale, heads, tokens, splits,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *strides(q, k, v),
             HEAD_DIM=head_dim, COLS=columns, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             TILES=tiles, STARTS=tuple(sum(tiles[:i]) for i in range(len(tiles))), RESIDENT=config.keys == "resident",
             PRECISION=dot_precision(q), num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,

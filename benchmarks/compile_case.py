@@ -1,20 +1,14 @@
 """Compiles Triton kernels where there is no GPU, and reads what they will cost from the machine code.
 
-Each operation's `compile_cases.py` names its kernels at representative shapes:
-
-    def cases():
-        yield CompileCase("attention_forward N=198 D=64 bf16", kernel, signature={...}, constexprs={...})
-
+compile_cases.py describes every kernel at representative shapes, as
+CompileCase("attention_forward N=198 D=64 bf16", kernel, signature={...}, constexprs={...}).
 `compile_case(case, arch)` compiles one of them for sm_80, sm_90 or sm_100 and returns its `Resources`;
 `problems(case, resources)` says in words what is wrong with them.
 """
 
-import importlib
-import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,15 +61,6 @@ class Resources:
     tcgen05: int
     tensor_columns: int  # of tensor memory, on sm_100
     dots_left: int  # on sm_90: dots that did not become wgmma
-
-
-def all_cases() -> Iterator[tuple[str, CompileCase]]:
-    """(operation, case) for every `compile_cases.py` in this package."""
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module.ispkg and (Path(__file__).parent / module.name / "compile_cases.py").exists():
-            cases = importlib.import_module(f"{__package__}.{module.name}.compile_cases").cases
-            for case in cases():
-                yield module.name, case
 
 
 def compile_case(case: CompileCase, arch: int) -> Resources:

@@ -20,9 +20,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import LN_2, LOG2_E, block, chunks, launch_options, load_tile, readable, scores, store_tile, strides
+from ..backend import dot_precision, padded_columns, readable, strides
+from ..tiles import LN_2, LOG2_E, load_rows, store_rows
 
 STAGES = 2
+
+
+@triton.jit
+def scores(
+    x_ptr, y_ptr, x, y, x_stride, y_stride, X, Y, DIM: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Tile x y^T, float32, unscaled."""
+    tile = tl.zeros((x.shape[0], y.shape[0]), tl.float32)
+    for start in range(0, DIM, CHUNK):
+        x_tile = load_rows(x_ptr, x, x_stride, X, DIM, CHUNK, True, start)
+        y_tile = load_rows(y_ptr, y, y_stride, Y, DIM, CHUNK, True, start)
+        tile = tl.dot(x_tile, tl.trans(y_tile), tile, input_precision=PRECISION)
+    return tile
 
 
 @triton.jit
@@ -115,10 +129,30 @@ def gradient_kernel(
                 s_lse, t_lse = s_lse[:, None], t_lse[:, None]
             dS = tl.exp2((S - s_lse) * LOG2_E) - tl.exp2((T - t_lse) * LOG2_E)
             dS = tl.where((y < Y)[None, :], dS, 0.0)
-        y_tile = load_tile(sy_ptr, y, sy_n, Y, first, DIM_S, CHUNK_S)
+        y_tile = load_rows(sy_ptr, y, sy_n, Y, DIM_S, CHUNK_S, True, first)
         grad = tl.dot(dS.to(y_tile.dtype), y_tile, grad, input_precision=PRECISION)
     grad *= tl.cast(coefficient, tl.float32) * tl.load(dloss_ptr).to(tl.float32)
-    store_tile(grad_ptr + (b * X * H + h) * DIM_S, grad, x, H * DIM_S, X, first, DIM_S, CHUNK_S)
+    store_rows(grad_ptr + (b * X * H + h) * DIM_S, x, H * DIM_S, grad, X, DIM_S, CHUNK_S, first)
+
+
+def block(x: Tensor) -> int:
+    """Tokens of x taken at a time."""
+    return max(16, min(padded_columns(x.shape[1]), 32 if x.dtype == torch.float32 else 64))
+
+
+def chunk(x: Tensor) -> int:
+    """Dimensions of x taken at a time: a power of two, and in half precision all of a usual head."""
+    return max(16, min(padded_columns(x.shape[3]), 32 if x.dtype == torch.float32 else 128))
+
+
+def launch_options(student: Tensor, teacher: Tensor) -> dict:
+    """What every launch says of the two models' head_dims, dtype and warps."""
+    chunk_s, chunk_t = chunk(student), chunk(teacher)
+    return {
+        "DIM_S": student.shape[3], "DIM_T": teacher.shape[3], "CHUNK_S": chunk_s, "CHUNK_T": chunk_t,
+        "PRECISION": dot_precision(student), "num_warps": 8 if max(chunk_s, chunk_t) > 64 else 4,
+        "num_stages": STAGES, "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def forward(
@@ -129,7 +163,7 @@ def forward(
     student_scale: float,
     teacher_scale: float,
     objective: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as of `reference.forward`, for objectives "kl" and "mse"."""
     student_q, student_k, teacher_q, teacher_k = map(readable, (student_q, student_k, teacher_q, teacher_k))
     (B, R, H, _), M, mse = student_q.shape, student_k.shape[1], objective == "mse"
@@ -140,9 +174,9 @@ def forward(
             losses, student_lse, teacher_lse, student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale,
             H, R, M, *strides(student_q, student_k, teacher_q, teacher_k),
             MSE=mse, BLOCK_R=block(student_q), BLOCK_M=block(student_k),
-            **launch_options(student_q, teacher_q), num_stages=STAGES,
+            **launch_options(student_q, teacher_q),
         )  # fmt: skip
-    return losses.mean(), student_lse, teacher_lse, losses.new_empty(0)
+    return losses.mean(), student_lse, teacher_lse
 
 
 def backward(
@@ -160,18 +194,19 @@ def backward(
     """Arguments and results as of `reference.backward`, for objectives "kl" and "mse"."""
     student_q, student_k, teacher_q, teacher_k = map(readable, (student_q, student_k, teacher_q, teacher_k))
     (B, R, H, _), M, mse = student_q.shape, student_k.shape[1], objective == "mse"
+    chunks = triton.cdiv(student_q.shape[3], chunk(student_q))
     coefficient = student_scale / (B * H * R) * (2.0 / M if mse else 1.0)
 
     def gradient(student_x, student_y, teacher_x, teacher_y, of_keys):
         X, Y = student_x.shape[1], student_y.shape[1]
         grad = student_x.new_empty(student_x.shape)
         with torch.cuda.device_of(grad):
-            gradient_kernel[(B * H * triton.cdiv(X, block(student_x)) * chunks(student_x),)](
+            gradient_kernel[(B * H * triton.cdiv(X, block(student_x)) * chunks,)](
                 dloss, grad, student_lse, teacher_lse, student_x, student_y, teacher_x, teacher_y,
                 student_scale, teacher_scale, coefficient,
                 H, X, Y, *strides(student_x, student_y, teacher_x, teacher_y),
                 OF_KEYS=of_keys, MSE=mse, BLOCK_X=block(student_x), BLOCK_Y=block(student_y),
-                **launch_options(student_x, teacher_x), num_stages=STAGES,
+                **launch_options(student_x, teacher_x),
             )  # fmt: skip
         return grad
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .attention.api import DTYPES, HEAD_DIMS, MAX_TOKENS
+from ..attention.api import DTYPES, HEAD_DIMS, MAX_TOKENS
 
 
 @dataclass(frozen=True)
