@@ -46,6 +46,12 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def tell(sentence: str) -> None:
+    """Say what is to be known beside the command's output; of several processes the first does."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(sentence, file=sys.stderr, flush=True)
+
+
 def in_words(error: Exception) -> str | None:
     """What to tell the user, or None for a defect."""
     if os.environ.get("FASTDEIT_TRACEBACK") == "1":

@@ -6,13 +6,12 @@ A recipe (fastdeit/recipes) is a function that returns a filled `Config`; the co
 
 import dataclasses
 import json
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from . import command, trackers
+from . import command
 from .command import UserError
 
 
@@ -242,88 +241,6 @@ class Config:
         return config
 
 
-def check(config: Config) -> None:
-    """Refuse values no run can work with."""
-    trackers.check(config.run.tracker)
-    _check_ranges(config)
-    _check_together(config)
-
-
-def _check_ranges(config: Config) -> None:
-    """Each setting by itself."""
-    data, optimization, distillation = config.data, config.optimization, config.distillation
-    for flag, rate in {
-        "--drop-path": config.model.drop_path,
-        "--smoothing": optimization.smoothing,
-        "--distillation-alpha": distillation.distillation_alpha,
-        "--model-ema-decay": config.model.model_ema_decay,
-        "--reprob": data.reprob,
-        "--hflip": data.hflip,
-        "--mixup-prob": data.mixup_prob,
-        "--mixup-switch-prob": data.mixup_switch_prob,
-        "--max-bad": data.max_bad,
-    }.items():
-        if not 0 <= rate <= 1:
-            raise UserError(f"{flag} {rate}: must lie between 0 and 1")
-    for flag, count in {
-        "--batch-size": data.batch_size,
-        "--epochs": optimization.epochs,
-        "--input-size": data.input_size,
-        "--accumulate": optimization.accumulate,
-        "--patch-size": config.model.patch_size,
-        "--teacher-input-size": distillation.teacher_input_size,
-    }.items():
-        if count is not None and count < 1:
-            raise UserError(f"{flag} {count}: must be at least 1")
-    for flag, value in {
-        "--seed": config.run.seed,
-        "--num-workers": data.num_workers or 0,
-        "--lr": optimization.lr,
-        "--warmup-lr": optimization.warmup_lr,
-        "--min-lr": optimization.min_lr,
-        "--warmup-epochs": optimization.warmup_epochs,
-        "--weight-decay": optimization.weight_decay,
-        "--opt-eps": optimization.opt_eps,
-        "--clip-grad": optimization.clip_grad or 0,
-        "--attention-distillation-weight": distillation.attention_distillation_weight,
-        "--checkpoint-minutes": config.run.checkpoint_minutes,
-        "--keep-epochs": config.run.keep_epochs,
-        "--keep-count": config.run.keep_count or 0,
-        "--skip-nonfinite": config.run.skip_nonfinite,
-    }.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"{flag} {value}: must be a number, and not negative")
-    if not all(0 <= beta < 1 for beta in optimization.opt_betas):
-        raise UserError(f"--opt-betas {' '.join(map(str, optimization.opt_betas))}: must lie from 0 to below 1")
-    if not 0 < distillation.distillation_tau < math.inf:
-        raise UserError(f"--distillation-tau {distillation.distillation_tau}: a temperature must be above 0")
-    if not 0 < data.eval_crop_ratio <= 1:
-        raise UserError(f"--eval-crop-ratio {data.eval_crop_ratio}: must lie above 0 and up to 1")
-
-
-def _check_together(config: Config) -> None:
-    """Settings that do not go with each other."""
-    data, distillation = config.data, config.distillation
-    for flag, given in {
-        "--teacher-path": distillation.teacher_path,
-        "--teacher-store": distillation.teacher_store,
-    }.items():
-        if given is not None and distillation.distillation_type == "none":
-            raise UserError(f"{flag}: nobody listens to a teacher; give --distillation-type hard or soft too")
-    if distillation.teacher_path is not None and distillation.teacher_store is not None:
-        raise UserError("--teacher-path and --teacher-store: one asks a teacher, the other has its answers; give one")
-    if distillation.unlabelled_path is not None and distillation.distillation_type == "none":
-        raise UserError(
-            "--unlabelled-path: without labels there must be a teacher: give --distillation-type hard or soft"
-        )
-    if data.batch_size % 2 and (data.mixup > 0 or data.cutmix > 0):
-        raise UserError(
-            f"--batch-size {data.batch_size}: mixup and cutmix pair the samples of a batch; use an even size"
-        )
-    if config.speed.sharding == "fsdp" and config.speed.precision == "fp16":
-        raise UserError("--sharding fsdp goes with --precision bf16 or fp32: it does not know the loss scaling of fp16")
-
-
 def parse(
     arguments: list[str] | None = None,
     *,
@@ -337,11 +254,12 @@ def parse(
     recipe: the one taken when --recipe is not given. kind: Config, with further groups of a command's own perhaps.
     description: of the command; the recipe's if None.
     """
-    from . import deit_flags, recipes, resume
+    from . import config_check, deit_flags, recipes, resume
 
     arguments = deit_flags.translate(sys.argv[1:] if arguments is None else arguments, kind)
     default = resume.defaults(_flag(arguments, "resume"))
-    if default is None:
+    begins = default is None
+    if begins:
         chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
         default = recipes.load(chosen)
         default.run.recipe = chosen
@@ -349,16 +267,25 @@ def parse(
         kind, description=description or recipes.describe(default.run.recipe), prog=prog, args=arguments,
         default=kind(**vars(default)),
     )  # fmt: skip
-    check(config)
+    config_check.check(config)
+    if begins and kind is Config:
+        config_check.check_start(config)
     if config.run.resume not in (None, "auto") and not config.run.eval:
         resume.saved_settings(Path(config.run.resume))  # refused now, not when the data have been read
+    given = {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
+    for sentence in config_check.unread(config, given):
+        command.tell(sentence)
+    if begins and default.run.recipe == "demo" and "--recipe" not in given and given - {"--print-config"}:
+        command.tell("without --data-path: the recipe demo, on scikit-learn's digits")
     return config
 
 
 def _flag(arguments: list[str], name: str) -> str | None:
-    """The value of --name in the raw arguments: the recipe must be known before the parser is built."""
+    """The value of --name in the raw arguments, the last if there are several: the recipe must be known before the
+    parser is built."""
+    found = None
     for position, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
         if key.replace("_", "-") == f"--{name}":
-            return value if equals else (arguments[position + 1] if position + 1 < len(arguments) else None)
-    return None
+            found = value if equals else (arguments[position + 1] if position + 1 < len(arguments) else None)
+    return found

@@ -6,10 +6,9 @@ flags that have another name, and flags for what there is not, with what to do a
 
 import dataclasses
 import os
-import sys
 from dataclasses import dataclass
 
-from .command import UserError
+from .command import UserError, tell
 
 ANY = None
 
@@ -204,11 +203,10 @@ def _check_processes(launched: dict[str, str], reading: Reading) -> None:
 
 
 def translate(arguments: list[str], kind: type) -> list[str]:
-    """`read` for the settings `kind`, a dataclass of groups; what has been changed is said on rank 0."""
+    """`read` for the settings `kind`, a dataclass of groups; what has been changed is said."""
     reading = read(arguments, flags(kind))
-    if int(os.environ.get("RANK", 0)) == 0:
-        for sentence in reading.told():
-            print(sentence, file=sys.stderr)
+    for sentence in reading.told():
+        tell(sentence)
     return reading.arguments
 
 

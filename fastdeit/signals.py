@@ -22,6 +22,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from .command import tell
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME = 1.0  # seconds
 
@@ -69,9 +71,9 @@ class Stop:
                 first = time.monotonic()
                 name = signal.Signals(number).name
                 if self.polled:
-                    _say(f"{name}: finishing this step, then saving; a second one ends at once")
+                    tell(f"{name}: finishing this step, then saving; a second one ends at once")
                 else:
-                    _say(f"{name}: ending")
+                    tell(f"{name}: ending")
                     threading.Thread(target=self.leave, daemon=True).start()
             elif time.monotonic() - first > SAME:
                 os._exit(128 + number)
@@ -89,8 +91,3 @@ class Stop:
                 stream.flush()
         # Without unwinding: the main thread may be waiting for something that never comes.
         os._exit(128 + (self.received or number))
-
-
-def _say(text: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text, file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ def build_student(config: Config, num_classes: int) -> nn.Module:
             drop_path=settings.drop_path,
             attention=config.speed.attention,
         )
-        if settings.pretrained:
+        if settings.pretrained and not settings.finetune:
             raise UserError(
                 f"--pretrained: {settings.model} is this project's own code; give a downloaded checkpoint by --finetune"
             )
@@ -72,7 +72,8 @@ def build_timm_model(config: Config, num_classes: int) -> nn.Module:
     name = config.model.model
     if not timm.is_model(name):
         raise UserError(ours.unknown_model_message(name, timm.list_models()))
-    options = {"num_classes": num_classes, "pretrained": config.model.pretrained}
+    published = config.model.pretrained and not config.model.finetune  # whose weights would replace them
+    options = {"num_classes": num_classes, "pretrained": published}
     if config.model.drop_path:
         options["drop_path_rate"] = config.model.drop_path
     if config.model.patch_size:
@@ -85,7 +86,7 @@ def build_timm_model(config: Config, num_classes: int) -> nn.Module:
                 raise UserError(f"--model {name}: timm's has no {option}; {remedy}") from error
         raise
     except (OSError, RuntimeError) as error:
-        if not config.model.pretrained:
+        if not published:
             raise
         raise UserError(
             f"the published weights of {name} could not be loaded ({error.__class__.__name__}: {error}); download them "

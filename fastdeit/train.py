@@ -53,7 +53,7 @@ def train(config, place) -> dict:
     summary = {head: value["top1"] for head, value in accuracy["model"].items()}
     if trainer.teacher is not None and config.distillation.teacher_store is None:
         summary["teacher"] = trainer.accuracy_of(lambda images: (trainer.teacher(images), None))["cls"]["top1"]
-    if config.distillation.compare_undistilled:
+    if config.distillation.compare_undistilled and config.distillation.distillation_type != "none":
         summary["undistilled"] = train_undistilled(config, place, indices, folder)
     _end(trainer, summary, folder)
     return summary

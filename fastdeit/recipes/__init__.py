@@ -20,3 +20,8 @@ def load(name: str) -> Config:
 
 def describe(name: str) -> str:
     return importlib.import_module(f"{__name__}.{name}").__doc__.strip()
+
+
+def starts_from_weights(name: str) -> bool:
+    """Whether the recipe is one of fine-tuning: its module says so by FINETUNES."""
+    return getattr(importlib.import_module(f"{__name__}.{name}"), "FINETUNES", False)

@@ -8,6 +8,8 @@ AdamW at 1e-5, RandAugment and cross entropy in place of LAMB, 3-Augment and bin
 
 from ..config import Config, Data, Model, Optimization
 
+FINETUNES = True  # refused without weights to begin with
+
 
 def config() -> Config:
     return Config(

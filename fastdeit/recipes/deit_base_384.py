@@ -9,6 +9,8 @@ Top-1 on ImageNet-1k that the paper reports, not measured here: 83.1 %.
 
 from ..config import Config, Data, Model, Optimization
 
+FINETUNES = True  # refused without weights to begin with
+
 
 def config() -> Config:
     return Config(

@@ -10,6 +10,8 @@ used it and found labels alone to be worse. Top-1 on ImageNet-1k that the paper 
 from ..config import Config, Distillation
 from .deit_base_384 import config as from_labels
 
+FINETUNES = True  # refused without weights to begin with
+
 
 def config() -> Config:
     config = from_labels()

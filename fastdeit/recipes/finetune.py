@@ -10,6 +10,8 @@ two. No accuracy is claimed: it depends on the folder.
 
 from ..config import Config, Data, Model, Optimization
 
+FINETUNES = True  # refused without weights to begin with
+
 
 def config() -> Config:
     return Config(

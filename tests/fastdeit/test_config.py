@@ -109,6 +109,8 @@ def test_help_breaks_lines_at_the_terminals_edge_only(cli, monkeypatch):
         (["--opt-betas", "0.9", "1.5"], "--opt-betas 0.9 1.5"),
         (["--weight-decay", "-1"], "--weight-decay"),
         (["--clip-grad", "-1"], "--clip-grad"),
+        (["--clip-grad", "0"], "no clipping"),
+        (["--recipe", "demo", "--recipe", "none"], "--recipe none"),
         (["--seed", "-1"], "--seed"),
         (["--model-ema-decay", "2"], "--model-ema-decay"),
         (["--mixup-prob", "3"], "--mixup-prob"),
@@ -123,3 +125,69 @@ def test_impossible_values_are_refused_in_a_sentence(cli, arguments, words):
     code, _, err = cli(main, *arguments)
     assert code == 2
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "deit3_finetune", "deit_base_384", "deit_base_distilled_384"])
+def test_fine_tuning_needs_weights(recipe):
+    given = ["--recipe", recipe, "--data-path", "x"]
+    with pytest.raises(UserError, match="--finetune CHECKPOINT"):
+        parse(given)
+    assert parse([*given, "--finetune", "y"]).run.recipe == recipe
+    assert parse([*given, "--pretrained", "--model", "vit_tiny_patch16_224"]).run.recipe == recipe
+    assert parse([*given, "--eval", "--resume", "y"]).run.recipe == recipe
+
+
+def test_the_recipes_of_fine_tuning_are_those_whose_command_says_so():
+    told = {name for name in recipes.names() if "--finetune" in recipes.describe(name)}
+    assert told == {name for name in recipes.names() if recipes.starts_from_weights(name)}
+
+
+@pytest.mark.parametrize(
+    "line, flags, reason",
+    [
+        ("--teacher-model resnet50 --distillation-tau 2", "--distillation-tau, --teacher-model", "no teacher"),
+        ("--distillation-type hard --distillation-tau 2", "--distillation-tau", "soft"),
+        ("--compare-undistilled", "--compare-undistilled", "no teacher"),
+        (
+            "--distillation-type soft --attention-distillation-layers every-2",
+            "--attention-distillation-layers",
+            "weight is 0",
+        ),
+        ("--distillation-type hard --teacher-store s --teacher-precision fp16", "--teacher-precision", "store"),
+        ("--distillation-type hard --teacher-path . --teacher-model resnet50", "--teacher-model", "folder"),
+        ("--mixup 0 --cutmix 0 --mixup-mode elem", "--mixup-mode", "are 0"),
+        ("--color-jitter 0.4", "--color-jitter", "as in timm"),
+        ("--src --scale 0.2 1", "--scale", "--src"),
+        ("--finetune x --pretrained", "--pretrained", "--finetune"),
+        ("--no-model-ema --model-ema-decay 0.9", "--model-ema-decay", "no moving average"),
+        ("--opt sgd --opt-eps 1e-3", "--opt-eps", "adamw and lamb"),
+        ("--warmup-epochs 0 --warmup-lr 1e-5", "--warmup-lr", "--warmup-epochs is 0"),
+        ("--keep-count 3", "--keep-count", "--keep-epochs"),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_named(capsys, line, flags, reason):
+    parse(["--data-path", "x", *line.split()])
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"warning: {flags} changes nothing: ") and reason in told
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "--distillation-type soft --distillation-tau 2 --distillation-alpha 0.1 --teacher-model resnet50",
+        "--aa 3aug --color-jitter 0.4",
+        "--keep-count 3 --keep-epochs 50",
+        "--opt lamb --opt-eps 1e-3 --warmup-lr 0 --mixup 0 --mixup-mode pair",
+    ],
+)
+def test_of_flags_that_are_used_nothing_is_said(capsys, line):
+    parse(["--data-path", "x", *line.split()])
+    assert capsys.readouterr().err == ""
+
+
+def test_the_digits_are_not_taken_without_a_word(capsys):
+    assert parse(["--model", "deit_tiny_patch16_224"]).run.recipe == "demo"
+    assert "without --data-path" in capsys.readouterr().err
+    parse(["--recipe", "demo", "--epochs", "3"])
+    assert capsys.readouterr().err == ""

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from fastdeit import teach, train
 from fastdeit.config import parse
 from fastdeit.distributed import join
+from fastdeit.student import build_student
 
+from . import runs
 from .conftest import SMALL, refused
 
 
@@ -164,3 +166,24 @@ def test_a_teacher_of_more_classes(tmp_path, colors, cli):
         *arguments,
     )
     assert code == 2 and "7 classes" in err and "--teacher-classes" in err and not (tmp_path / "x").exists()
+
+
+def test_weights_of_a_file_are_not_asked_of_the_hub_too(tmp_path, monkeypatch):
+    """The recipe of `teach fit` has --pretrained on; --finetune FILE takes its place, with no word to a network."""
+    import timm
+
+    made = timm.create_model("test_resnet", num_classes=5)
+    torch.save(made.state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: pytest.fail("published weights"))
+    given = ["--data-path", "x", "--model", "test_resnet", "--finetune", str(tmp_path / "weights.pth")]
+    settings = parse(given, recipe="teacher")
+    assert settings.model.pretrained
+    model = build_student(settings, 5)
+    assert all(torch.equal(value, made.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_without_a_teacher_there_is_nothing_to_compare_with(colors, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastdeit.train.train_undistilled", lambda *_: pytest.fail("the same student again"))
+    flags = ["--data-path", colors, "--output-dir", tmp_path / "run", "--epochs", 1, "--compare-undistilled"]
+    summary = runs.run(*runs.RANDOM, *flags)
+    assert set(summary) == {"cls", "dist", "both"}
