@@ -10,7 +10,7 @@ from .calibration import BINS, calibration_counts, expected_calibration_error
 from .command import UserError
 from .distributed import Place
 
-HEADS = ("cls", "dist", "both")
+HEADS = {"cls": "class head", "dist": "distillation head", "both": "both heads, averaged"}
 
 
 @torch.inference_mode()

@@ -1,15 +1,12 @@
 """Pictures of a run: the first augmented batch, the curves, the cosine similarity of the two tokens."""
 
-import json
 import math
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
+from . import charts, log
 from .model import DeiT, token_cosine_similarity
 from .parallel import is_sharded
 
@@ -26,7 +23,8 @@ def first_batch(trainer, path: Path) -> None:
     pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     columns = min(8, len(pixels))
     rows = math.ceil(len(pixels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.75 * rows), squeeze=False)
+    figure = Figure(figsize=(1.5 * columns, 1.75 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for i, (axis, image) in enumerate(zip(axes.flat, pixels)):
@@ -34,7 +32,6 @@ def first_batch(trainer, path: Path) -> None:
         axis.set_title(_label(batch, i, trainer.classes), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def _label(batch, i: int, classes) -> str:
@@ -50,37 +47,8 @@ def _name(label: int, classes) -> str:
 
 
 def curves(folder: Path) -> None:
-    """curves.png from metrics.jsonl: losses, top-1 of each head, learning rate, over the steps."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    training = [record for record in records if record["kind"] == "train"]
-    evaluations = [record for record in records if record["kind"] == "eval"]
-    figure, (loss, top1, lr) = plt.subplots(1, 3, figsize=(15, 4))
-    steps = [record["step"] for record in training]
-    terms = [("loss", "loss")]
-    if any(record["teacher_loss"] for record in training):
-        terms += [("class_loss", "class term"), ("teacher_loss", "teacher term")]
-    if any(record.get("attention_loss") for record in training):
-        terms.append(("attention_loss", "attention term"))
-    for key, name in terms:
-        loss.plot(steps, [record[key] for record in training], label=name, linewidth=1.2)
-    loss.set(title="training loss", xlabel="step")
-    names = {"cls": "class head", "dist": "distillation head", "both": "both, averaged"}
-    for source, style in (("model", "-"), ("ema", "--")):
-        for color, (head, name) in enumerate(names.items()):
-            points = [(r["step"], 100 * r[source][head]) for r in evaluations if head in r.get(source, {})]
-            if points:
-                label = name + (" (moving average)" if source == "ema" else "")
-                top1.plot(*zip(*points), style, color=f"C{color}", label=label, linewidth=1.2)
-    top1.set(title="validation top-1, %", xlabel="step")
-    lr.plot(steps, [record["lr"] for record in training], linewidth=1.2)
-    lr.set(title="learning rate", xlabel="step")
-    for axis in (loss, top1):
-        axis.legend(fontsize=8)
-    for axis in (loss, top1, lr):
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=100)
-    plt.close(figure)
+    """curves.png from metrics.jsonl: losses, top-1 of each head, learning rate and throughput, over the steps."""
+    charts.png(folder / "curves.png", charts.of_training(*log.read(folder / "metrics.jsonl")))
 
 
 def token_similarity(trainer, folder: Path) -> list[float] | None:
@@ -95,13 +63,5 @@ def token_similarity(trainer, folder: Path) -> list[float] | None:
     values = token_cosine_similarity(
         trainer.model, trainer.prepare(batch)[real.to(batch.labels.device)].float()
     ).tolist()
-    figure, axis = plt.subplots(figsize=(5, 3.5))
-    axis.plot(values, marker="o", linewidth=1.2)
-    axis.set(
-        title="class and distillation token", xlabel="block (0: input)", ylabel="cosine similarity", ylim=(-1.05, 1.05)
-    )
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "token_similarity.png", dpi=100)
-    plt.close(figure)
+    charts.png(folder / "token_similarity.png", [charts.of_tokens(values)])
     return [round(value, 3) for value in values]

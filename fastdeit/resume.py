@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from . import checkpoint, durable
+from . import checkpoint, durable, log
 from .command import UserError
 from .config import Config
 from .distributed import Place
@@ -120,14 +120,9 @@ def _start(run: Path) -> tuple[Path, dict] | None:
 
 def cut_metrics(path: Path, *, step: int, epochs_evaluated: int) -> None:
     """Remove the lines of what is going to be done again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # cut off by a kill or a full disk
-        if record["step"] <= step and (record["kind"] != "eval" or record["epoch"] < epochs_evaluated):
-            kept.append(line + "\n")
-    durable.replace(path, "".join(kept).encode())
+    if path.exists():
+        kept = [
+            json.dumps(line) + "\n" for line in log.json_lines(path)
+            if line["step"] <= step and (line["kind"] != "eval" or line["epoch"] < epochs_evaluated)
+        ]  # fmt: skip
+        durable.replace(path, "".join(kept).encode())

@@ -5,13 +5,9 @@ import shutil
 from rich.console import Console
 from rich.table import Column, Table
 
-NAMES = {
-    "teacher": "teacher",
-    "cls": "class head",
-    "dist": "distillation head",
-    "both": "both heads, averaged",
-    "undistilled": "same student, not distilled",
-}
+from .accuracy import HEADS
+
+NAMES = {"teacher": "teacher", **HEADS, "undistilled": "same student, not distilled"}
 
 
 def _render(table: Table) -> str:

@@ -119,8 +119,10 @@ def _jpeg(pixels: np.ndarray) -> str:
     return _encoded(Image.fromarray((pixels * 255).round().astype("uint8")))
 
 
-def embedded(path: Path) -> str:
-    """A PNG as a data URI; a large one, which is full of photographs, as JPEG."""
+def embedded(path: Path) -> str | None:
+    """A PNG as a data URI; a large one, which is full of photographs, as JPEG. None if there is no such file."""
+    if not path.is_file():
+        return None
     content = path.read_bytes()
     if len(content) > LARGE:
         with Image.open(io.BytesIO(content)) as image:

@@ -1,11 +1,12 @@
 """What the folder of a run tells, read without changing it; the files are those of run_directory.py."""
 
 import json
-import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
+from .. import log
 from ..command import UserError
 
 STANDSTILL = 60  # seconds between two lines of the log beyond the time measured in them: the run was not at work
@@ -45,17 +46,17 @@ class Record:
             raise UserError(
                 f"{folder / 'settings.json'} is damaged ({error}): last/config.json holds the settings too"
             ) from error
-        lines = _lines(folder / "metrics.jsonl")
+        training, evaluations = log.read(folder / "metrics.jsonl")
         return cls(
             folder=folder,
             settings=settings,
             summary=_json(folder / "summary.json"),
             description=_json(folder / "last" / "config.json"),
-            training=_of_kind(lines, "train"),
-            evaluations=_of_kind(lines, "eval"),
-            undistilled=_of_kind(_lines(folder / "undistilled" / "metrics.jsonl"), "eval"),
+            training=training,
+            evaluations=evaluations,
+            undistilled=log.read(folder / "undistilled" / "metrics.jsonl")[1],
             bad_files=_bad_files(folder / "bad_files.txt"),
-            nonfinite=_lines(folder / "nonfinite.jsonl"),
+            nonfinite=log.json_lines(folder / "nonfinite.jsonl"),
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -104,12 +105,6 @@ class Record:
     # -----------------------------------------------------------------------------------------------------------------
     # Accuracy
 
-    def best(self, source: str, head: str) -> tuple[float, int] | None:
-        """(top-1, epoch counted from 1) of the best evaluation, the first of equals."""
-        found = [(line[source][head], -line["epoch"] - 1) for line in self.evaluations if head in line.get(source, {})]
-        top1, epoch = max(found, default=(None, None))
-        return None if top1 is None else (top1, -epoch)
-
     @cached_property
     def accuracies(self) -> dict[str, dict]:
         """Of the last evaluation: {"model" or "ema": {head: {"top1"}}}; its checkpoint adds "top5", "loss", "ece"."""
@@ -136,17 +131,17 @@ class Record:
     def ended(self) -> float | None:
         return self.lines[-1].get("time") if self.lines else None
 
-    @cached_property
-    def standstill(self) -> float:
-        """Seconds between two lines of the log in which the run was not at work: it was stopped, and gone on with."""
-        return sum(gap for gap in self._gaps if gap > STANDSTILL)
+    @property
+    def working(self) -> float | None:
+        """Seconds from the beginning to the last line of the log, without those of `standstill`."""
+        return None if self.began is None else self.ended - self.began - self.standstill
 
     @cached_property
-    def _gaps(self) -> list[float]:
-        if self.began is None:
-            return []
-        pairs = zip(self.lines, self.lines[1:])
-        return [after["time"] - before["time"] - _measured(after) for before, after in pairs if "time" in before]
+    def standstill(self) -> float:
+        """Seconds between two lines of the log in which the run was not at work: it was stopped, and then resumed."""
+        times = [(line["time"], _measured(line)) for line in self.lines if "time" in line]
+        gaps = [after - before - measured for (before, _), (after, measured) in pairwise(times)]
+        return sum(gap for gap in gaps if gap > STANDSTILL)
 
     @cached_property
     def phases(self) -> dict[str, float]:
@@ -159,7 +154,7 @@ class Record:
         if "evaluation" in phases:  # after what belongs to the steps, whichever line came first
             phases["evaluation"] = phases.pop("evaluation")
         if phases and self.began is not None:
-            phases["rest"] = max(0.0, self.ended - self.began - self.standstill - sum(phases.values()))
+            phases["rest"] = max(0.0, self.working - sum(phases.values()))
         return phases
 
     @property
@@ -177,22 +172,6 @@ def _json(path: Path) -> dict:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _lines(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # cut off by a kill or a full disk, or half written at this moment
-    return found
-
-
-def _of_kind(lines: list[dict], kind: str) -> list[dict]:
-    return [line for line in lines if line["kind"] == kind and math.isfinite(line.get("loss", 0.0))]
 
 
 def _bad_files(path: Path) -> list[tuple[str, str]]:
