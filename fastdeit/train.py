@@ -23,8 +23,9 @@ def main() -> None:
         train(config, place)
 
 
-def train(config, place) -> dict:
-    """One run, from settings to the closing table. Returns the table: top-1 as fractions, see tables.NAMES."""
+def train(config, place, on_micro_batch=None) -> dict:
+    """One run, from settings to the closing table. Returns the table: top-1 as fractions, see tables.NAMES.
+    on_micro_batch: see Trainer."""
     from . import run_directory, tables
     from .data import open_images
     from .digits import with_digits
@@ -43,7 +44,7 @@ def train(config, place) -> dict:
             print(f"{tables.summary_table(summary)}\n{run_directory.to_resume(config)} is finished")
         return summary
     indices = open_images(config, place)
-    trainer, folder, saved = build(config, place, indices)
+    trainer, folder, saved = build(config, place, indices, on_micro_batch)
     if config.run.dry_run:
         return dry_run(trainer)
     _begin(trainer, indices, folder)
@@ -54,12 +55,12 @@ def train(config, place) -> dict:
     if trainer.teacher is not None and config.distillation.teacher_store is None:
         summary["teacher"] = trainer.accuracy_of(lambda images: (trainer.teacher(images), None))["cls"]["top1"]
     if config.distillation.compare_undistilled and config.distillation.distillation_type != "none":
-        summary["undistilled"] = train_undistilled(config, place, indices, folder)
+        summary["undistilled"] = train_undistilled(config, place, indices, folder, on_micro_batch)
     _end(trainer, summary, folder)
     return summary
 
 
-def build(config, place, indices):
+def build(config, place, indices, on_micro_batch=None):
     """(trainer, the run's folder, what of the run is saved): the latter two None for a dry run.
 
     All that can be refused without the folder is refused before it is claimed.
@@ -89,7 +90,9 @@ def build(config, place, indices):
     both_loaders = loaders(config, indices, place, own_folder)
     if store is not None:
         teacher, both_loaders = stored_teacher.take(store, config, place, both_loaders, mean, std)
-    trainer = Trainer(config, place, model, teacher, both_loaders, classes, own_folder, title="student")
+    trainer = Trainer(
+        config, place, model, teacher, both_loaders, classes, own_folder, title="student", on_micro_batch=on_micro_batch
+    )
     if teacher is not None:
         views = first_views(trainer.train_loader, trainer.prepare, parts=config.optimization.accumulate)
         for sentence in teacher.check(views):
@@ -151,7 +154,7 @@ def evaluate_only(config, place) -> dict:
     return result
 
 
-def train_undistilled(config, place, indices, folder: Path) -> float:
+def train_undistilled(config, place, indices, folder: Path, on_micro_batch=None) -> float:
     """The same student without teacher and distillation token, for the same number of steps. Returns its top-1."""
     from . import resume
     from .data import loaders
@@ -169,7 +172,7 @@ def train_undistilled(config, place, indices, folder: Path) -> float:
     saved = resume.start(folder, place)
     trainer = Trainer(
         settings, place, build_student(settings, len(classes)), None, loaders(settings, indices, place, own_folder),
-        classes, own_folder, title="undistilled",
+        classes, own_folder, title="undistilled", on_micro_batch=on_micro_batch,
     )  # fmt: skip
     trainer.load(saved)
     return max(head["top1"] for head in trainer.fit()["model"].values())

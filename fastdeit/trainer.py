@@ -39,13 +39,16 @@ class Trainer:
 
     `folder` is the run's folder, None for nothing to be written (dry run, ranks above 0). `teacher` answers
     (batch, classes) logits to normalised images (teacher.py), or has stored answers (stored_teacher.py), or is None.
+    `on_micro_batch(trainer)`, if given, is called before each micro-batch: --accumulate of them make a step.
     """
 
     def __init__(
-        self, config: Config, place: Place, model: nn.Module, teacher, loaders, classes, folder: Path | None, title=""
-    ):
+        self, config: Config, place: Place, model: nn.Module, teacher, loaders, classes, folder: Path | None, title="",
+        on_micro_batch: Callable[["Trainer"], None] | None = None,
+    ):  # fmt: skip
         self.config, self.place, self.teacher, self.folder, self.classes = config, place, teacher, folder, classes
         self.train_loader, self.val_loader = loaders
+        self.on_micro_batch = on_micro_batch
         settings, device = config.optimization, place.device
         self.mean, self.std = mean_std(model)
         self.precision = precision_of(config, device)
@@ -99,6 +102,8 @@ class Trainer:
         self.update.begin()
         own_losses = 0
         for i, part in enumerate(parts):
+            if self.on_micro_batch is not None:
+                self.on_micro_batch(self)
             with parallel.without_exchange(self.forward, last=i == len(parts) - 1):
                 own_losses = own_losses + self._learn(part, randomness[i], share=1 / len(parts))
         self.timer.enter("optimizer")

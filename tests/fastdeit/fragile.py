@@ -9,6 +9,5 @@ from . import runs
 from .processes import At, die
 
 if __name__ == "__main__":
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        At(3, die)()
-    command.run(lambda: runs.run(*sys.argv[1:]) and None)
+    fails = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    command.run(lambda: runs.run(*sys.argv[1:], on_micro_batch=At(3, die) if fails else None) and None)

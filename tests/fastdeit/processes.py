@@ -13,9 +13,8 @@ import time
 import pytest
 import torch
 
-from fastdeit import command, trainer
+from fastdeit import command
 from fastdeit.pipelines import supply  # noqa: F401  DALI, for the server to import
-from fastdeit.trainer import Trainer
 
 from . import runs
 
@@ -24,14 +23,15 @@ context.set_forkserver_preload(["fastdeit.train", "torch.distributed.fsdp", __na
 
 
 class Child:
-    """One process of a run. `hook`: called in it first, to patch what is to happen."""
+    """One process of a run. `first`: called in it before all else; `on_micro_batch`: see Trainer."""
 
-    def __init__(self, *arguments, log, hook=None, environment=None):
+    def __init__(self, *arguments, log, first=None, on_micro_batch=None, environment=None):
         pytest.importorskip("tyro")
         pytest.importorskip("nvidia.dali")
         self.log = log
         arguments = [str(argument) for argument in arguments]
-        self.process = context.Process(target=_run, args=(arguments, str(log), hook, environment or {}))
+        what = (arguments, str(log), first, on_micro_batch, environment or {})
+        self.process = context.Process(target=_run, args=what)
         self.process.start()
 
     def wait(self, seconds=60) -> int:
@@ -51,19 +51,19 @@ class Child:
         return self.log.read_text()
 
 
-def _run(arguments, log, hook, environment) -> None:
+def _run(arguments, log, first, on_micro_batch, environment) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    if hook is not None:
-        hook()
-    command.run(lambda: runs.run(*arguments) and None)
+    if first is not None:
+        first()
+    command.run(lambda: runs.run(*arguments, on_micro_batch=on_micro_batch) and None)
 
 
-def start_ranks(world_size, *arguments, logs, hooks=None, **environment):
-    """`world_size` processes of one run, as torchrun would start them."""
+def start_ranks(world_size, *arguments, logs, first=None, on_micro_batch=None, **environment):
+    """`world_size` processes of one run, as torchrun would start them. on_micro_batch: by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,7 +73,8 @@ def start_ranks(world_size, *arguments, logs, hooks=None, **environment):
         Child(
             *arguments,
             log=logs / f"rank{rank}.txt",
-            hook=(hooks or {}).get(rank),
+            first=first,
+            on_micro_batch=(on_micro_batch or {}).get(rank),
             environment={**environment, "RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in range(world_size)
@@ -81,28 +82,22 @@ def start_ranks(world_size, *arguments, logs, hooks=None, **environment):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hooks: what is to happen in a child, and when
+# What is to happen in a child, and when
 
 
 class At:
-    """Do `action` when a step begins (picklable)."""
+    """on_micro_batch: do `action` when a step begins (picklable)."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
 
-    def __call__(self):
-        learn, action, step = Trainer._learn, self.action, self.step
-
-        def learn_and_act(trainer, *args, **kwargs):
-            if trainer.steps_done == step:
-                action()
-            return learn(trainer, *args, **kwargs)
-
-        Trainer._learn = learn_and_act
+    def __call__(self, trainer):
+        if trainer.steps_done == self.step:
+            self.action()
 
 
 class Within:
-    """Do `action` when a function is called; `owner`: its module or class, as "fastdeit.trainer:Trainer"."""
+    """first: do `action` when a function is called; `owner`: its module or class, as "fastdeit.trainer:Trainer"."""
 
     def __init__(self, owner, name, action):
         self.owner, self.name, self.action = owner, name, action
@@ -141,15 +136,3 @@ def die() -> None:
 
 def fail() -> None:
     raise RuntimeError("the planned failure")
-
-
-def lag_like_a_gpu() -> None:
-    """Read what is exchanged some steps later, as on a GPU."""
-    made = trainer.Keeper.__init__
-
-    def init(self, of):
-        made(self, of)
-        self.later.lag = 2
-        self.recent.batches = type(self.recent.batches)(maxlen=3)
-
-    trainer.Keeper.__init__ = init

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdeit import signals, train, trainer
+from fastdeit import signals, train
 from fastdeit.config import parse
 from fastdeit.distributed import join
 
@@ -19,32 +19,30 @@ RANDOM = (
 ).split()
 
 
-def run(*arguments):
+def run(*arguments, on_micro_batch=None):
     """A whole run in this process, as the command makes it, without the pictures. Returns the closing table."""
     pytest.importorskip("tyro")
     pytest.importorskip("nvidia.dali")
     config = parse([str(argument) for argument in arguments])
     no_pictures = {name: lambda *_: None for name in ("first_batch", "curves", "token_similarity")}
     with mock.patch.multiple("fastdeit.pictures", **no_pictures), join(config.run.device) as place:
-        return train.train(config, place)
+        return train.train(config, place, on_micro_batch)
 
 
 def run_until(monkeypatch, step, *arguments, part=0, signal=signals.signal.SIGTERM, late=0):
     """The same, but the signal comes while `part` of the batch of `step` (counted from 0) is on its way. On a GPU up to
     two steps more are made: `late`."""
-    learn, parts_seen = trainer.Trainer._learn, []
+    parts_seen = []
 
-    def learn_and_be_told(self, *args, **kwargs):
-        parts_seen.append(self.steps_done)
-        if self.steps_done == step and parts_seen.count(step) == part + 1:
-            self.place.stop.received = signal
-        return learn(self, *args, **kwargs)
+    def be_told(trainer):
+        parts_seen.append(trainer.steps_done)
+        if trainer.steps_done == step and parts_seen.count(step) == part + 1:
+            trainer.place.stop.received = signal
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_learn", learn_and_be_told)
         patch.setattr(signals.Stop, "leave", leave)
         with pytest.raises(SystemExit) as stop:
-            run(*arguments)
+            run(*arguments, on_micro_batch=be_told)
     assert stop.value.code == 128 + signal
     assert step <= max(parts_seen) <= step + late  # the step was finished, and no further one begun
 

@@ -278,7 +278,7 @@ def test_a_full_disk(tiny, colors, tmp_path):
     straight = tmp_path / "straight"
     run(*RANDOM, "--data-path", colors, "--output-dir", straight)
     command = [*RANDOM, "--data-path", colors, "--output-dir", tiny / "run"]
-    child = Child(*command, log=tmp_path / "log.txt", hook=At(4, partial(fill, tiny / "filler")))
+    child = Child(*command, log=tmp_path / "log.txt", on_micro_batch=At(4, partial(fill, tiny / "filler")))
     assert child.wait() == 2, child.text
     assert "could not be written" in child.text and "No space left" in child.text and "training goes on" in child.text
     error = child.text.splitlines()[-1]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from fastdeit import evaluate, export, predict, report, teach, train
 
+from . import runs
 from .conftest import SMALL, refused, write_folder
 
 
@@ -175,13 +176,13 @@ def test_a_refused_run_leaves_an_empty_folder_of_the_users_empty(cli, colors, tm
     assert target.stat().st_ino == before and not list(target.iterdir())
 
 
-def test_a_run_that_does_not_fit_into_memory_leaves_no_folder(cli, colors, tmp_path, monkeypatch):
-    def too_much(*_, **__):
+def test_a_run_that_does_not_fit_into_memory_leaves_no_folder(cli, colors, tmp_path):
+    def too_much(trainer):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. It is full.")
 
-    monkeypatch.setattr("fastdeit.trainer.Trainer._learn", too_much)
     target = tmp_path / "run"
-    refused(cli, train.main, *SMALL, "--data-path", colors, "--output-dir", target, words=["--batch-size"])
+    command = [*SMALL, "--data-path", str(colors), "--output-dir", str(target)]
+    refused(cli, lambda: runs.run(*command, on_micro_batch=too_much), words=["--batch-size"])
     assert not target.exists()
 
 

@@ -70,7 +70,7 @@ def test_a_sharded_run_goes_on_alone(alone, data, tmp_path):
     """Its checkpoint is like any other. One rank is told to stop; all save, and leave together."""
     folder = tmp_path / "run"
     command = [*COMMAND, "--data-path", data, "--output-dir", folder, "--batch-size", 6, "--sharding", "fsdp"]
-    ranks = start_ranks(2, *command, logs=tmp_path, hooks={1: At(2, terminate)})
+    ranks = start_ranks(2, *command, logs=tmp_path, on_micro_batch={1: At(2, terminate)})
     assert [rank.wait() for rank in ranks] == [128 + signal.SIGTERM] * 2, ranks[0].text
     assert step_of(folder) == 3 and "saved at step 3" in ranks[0].text
     saved = checkpoint.read(folder / "last")
@@ -102,7 +102,7 @@ def test_another_global_batch_is_refused_by_all(alone, tmp_path):
 def test_a_rank_that_ends_ends_the_job(data, tmp_path, action, cause):
     since = time.monotonic()
     command = [*COMMAND, "--data-path", data, "--output-dir", tmp_path / "run", "--batch-size", 6]
-    ranks = start_ranks(2, *command, logs=tmp_path, hooks={1: At(2, action)})
+    ranks = start_ranks(2, *command, logs=tmp_path, on_micro_batch={1: At(2, action)})
     codes = [rank.wait() for rank in ranks]
     assert 0 not in codes and time.monotonic() - since < 60
     witness = ranks[0 if action is die else 1].text
@@ -112,18 +112,17 @@ def test_a_rank_that_ends_ends_the_job(data, tmp_path, action, cause):
     checkpoint.read(tmp_path / "run" / "last")
 
 
-def spoil_the_loss():
-    """On this rank, from step 3 on."""
-    from fastdeit.trainer import Trainer
-
-    learn = Trainer._learn
-    Trainer._learn = lambda one, *args, **kw: learn(one, *args, **kw) * (float("nan") if one.steps_done == 3 else 1)
+def spoil_the_loss(trainer):
+    """In step 3."""
+    if trainer.steps_done == 3:
+        objective = trainer.objective
+        trainer.objective = lambda *args: [float("nan") * value for value in objective(*args)]
 
 
 def test_a_bad_loss_of_one_rank_holds_all(data, tmp_path):
     folder = tmp_path / "run"
     command = [*COMMAND, "--data-path", data, "--output-dir", folder, "--batch-size", 6]
-    ranks = start_ranks(2, *command, logs=tmp_path, hooks={1: spoil_the_loss})
+    ranks = start_ranks(2, *command, logs=tmp_path, on_micro_batch={1: spoil_the_loss})
     assert [rank.wait() for rank in ranks] == [2, 2]
     assert "step 3: the class term is nan" in ranks[0].text and "on rank 1" in ranks[0].text
     assert step_of(folder) == 3
@@ -182,7 +181,7 @@ def test_compiled_blocks_on_several_processes(alone, data, tmp_path, sharding):
     folder = tmp_path / "run"
     command = [*COMMAND, "--data-path", data, "--output-dir", folder, "--batch-size", 6, "--compile"]
     command += ["--sharding", sharding, "--resume", "auto"]
-    ranks = start_ranks(2, *command, logs=tmp_path, hooks={0: At(1, terminate)})
+    ranks = start_ranks(2, *command, logs=tmp_path, on_micro_batch={0: At(1, terminate)})
     assert [rank.wait(600) for rank in ranks] == [128 + signal.SIGTERM] * 2, ranks[0].text
     finish(start_ranks(2, *command, logs=tmp_path), seconds=600)
     assert_same(alone, folder, exact=False)

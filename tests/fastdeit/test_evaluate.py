@@ -243,8 +243,8 @@ def test_two_processes_count_as_one(run, mixed, evaluated, tmp_path):
     expected = evaluated(*options, "--output", tmp_path / "one", data=data)
     assert expected["data"]["images"] == 39 and len(expected["data"]["unreadable"]) == 3
 
-    hook = Evaluate(run, "--data-path", data, *options, "--device", "cpu", "--output", tmp_path / "two")
-    ranks = start_ranks(2, logs=tmp_path, hooks={0: hook, 1: hook})
+    command = Evaluate(run, "--data-path", data, *options, "--device", "cpu", "--output", tmp_path / "two")
+    ranks = start_ranks(2, logs=tmp_path, first=command)
     assert [rank.wait(120) for rank in ranks] == [0, 0], ranks[0].text + ranks[1].text
     result = json.loads((tmp_path / "two" / "accuracy.json").read_text())
     assert result["data"] == expected["data"]

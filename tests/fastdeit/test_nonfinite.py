@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastdeit import trainer
 from fastdeit.config import Config
 from fastdeit.nonfinite import TERMS, Guard, NonFinite
 from fastdeit.optimizer import build_optimizer
@@ -19,24 +18,18 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Poison:
-    """Spoil a term of the loss, or the gradient, in the batches of certain steps."""
+    """on_micro_batch: spoil a term of the loss, or the gradient, in the batches of certain steps."""
 
-    def __init__(self, patch, steps, what="class term", lag=0):
-        learn, made = trainer.Trainer._learn, trainer.Keeper.__init__
-        self.steps, self.on = set(steps), False
+    def __init__(self, steps, what="class term", lag=0):
+        self.steps, self.what, self.lag, self.on, self.trainer = set(steps), what, lag, False, None
 
-        def init(keeper, of):
-            made(keeper, of)
-            keeper.later.lag = lag  # as on a GPU, where the host reads some steps later
-            keeper.recent.batches = type(keeper.recent.batches)(maxlen=lag + 1)
-            of.objective = self.spoil(of.objective, what)
-
-        def learn_poison(one, *args, **kwargs):
-            self.on = one.steps_done in self.steps
-            return learn(one, *args, **kwargs)
-
-        patch.setattr(trainer.Keeper, "__init__", init)
-        patch.setattr(trainer.Trainer, "_learn", learn_poison)
+    def __call__(self, trainer):
+        if trainer is not self.trainer:
+            self.trainer, keeper = trainer, trainer.keeper
+            keeper.later.lag = self.lag  # as on a GPU, where the host reads some steps later
+            keeper.recent.batches = type(keeper.recent.batches)(maxlen=self.lag + 1)
+            trainer.objective = self.spoil(trainer.objective, self.what)
+        self.on = trainer.steps_done in self.steps
 
     def spoil(self, objective, what):
         def spoiled(*args):
@@ -67,13 +60,11 @@ def straight(colors, tmp_path_factory):
         ("gradient", "the gradient's norm is", 2),
     ],
 )
-def test_stops_before_the_update(straight, colors, tmp_path, monkeypatch, what, words, lag):
+def test_stops_before_the_update(straight, colors, tmp_path, what, words, lag):
     folder = tmp_path / "run"
     command = [*RANDOM, "--data-path", colors, "--output-dir", folder]
-    with monkeypatch.context() as patch:
-        Poison(patch, [4], what, lag)
-        with pytest.raises(NonFinite) as error:
-            run(*command)
+    with pytest.raises(NonFinite) as error:
+        run(*command, on_micro_batch=Poison([4], what, lag))
     message = str(error.value)
     assert words in message and "step 4" in message and f"--resume {folder}" in message
     # The names in the message and in the file are those of the batch.
@@ -87,21 +78,21 @@ def test_stops_before_the_update(straight, colors, tmp_path, monkeypatch, what, 
     assert_same(straight, folder)
 
 
-def test_the_same_step_stops_again(colors, tmp_path, monkeypatch):
+def test_the_same_step_stops_again(colors, tmp_path):
     folder = tmp_path / "run"
-    Poison(monkeypatch, [0])
+    command = [*RANDOM, "--data-path", colors, "--output-dir", folder, "--resume", "auto"]
     for _ in range(2):
         with pytest.raises(NonFinite, match="step 0"):
-            run(*RANDOM, "--data-path", colors, "--output-dir", folder, "--resume", "auto")
+            run(*command, on_micro_batch=Poison([0]))
         assert step_of(folder) == 0
 
 
 @pytest.mark.parametrize("lag", [0, 2])
-def test_skips_as_many_as_allowed(colors, tmp_path, monkeypatch, lag, capfd):
+def test_skips_as_many_as_allowed(colors, tmp_path, lag, capfd):
     folder = tmp_path / "run"
-    Poison(monkeypatch, [1, 2, 5, 7], lag=lag)
+    command, poison = [*RANDOM, "--data-path", colors, "--output-dir", folder], Poison([1, 2, 5, 7], lag=lag)
     with pytest.raises(NonFinite, match="step 7"):
-        run(*RANDOM, "--data-path", colors, "--output-dir", folder, "--skip-nonfinite", 3)
+        run(*command, "--skip-nonfinite", 3, on_micro_batch=poison)
     assert step_of(folder) == 7
     records = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
     assert [(record["step"], record["skipped"]) for record in records] == [(1, True), (2, True), (5, True), (7, False)]
@@ -110,26 +101,23 @@ def test_skips_as_many_as_allowed(colors, tmp_path, monkeypatch, lag, capfd):
         assert all(value.isfinite().all() for value in load_file(folder / "last" / f"{name}.safetensors").values())
     # One more is allowed now; what was skipped before still counts.
     with pytest.raises(NonFinite, match="step 7"):
-        run("--resume", folder, "--skip-nonfinite", 3)
-    run("--resume", folder, "--skip-nonfinite", 4)
+        run("--resume", folder, "--skip-nonfinite", 3, on_micro_batch=poison)
+    run("--resume", folder, "--skip-nonfinite", 4, on_micro_batch=poison)
     losses = [line["loss"] for line in lines(folder) if line["kind"] == "train"]
     assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)  # skipped steps are not in the mean
 
 
-def test_a_skipped_step_changes_nothing(colors, tmp_path, monkeypatch):
+def test_a_skipped_step_changes_nothing(colors, tmp_path):
     """Not even the running statistics of a batch norm, nor the moments of the optimizer."""
-    seen = []
+    seen, poison = [], Poison([1])
 
-    def note(one, *args, **kwargs):
-        seen.append({name: value.clone() for name, value in flat(one.tensors()).items()})
-        return step(one, *args, **kwargs)
+    def note(trainer):
+        seen.append({name: value.clone() for name, value in flat(trainer.tensors()).items()})
+        poison(trainer)
 
-    Poison(monkeypatch, [1])
-    step = trainer.Trainer.step
-    monkeypatch.setattr(trainer.Trainer, "step", note)
     run(
         *RANDOM, "--data-path", colors, "--output-dir", tmp_path / "run", "--skip-nonfinite", 1, "--epochs", 1,
-        "--model", "test_resnet", "--input-size", 32,
+        "--model", "test_resnet", "--input-size", 32, on_micro_batch=note,
     )  # fmt: skip
     _, before, after = seen
     assert before.keys() == after.keys() and any("running_mean" in name for name in before)

@@ -22,9 +22,9 @@ def straight(colors, tmp_path_factory):
 
 @pytest.fixture
 def start(colors, tmp_path):
-    def call(*arguments, hook):
+    def call(*arguments, **hooks):
         command = [*RANDOM, "--data-path", colors, "--output-dir", tmp_path / "run", "--resume", "auto", *arguments]
-        return Child(*command, log=tmp_path / "log.txt", hook=hook)
+        return Child(*command, log=tmp_path / "log.txt", **hooks)
 
     return call
 
@@ -32,7 +32,7 @@ def start(colors, tmp_path):
 @pytest.mark.parametrize("action, number", [(terminate, 15), (interrupt, 2), (user_signal, 10)])
 def test_in_a_step(start, straight, tmp_path, action, number):
     """The step is finished and saved."""
-    child = start(hook=At(4, action))
+    child = start(on_micro_batch=At(4, action))
     assert child.wait() == 128 + number
     assert step_of(tmp_path / "run") == 5
     assert f"{signal.Signals(number).name}: finishing this step" in child.text and "saved at step 5" in child.text
@@ -42,17 +42,17 @@ def test_in_a_step(start, straight, tmp_path, action, number):
 
 
 @pytest.mark.parametrize(
-    "hook, step",
+    "hooks, step",
     [
-        (Within("fastdeit.data", "open_index", terminate_and_hang), None),
-        (At(0, terminate_and_hang), None),  # the first step: compilation
-        (Within("fastdeit.trainer:Trainer", "evaluate", terminate_and_hang), 3),
-        (Within("fastdeit.checkpoint", "save", terminate), 3),  # in the thread that writes
+        ({"first": Within("fastdeit.data", "open_index", terminate_and_hang)}, None),
+        ({"on_micro_batch": At(0, terminate_and_hang)}, None),  # the first step: compilation
+        ({"first": Within("fastdeit.trainer:Trainer", "evaluate", terminate_and_hang)}, 3),
+        ({"first": Within("fastdeit.checkpoint", "save", terminate)}, 3),  # in the thread that writes
     ],
 )
-def test_where_nothing_would_be_lost(start, straight, tmp_path, hook, step):
+def test_where_nothing_would_be_lost(start, straight, tmp_path, hooks, step):
     """The process ends at once, however long the phase would go on; what is being written is written."""
-    child = start(hook=hook)
+    child = start(**hooks)
     assert child.wait() == 128 + signal.SIGTERM
     assert "SIGTERM" in child.text
     run_folder = tmp_path / "run"
@@ -63,13 +63,13 @@ def test_where_nothing_would_be_lost(start, straight, tmp_path, hook, step):
 
 
 def test_while_the_state_is_copied(start, tmp_path):
-    child = start(hook=Within("fastdeit.saver:Snapshot", "take", terminate))
+    child = start(first=Within("fastdeit.saver:Snapshot", "take", terminate))
     assert child.wait() == 128 + signal.SIGTERM
     assert step_of(tmp_path / "run") == 3
 
 
 def test_a_second_signal_ends_at_once(start, tmp_path):
-    child = start(hook=At(4, terminate_and_hang))
+    child = start(on_micro_batch=At(4, terminate_and_hang))
     while "finishing this step" not in (child.text if child.log.exists() else ""):
         assert child.process.is_alive()
         time.sleep(0.05)
