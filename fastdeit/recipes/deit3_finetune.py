@@ -13,7 +13,7 @@ FINETUNES = True  # refused without weights to begin with
 
 def config() -> Config:
     return Config(
-        data=Data(batch_size=64, input_size=224, reprob=0.0, eval_crop_ratio=1.0),
+        data=Data(batch_size=64, input_size=224, reprob=0.0, repeated_aug=False, eval_crop_ratio=1.0),
         model=Model(model="deit3_base_patch16_224", drop_path=0.2),
         optimization=Optimization(epochs=20, lr=1e-5, unscale_lr=True, weight_decay=0.1, smoothing=0.1),
     )
