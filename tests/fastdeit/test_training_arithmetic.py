@@ -81,7 +81,15 @@ class Teacher:
 CASES = {
     "labels, both heads averaged": (
         deit,
-        {"smoothing": 0.1, "eps": 1e-3, "weight_decay": 0.5, "betas": (0.8, 0.95), "ema_decay": 0.25},
+        {
+            "smoothing": 0.1,
+            "eps": 1e-3,
+            "weight_decay": 0.5,
+            "betas": (0.8, 0.95),
+            "ema_decay": 0.25,
+            "warmup_lr": 1e-3,
+            "min_lr": 3e-3,
+        },
         {},
     ),
     "hard, accumulated, clipped": (deit, {"kind": "hard", "alpha": 0.3, "clip": 0.5, "eps": 1e-3}, {"accumulate": 2}),
