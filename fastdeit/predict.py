@@ -165,7 +165,7 @@ def _loader(classifier, files: list[str], batch_size: int, place) -> tuple:
     try:
         loader = classifier.files_loader(files, batch_size, place)
     except NoImages as none:
-        return None, dict(none.bad)
+        return None, {bad.name: bad.cause for bad in none.bad}
     return loader, loader.bad_files.causes
 
 

@@ -9,8 +9,11 @@ A file can be bad when it is indexed (index.bad: empty, not an image, an unsuppo
 
 import logging
 import os
+import re
 import threading
 from pathlib import Path
+
+from .names import printable
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +37,14 @@ class DecodeError(Exception):
 
 
 class BadFiles:
-    """Counts bad images and raises TooManyBadFiles when they become more than a share of all.
+    """Counts bad images and raises TooManyBadFiles when they become more than a share of all. A shard counts with its
+    images, as well as they can be estimated.
 
     total: images there should be, good and bad
     limit: the largest share of them, in [0, 1], that may be bad
-    path: where lines "NAME<tab>CAUSE" are appended, None for nowhere. Names it already holds are not written again,
-        so a resumed run adds to its list; they count only if this run meets them again.
+    path: where lines "NAME<tab>CAUSE" are appended, None for nowhere; a tab, a line's end or a backslash in a name is
+        written with a backslash. Names it already holds are not written again, so a resumed run adds to its list; they
+        count only if this run meets them again.
 
     Each process of a distributed run counts what it meets itself; all may write to one path. Safe between threads.
     """
@@ -49,6 +54,7 @@ class BadFiles:
             raise ValueError(f"the limit of bad files is a share between 0 and 1, got {limit}")
         self.total, self.limit = total, limit
         self.path = None if path is None else Path(path)
+        self.images = 0  # bad ones so far
         self.causes: dict[str, str] = {}  # by name, in the order they were met
         self.listed = self._read_names()  # in the file at `path`, by this run or an earlier part of it
         self._lock = threading.Lock()
@@ -56,13 +62,14 @@ class BadFiles:
     @classmethod
     def of(cls, index, *, limit: float = 0.01, path: str | os.PathLike | None = None) -> "BadFiles":
         """For the images of an index; those found bad while indexing are reported at once."""
-        bad_files = cls(len(index) + len(index.bad), limit=limit, path=path)
-        for name, cause in index.bad:
-            bad_files._take_in(name, cause)
+        bad_files = cls(len(index) + sum(bad.images for bad in index.bad), limit=limit, path=path)
+        for bad in index.bad:
+            bad_files._take_in(*bad)
         bad_files._check()
         return bad_files
 
     def __len__(self) -> int:
+        """Files that are bad, each shard being one; `images` says how many images that is."""
         return len(self.causes)
 
     def __contains__(self, name: str) -> bool:
@@ -75,37 +82,45 @@ class BadFiles:
                 self._take_in(name, cause)
                 self._check()
 
-    def _take_in(self, name: str, cause: str) -> None:
+    def _take_in(self, name: str, cause: str, images: int = 1) -> None:
+        self.images += images
         self.causes[name] = cause = " ".join(cause.split())  # one line, whatever a decoder had to say
         self._log(name, cause)
         if self.path is not None and name not in self.listed:
             self.listed.add(name)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(f"{name}\t{cause}\n")
+                file.write(f"{_escaped(name)}\t{cause}\n")
 
     def _log(self, name: str, cause: str) -> None:
         if len(self) <= LOGGED:
-            log.warning("bad image %s: %s", _printable(name), cause)
+            log.warning("bad image %s: %s", printable(name), cause)
         if len(self) == LOGGED:
             log.warning("further bad images are not logged%s", f", see {self.path}" if self.path else "")
 
     def _check(self) -> None:
-        if len(self) > self.limit * self.total:
+        if self.images > self.limit * self.total:
             name, cause = next(reversed(self.causes.items()))
-            where = f"{self.path} lists them" if self.path else f"the last one is {name}: {cause}"
+            where = f"{self.path} lists them" if self.path else f"the last one is {printable(name)}: {cause}"
             raise TooManyBadFiles(
-                f"{len(self)} of {self.total} images ({len(self) / self.total:.2%}) cannot be read, more than the "
+                f"{self.images} of {self.total} images ({self.images / self.total:.2%}) cannot be read, more than the "
                 f"{self.limit:.2%} that are tolerated; {where}; remove or repair them, or raise the limit (--max-bad)"
             )
 
     def _read_names(self) -> set[str]:
         if self.path is None or not self.path.exists():
             return set()
-        with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
-            return {line.split("\t", 1)[0] for line in file}
+        with open(self.path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            return {_unescaped(line.split("\t", 1)[0]) for line in file}
 
 
-def _printable(name: str) -> str:
-    """A file's name may hold bytes that are no UTF-8; what writes logs may not."""
-    return name.encode(errors="backslashreplace").decode()
+_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_MEANT = {escaped: meant for meant, escaped in _ESCAPES.items()}
+
+
+def _escaped(name: str) -> str:
+    return name.translate(str.maketrans(_ESCAPES))
+
+
+def _unescaped(name: str) -> str:
+    return re.sub(r"\\[\\tnr]", lambda escaped: _MEANT[escaped[0]], name)

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,9 @@ import numpy as np
 
 from . import folder, index_cache, parquet, webdataset
 from .bad_files import NoImages
+from .labels import all_numbers
 from .layout import list_split
+from .names import class_name, printable
 from .records import BadFile, Listing, Records
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class Index:
     bad: tuple[BadFile, ...]
     records: Records
     reader: Reader
+    split: str = ""  # the name under which it was found: "test", say, where there is no "val"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,7 +82,8 @@ class Index:
         positions = np.asarray(positions)
         records = self.records.take(positions)
         reader = type(self.reader)(self.reader.root, records)
-        return Index(self.classes, self.labels[positions], records.heights, records.widths, (), records, reader)
+        labels = self.labels[positions]
+        return Index(self.classes, labels, records.heights, records.widths, (), records, reader, self.split)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -97,6 +101,7 @@ def open_index(
     split: str = "train",
     *,
     classes: Sequence[str] | None = None,
+    label_column: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Index:
     """Index one split of a labelled data set.
@@ -105,13 +110,15 @@ def open_index(
         path/SPLIT/CLASS/**                             image folder; classes in sorted order, as torchvision
         path/SPLIT-*.tar or path/SPLIT/*.tar            WebDataset: members key.jpg and key.cls or key.json
         path/SPLIT-*.parquet or path/data/SPLIT-*.parquet or path/SPLIT/*.parquet    as Hugging Face datasets writes
-    classes: the training classes, given for the other splits: labels then count in them. A class that only one side
-        knows is an error.
+    classes: the training classes, given for the other splits, or the order of a model's outputs: labels then count in
+        them. A class that only one side knows is an error, but for shards that declare none: they may lack some.
+    label_column: where the labels are in Parquet files, whose columns do not tell it by their names
     cache_dir: where the index is kept; None builds it each time. With several processes, let one open it first.
 
     Raises ValueError, with what was found and what was expected, for a wrong path, no images, or other classes.
     """
-    return _open(list_split(os.fspath(path), split), f"the '{split}' split of {path}", classes, cache_dir)
+    listing = replace(list_split(os.fspath(path), split), label_column=label_column)
+    return _open(listing, f"the '{split}' split of {path}", classes, cache_dir)
 
 
 def open_folder(path: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None) -> Index:
@@ -140,19 +147,22 @@ def _open_unlabelled(listing: Listing, what: str, cache_dir: str | os.PathLike |
 def _open(listing: Listing, what: str, classes: Sequence[str] | None, cache_dir: str | os.PathLike | None) -> Index:
     read_records, reader = _KINDS[listing.kind]
     records = _cached(listing, what, cache_dir) if cache_dir is not None else read_records(listing)
-    bad = tuple(BadFile(os.path.join(listing.root, name), cause) for name, cause in records.bad)
+    bad = tuple(one._replace(name=os.path.join(listing.root, one.name)) for one in records.bad)
+    for note in (*listing.notes, *records.notes):
+        log.warning("%s: %s", what, note)
     if not len(records.names):
         raise NoImages(_nothing_left(bad, what), bad)
     labels, classes = _labels_among(records, classes, what)
     if turned := int(records.rotated.sum()):
         log.info("%s: the EXIF orientation of %d images is not applied, as in timm", what, turned)
-    return Index(classes, labels, records.heights, records.widths, bad, records, reader(listing.root, records))
+    reader = reader(listing.root, records)
+    return Index(classes, labels, records.heights, records.widths, bad, records, reader, listing.split)
 
 
 def _nothing_left(bad: tuple[BadFile, ...], what: str) -> str:
     if not bad:
         return f"{what} holds no images"
-    causes = "; ".join(f"{name}: {cause}" for name, cause in bad[:3])
+    causes = "; ".join(f"{printable(one.name)}: {one.cause}" for one in bad[:3])
     return f"{what} has no image that can be read ({len(bad)} bad files: {causes})"
 
 
@@ -174,12 +184,15 @@ def _labels_among(records: Records, wanted: Sequence[str] | None, what: str) -> 
     if wanted is None:
         return records.labels, records.classes
     wanted = tuple(wanted)
-    if not records.classes_are_named:
-        wanted_numbers = tuple(map(str, range(len(wanted))))
-        _refuse_other_classes(set(records.classes) - set(wanted_numbers), set(), what)
-        return records.labels, wanted
-    _refuse_other_classes(set(records.classes) - set(wanted), set(wanted) - set(records.classes), what)
-    place = {name: label for label, name in enumerate(wanted)}
+    place = {class_name(name): label for label, name in enumerate(wanted)}
+    if not records.classes_are_declared and all_numbers(records.classes) and not place.keys() >= set(records.classes):
+        if not all_numbers(wanted):
+            place = {str(label): label for label in range(len(wanted))}  # numbers for classes that have names
+    missing = place.keys() - set(records.classes)
+    if missing and not records.classes_are_declared:
+        log.warning("%s: has no images of %s", what, _some(missing))
+        missing = set()
+    _refuse_other_classes(set(records.classes) - place.keys(), missing, what)
     translation = np.array([place[name] for name in records.classes], np.int64)
     return translation[records.labels], wanted
 

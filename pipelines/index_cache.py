@@ -10,7 +10,7 @@ import numpy as np
 from .names import Names
 from .records import BadFile, Records
 
-FORMAT = 2  # raise it when the meaning of a stored field changes
+FORMAT = 3  # raise it when the meaning of a stored field changes
 _ARRAYS = ("sizes", "labels", "heights", "widths", "rotated", "shard_ids", "positions")
 
 
@@ -28,8 +28,9 @@ def load(file: Path, key: str) -> Records | None:
     return Records(
         names=names,
         classes=tuple(about["classes"]),
-        classes_are_named=about["classes_are_named"],
+        classes_are_declared=about["classes_are_declared"],
         bad=tuple(BadFile(*bad) for bad in about["bad"]),
+        notes=tuple(about["notes"]),
         shards=tuple(about["shards"]),
         **arrays,
     )
@@ -41,8 +42,9 @@ def save(file: Path, key: str, records: Records) -> None:
         "format": FORMAT,
         "key": key,
         "classes": records.classes,
-        "classes_are_named": records.classes_are_named,
+        "classes_are_declared": records.classes_are_declared,
         "bad": records.bad,
+        "notes": records.notes,
         "shards": records.shards,
     }
     arrays = {name: getattr(records, name) for name in _ARRAYS if getattr(records, name) is not None}

@@ -1,5 +1,8 @@
-"""Many strings in two arrays: a million file names take their bytes, pickle fast and are cached as they are."""
+"""Names: many of them in two arrays (a million file names take their bytes, pickle fast and are cached as they are),
+and how one is shown.
+"""
 
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -29,3 +32,22 @@ class Names:
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
+
+
+def printable(name: str) -> str:
+    """A name that can be written anywhere, on one line: what is no UTF-8 becomes \\xNN, a control character \\n, ..."""
+    return name if name.isprintable() else "".join(map(_printable, name))
+
+
+def _printable(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte, as os.fsdecode keeps it
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+        return character.encode("unicode_escape").decode()
+    return character
+
+
+def class_name(stored: str) -> str:
+    """The name of a class as it is compared and shown: printable, and in one Unicode form (NFC), for macOS writes
+    others than Linux does."""
+    return unicodedata.normalize("NFC", printable(stored))

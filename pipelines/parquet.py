@@ -1,5 +1,8 @@
 """Parquet files of encoded images, as Hugging Face datasets writes them: image struct<bytes, path>, integer label.
 
+The label is the column --label-column names, else one with a usual name, else the only one with class names (a
+ClassLabel feature): a number may be anything, a width or an id.
+
 Parquet is compressed by row groups (100 images in those of the Hub), and the whole group is read to get at one image.
 Groups are kept in memory up to CACHE_BYTES, which makes a small data set fully resident. A larger one in random order
 reads about a row group an image; `python -m fastdeit.pipelines.prepare` turns it into shards once and for all.
@@ -15,70 +18,121 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .folder import open_file
 from .inspection import BadHeader, Inspected, columns, inspect_bytes
-from .labels import number_labels
-from .names import Names
-from .records import BadFile, Listing, Records
+from .labels import Label, label_of, number_labels
+from .names import Names, class_name
+from .records import BadFile, Listing, Lost, Records, bad_shards
 
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 1 << 30
+BATCH_BYTES = 1 << 26  # read at a time: a column of more than 2 GiB, in one piece, is beyond Arrow
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
-_LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class")
+_LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "category")
 
 
 class Row(NamedTuple):
     """One good image of the index."""
 
-    label: int | str
+    label: Label
     encoded_bytes: int
     header: Inspected
     shard_id: int
     position: int  # row of the file
 
 
+class Read(NamedTuple):
+    """What one file holds, beside its rows."""
+
+    rows: int  # good and bad
+    label: str  # the column
+    declared: tuple[str, ...]  # the names of a ClassLabel feature
+
+
 def read_records(listing: Listing) -> Records:
     """Read every image's header; Parquet makes us read the images for it."""
     rows: list[Row] = []
     bad: list[BadFile] = []
-    classes = listing.classes
-    for shard_id, file in enumerate(listing.files):
-        declared = _read_file(listing.root, file, shard_id, rows, bad)
-        classes = classes or declared
+    lost: list[Lost] = []
+    read = [_read_file(listing, shard_id, rows, bad, lost) for shard_id in range(len(listing.files))]
     _advise(sum(row.encoded_bytes for row in rows), listing.root)
-    labels, classes, named = number_labels([row.label for row in rows], classes)
+    stored, declared = _named(rows, [one.declared for one in read], listing)
+    labels, classes, declared = number_labels(stored, declared)
+    found = np.array([one.rows for one in read])
+    columns_used = sorted({one.label for one in read if one.label})
     return Records(
         names=Names.pack(str(row.position) for row in rows),
         sizes=np.array([row.encoded_bytes for row in rows], np.int64),
         labels=labels,
         **columns([row.header for row in rows]),
         classes=classes,
-        classes_are_named=named,
-        bad=tuple(bad),
+        classes_are_declared=declared,
+        bad=bad_shards(listing.files, lost, found, listing.sizes) + tuple(bad),
+        notes=(f"the labels are in the column {' and '.join(columns_used)}",) if columns_used else (),
         shards=tuple(listing.files),
         shard_ids=np.array([row.shard_id for row in rows], np.int32),
         positions=np.array([row.position for row in rows], np.int64),
     )
 
 
-def _read_file(root: str, file: str, shard_id: int, rows: list[Row], bad: list[BadFile]) -> tuple[str, ...]:
-    """Append to `rows` and `bad`; the class names that the file declares."""
+def _read_file(listing: Listing, shard_id: int, rows: list[Row], bad: list[BadFile], lost: list[Lost]) -> Read:
+    """Append to `rows`, `bad` and `lost`."""
     import pyarrow as pa
+
+    file, seen, label, declared = listing.files[shard_id], 0, "", ()
+    try:
+        with _open_parquet(os.path.join(listing.root, file)) as parquet:
+            image, label = _columns(parquet.schema_arrow, file, listing.label_column)
+            declared = _declared_classes(parquet.schema_arrow, label)
+            start = 0
+            for group in range(parquet.num_row_groups):
+                position, end = start, start + parquet.metadata.row_group(group).num_rows
+                try:
+                    for encoded, stored in _images_and_labels(parquet, group, image, label):
+                        its_label = label_of(stored)
+                        header, cause = _inspected_or_cause(encoded, its_label)
+                        if cause:
+                            bad.append(BadFile(f"{file}:{position}", cause))
+                        else:
+                            rows.append(Row(its_label, len(encoded), header, shard_id, position))
+                        position += 1
+                except (OSError, pa.ArrowException) as error:
+                    lost.append(Lost(shard_id, f"row group {group} cannot be read ({error})", images=end - position))
+                seen, start = seen + position - start, end
+    except (OSError, pa.ArrowException) as error:
+        lost.append(Lost(shard_id, f"cannot be read as Parquet ({error})"))
+    return Read(seen, label, declared)
+
+
+def _open_parquet(path: str) -> Any:
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(os.path.join(root, file), memory_map=True) as parquet:
-            image, label = _columns(parquet.schema_arrow, file)
-            for position, (encoded, its_label) in enumerate(_images_and_labels(parquet, image, label)):
-                header, cause = _inspected_or_cause(encoded, its_label)
-                if cause:
-                    bad.append(BadFile(f"{file}:{position}", cause))
-                else:
-                    rows.append(Row(its_label, len(encoded), header, shard_id, position))
-            return _declared_classes(parquet.schema_arrow, label)
-    except (OSError, pa.ArrowException) as error:
-        bad.append(BadFile(file, f"cannot be read as Parquet ({error})"))
-        return ()
+    os.close(open_file(path))  # refuses what would be waited for
+    return pq.ParquetFile(path, memory_map=True)
+
+
+def _named(rows: list[Row], declared: list[tuple[str, ...]], listing: Listing) -> tuple[list[Label], tuple[str, ...]]:
+    """(each row's label, by name where its file declares names; the names of all files, in order of appearance)"""
+    if not any(declared):
+        return [row.label for row in rows], listing.classes
+    names = tuple(dict.fromkeys(name for some in declared for name in some))
+    stored = []
+    for row in rows:
+        of_file = declared[row.shard_id]
+        if not of_file and isinstance(row.label, int):
+            with_names = listing.files[next(i for i, some in enumerate(declared) if some)]
+            raise ValueError(
+                f"{listing.files[row.shard_id]} has numbers as labels and no class names, {with_names} has names: "
+                "write them all in one way"
+            )
+        if isinstance(row.label, int) and not 0 <= row.label < len(of_file):
+            raise ValueError(
+                f"{listing.files[row.shard_id]}: the label {row.label} is none of the {len(of_file)} classes that the "
+                "file declares (-1 often means that there is none, as in a test split)"
+            )
+        stored.append(of_file[row.label] if isinstance(row.label, int) else row.label)
+    return stored, listing.classes or names
 
 
 def _advise(total: int, root: str) -> None:
@@ -92,63 +146,78 @@ def _advise(total: int, root: str) -> None:
         )
 
 
-def _columns(schema: Any, file: str) -> tuple[str, str]:
+def _columns(schema: Any, file: str, asked: str | None) -> tuple[str, str]:
     """The names of the image and the label column. Raises ValueError if it is not clear which they are."""
+    image = _image_column(schema)
+    if image is None:
+        raise ValueError(
+            f"{file}: no column is clearly the one of the encoded images (columns: {', '.join(schema.names)}); name it "
+            f"'{_IMAGE_NAMES[0]}'"
+        )
+    fitting = [field.name for field in schema if _may_be_label(field.type)]
+    with_names = [name for name in fitting if _declared_classes(schema, name)]
+    usual = [name for name in _LABEL_NAMES if name in fitting]
+    label = asked or (usual[0] if usual else with_names[0] if len(with_names) == 1 else None)
+    if label in fitting:
+        return image, label
+    found = f"there is no label column '{asked}'" if asked else "no column is clearly the one of the labels"
+    raise ValueError(
+        f"{file}: {found}; give --label-column one of {', '.join(fitting) or 'none that could be'} (columns: "
+        f"{', '.join(schema.names)})"
+    )
+
+
+def _image_column(schema: Any) -> str | None:
     import pyarrow as pa
 
-    def is_image(field: pa.Field) -> bool:
-        binary = field.type
-        if pa.types.is_struct(binary) and binary.get_field_index("bytes") >= 0:
-            binary = binary.field("bytes").type
-        return pa.types.is_binary(binary) or pa.types.is_large_binary(binary)
+    def is_image(kind: pa.DataType) -> bool:
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    def is_label(field: pa.Field) -> bool:
-        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
-            return field.name in _LABEL_NAMES  # any other text may be a caption or a file name
-        return pa.types.is_integer(field.type)
-
-    images = [field.name for field in schema if is_image(field)]
-    labels = [field.name for field in schema if is_label(field)]
-    image = _choose(images, _IMAGE_NAMES, "encoded images", schema, file)
-    return image, _choose(labels, _LABEL_NAMES, "labels", schema, file)
+    images = [field.name for field in schema if is_image(field.type)]
+    return next((name for name in _IMAGE_NAMES if name in images), images[0] if len(images) == 1 else None)
 
 
-def _choose(fitting: list[str], usual: tuple[str, ...], what: str, schema: Any, file: str) -> str:
-    by_name = [name for name in usual if name in fitting]
-    if by_name:
-        return by_name[0]
-    if len(fitting) == 1:
-        return fitting[0]
-    raise ValueError(
-        f"{file}: no column is clearly the one of the {what} (columns: {', '.join(schema.names)}); name it '{usual[0]}'"
-    )
+def _may_be_label(kind: Any) -> bool:
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    checks = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
+    return any(check(kind) for check in checks)
 
 
 def _declared_classes(schema: Any, label: str) -> tuple[str, ...]:
     """The names of a ClassLabel feature, which Hugging Face datasets keeps in the schema's metadata."""
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = metadata.get("info", {}).get("features", {}).get(label, {})
-    return tuple(feature.get("names") or ()) if isinstance(feature, dict) else ()
+    try:
+        feature = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"][label]
+        return tuple(class_name(str(name)) for name in feature["names"])
+    except (ValueError, KeyError, TypeError):
+        return ()
 
 
-def _images_and_labels(parquet: Any, image: str, label: str) -> Iterator[tuple[memoryview | None, Any]]:
-    for group in range(parquet.num_row_groups):
-        table = parquet.read_row_group(group, columns=[image, label])
-        labels = table.column(label).to_pylist()
-        yield from zip(_binary(table, image), labels)
+def _images_and_labels(parquet: Any, group: int, image: str, label: str) -> Iterator[tuple[memoryview | None, Any]]:
+    for batch in _batches(parquet, group, [image, label]):
+        yield from zip(_binary(batch, image), batch.column(label).to_pylist())
 
 
-def _binary(table: Any, image: str) -> list[memoryview | None]:
-    """The encoded images of a row group as views of its memory; None where a row holds no bytes."""
+def _batches(parquet: Any, group: int, names: list[str]) -> Iterator[Any]:
+    about = parquet.metadata.row_group(group)
+    rows = max(1, about.num_rows * BATCH_BYTES // max(1, about.total_byte_size))
+    return parquet.iter_batches(batch_size=min(rows, about.num_rows), row_groups=[group], columns=names)
+
+
+def _binary(batch: Any, image: str) -> list[memoryview | None]:
+    """The encoded images as views of the batch's memory; None where a row holds no bytes."""
     import pyarrow as pa
 
-    column = table.column(image).combine_chunks()
+    column = batch.column(image)
     if pa.types.is_struct(column.type):
         column = column.field("bytes")
     return [memoryview(value.as_buffer()) if value.is_valid else None for value in column]
 
 
-def _inspected_or_cause(encoded: memoryview | None, label: Any) -> tuple[Inspected | None, str]:
+def _inspected_or_cause(encoded: memoryview | None, label: Label | None) -> tuple[Inspected | None, str]:
     if encoded is None:
         return None, "no bytes in this row (an image that is only a path?)"
     if label is None:
@@ -199,12 +268,9 @@ class ParquetReader:
 
     def _open(self, shard: int) -> tuple[Any, str, np.ndarray]:
         if shard not in self.files:
-            import pyarrow.parquet as pq
-
-            file = self.records.shards[shard]
-            parquet = pq.ParquetFile(os.path.join(self.absolute_root, file), memory_map=True)
+            parquet = _open_parquet(os.path.join(self.absolute_root, self.records.shards[shard]))
             rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-            self.files[shard] = parquet, _columns(parquet.schema_arrow, file)[0], np.cumsum(rows)
+            self.files[shard] = parquet, _image_column(parquet.schema_arrow), np.cumsum(rows)
         return self.files[shard]
 
     def _group(self, shard: int, group: int) -> list[memoryview | None]:
@@ -212,8 +278,11 @@ class ParquetReader:
             self.groups.move_to_end((shard, group))
             return self.groups[shard, group][0]
         parquet, image, _ = self._open(shard)
-        table = parquet.read_row_group(group, columns=[image])
-        self.groups[shard, group] = images, size = _binary(table, image), table.nbytes
+        images, size = [], 0
+        for batch in _batches(parquet, group, [image]):
+            images += _binary(batch, image)
+            size += batch.nbytes
+        self.groups[shard, group] = images, size
         self.cached_bytes += size
         while self.cached_bytes > CACHE_BYTES and len(self.groups) > 1:
             self.cached_bytes -= self.groups.popitem(last=False)[1][1]

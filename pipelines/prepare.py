@@ -156,8 +156,8 @@ def _write_split(
             progress.update(finished + images_done.value)
             for job in ready:
                 # Named before the shard counts as written: a stop in between repeats both.
-                for name, cause in job.result():
-                    bad_files.report(name, cause)
+                for bad in job.result():
+                    bad_files.report(bad.name, bad.cause)
                 os.replace(jobs[job].temporary, jobs[job].file)
 
 
@@ -190,7 +190,7 @@ def _report(root: Path, indexes: dict[str, Index]) -> None:
     """Open what was written, as its reader will."""
     for split, index in indexes.items():
         written = open_index(root, split, classes=index.classes)
-        bad = len(index) + len(index.bad) - len(written)
+        bad = len(index) + sum(one.images for one in index.bad) - len(written)
         left_out = f", {bad} bad ones left out ({root / 'bad_files.txt'})" if bad else ""
         print(f"{split}: {len(written):,} images of {len(index.classes)} classes in {root}{left_out}")
 

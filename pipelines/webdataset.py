@@ -1,4 +1,4 @@
-"""WebDataset: tar shards whose members key.jpg and key.cls (or key.json) make up a sample.
+"""WebDataset: tar shards whose members key.jpg and key.cls (or key.json) make up a sample (webdataset_samples.py).
 
 Only the tar headers, the labels and the first bytes of each image are read for the index; an image is then a slice of
 its memory-mapped shard, so random access costs what it costs in a file of its own.
@@ -11,28 +11,37 @@ import json
 import mmap
 import os
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from .folder import EXTENSIONS, THREADS
+from .folder import THREADS, open_file
 from .inspection import BadHeader, Inspected, columns, inspect
-from .labels import number_labels
+from .labels import Label, label_of, number_labels
 from .names import Names
-from .records import BadFile, Listing, Records
-from .tar_headers import BadTar, Member, members
+from .records import BadFile, Listing, Lost, Records, bad_shards
+from .tar_members import Damage, Member, read_members
+from .webdataset_samples import Found, pair
+
+Read = Callable[[int, int], bytes]  # (offset, count) of a shard
 
 
 class Sample(NamedTuple):
     """What one shard says of one image; header is None where `cause` says why it is bad."""
 
     image: Member
-    label: int | str | None
+    label: Label | None
     header: Inspected | None
     cause: str = ""
+
+
+class Shard(NamedTuple):
+    samples: list[Sample]
+    damages: list[Damage]
+    further: int = 0  # images that belong to a sample with another image
 
 
 def read_records(listing: Listing) -> Records:
@@ -40,72 +49,59 @@ def read_records(listing: Listing) -> Records:
     with ThreadPoolExecutor(THREADS) as pool:
         shards = list(pool.map(lambda file: _read_shard(os.path.join(listing.root, file)), listing.files))
     bad, good, shard_ids = [], [], []
-    for shard_id, (file, (samples, broken)) in enumerate(zip(listing.files, shards)):
-        if broken:
-            bad.append(BadFile(file, broken))
-        bad += [BadFile(f"{file}:{s.image.name}", s.cause) for s in samples if s.cause]
-        good += [s for s in samples if not s.cause]
-        shard_ids += [shard_id] * sum(not s.cause for s in samples)
-    labels, classes, named = number_labels([s.label for s in good], listing.classes)
+    for shard_id, (file, shard) in enumerate(zip(listing.files, shards)):
+        bad += [BadFile(f"{file}:{s.image.name}", s.cause) for s in shard.samples if s.cause]
+        good += [s for s in shard.samples if not s.cause]
+        shard_ids += [shard_id] * sum(not s.cause for s in shard.samples)
+    lost = [Lost(i, one.cause, bytes=one.lost_bytes) for i, shard in enumerate(shards) for one in shard.damages]
+    labels, classes, declared = number_labels([s.label for s in good], listing.classes)
+    further = sum(shard.further for shard in shards)
     return Records(
         names=Names.pack(s.image.name for s in good),
         sizes=np.array([s.image.size for s in good], np.int64),
         labels=labels,
         **columns([s.header for s in good]),
         classes=classes,
-        classes_are_named=named,
-        bad=tuple(bad),
+        classes_are_declared=declared,
+        bad=bad_shards(listing.files, lost, np.array([len(s.samples) for s in shards]), listing.sizes) + tuple(bad),
+        notes=(f"{further} further images of samples, such as KEY.mask.png beside KEY.jpg, are not used",)
+        * (further > 0),
         shards=tuple(listing.files),
         shard_ids=np.array(shard_ids, np.int32),
         positions=np.array([s.image.offset for s in good], np.int64),
     )
 
 
-def _read_shard(path: str) -> tuple[list[Sample], str]:
-    """The samples, and why the shard could not be read to its end ("" if it could)."""
-    found: list[Member] = []
+def _read_shard(path: str) -> Shard:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_file(path)
     except OSError as error:
-        return [], f"cannot be opened ({error.strerror})"
+        return Shard([], [Damage(f"cannot be opened ({error.strerror})", None)])
 
     def read(offset: int, count: int) -> bytes:
         return os.pread(descriptor, count, offset)
 
-    try:
-        broken = _collect(members(read, os.fstat(descriptor).st_size), found)
-        return [_sample(read, parts) for parts in _by_key(found) if _image_of(parts)], broken
-    except OSError as error:
-        return [], f"cannot be read ({error.strerror})"
-    finally:
-        os.close(descriptor)
+    with open(descriptor, "rb") as file:
+        try:
+            members, damages = read_members(file)
+            found, further = pair(members)
+            return Shard([_sample(read, one) for one in found if not _is_other(read, one)], damages, further)
+        except OSError as error:
+            return Shard([], [Damage(f"cannot be read ({error.strerror})", None)])
 
 
-def _collect(source: Iterable[Member], found: list[Member]) -> str:
-    try:
-        found.extend(source)
-    except BadTar as cause:
-        return f"{cause}; the members before it are used"
-    return ""
+def _is_other(read: Read, found: Found) -> bool:
+    """Whether it is no image and no label of one, but a .json with something else."""
+    return found.member is found.label and found.label.name.endswith(".json") and _label(read, found.label) is None
 
 
-def _by_key(found: list[Member]) -> list[dict[str, Member]]:
-    """Group members by name up to the first dot of its last part: a/b.jpg and a/b.cls are a sample."""
-    samples: dict[str, dict[str, Member]] = {}
-    for member in found:
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        samples.setdefault(folder + slash + stem, {}).setdefault("." + extension.lower(), member)
-    return list(samples.values())
-
-
-def _image_of(parts: dict[str, Member]) -> Member | None:
-    return next((member for extension, member in parts.items() if extension in EXTENSIONS), None)
-
-
-def _sample(read: Callable[[int, int], bytes], parts: dict[str, Member]) -> Sample:
-    image = _image_of(parts)
-    label = _label(read, parts)
+def _sample(read: Read, found: Found) -> Sample:
+    image = found.member
+    if cause := found.cause or image.cause:
+        return Sample(image, None, None, cause)
+    if found.label.cause:
+        return Sample(image, None, None, f"its label {found.label.name}: {found.label.cause}")
+    label = _label(read, found.label)
     if label is None:
         return Sample(image, None, None, "no label: neither .cls nor .json with 'label'")
 
@@ -119,17 +115,14 @@ def _sample(read: Callable[[int, int], bytes], parts: dict[str, Member]) -> Samp
         return Sample(image, label, None, str(cause))
 
 
-def _label(read: Callable[[int, int], bytes], parts: dict[str, Member]) -> int | str | None:
-    if member := parts.get(".cls"):
-        text = read(member.offset, member.size).decode("utf-8", "replace").strip()
-        return int(text) if text.lstrip("-").isdecimal() else text or None
-    if member := parts.get(".json"):
-        try:
-            label = json.loads(read(member.offset, member.size)).get("label")
-        except (ValueError, AttributeError):
-            return None
-        return label if isinstance(label, (int, str)) else None
-    return None
+def _label(read: Read, member: Member) -> Label | None:
+    contents = read(member.offset, member.size)
+    if not member.name.lower().endswith(".json"):
+        return label_of(contents.removeprefix(b"\xef\xbb\xbf"))
+    try:
+        return label_of(json.loads(contents).get("label"))
+    except (ValueError, AttributeError, RecursionError):
+        return None
 
 
 class WebDatasetReader:

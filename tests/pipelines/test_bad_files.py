@@ -47,7 +47,7 @@ def test_a_header_cut_anywhere_gives_a_size_or_a_cause(format):
 
 def test_bad_files_are_left_out_with_their_cause(folder):
     index = open_index(folder)
-    causes = {name.removeprefix(f"{folder}/train/bad/"): cause for name, cause in index.bad}
+    causes = {name.removeprefix(f"{folder}/train/bad/"): cause for name, cause, _ in index.bad}
     expected = {name: cause for name, (_, cause) in odd_images.bad_by_header().items()}
     assert causes == expected | {"dangling.jpg": "cannot be opened (No such file or directory)"}
     assert len(index) == len(odd_images.odd_but_good()) + len(odd_images.bad_by_body())

@@ -15,8 +15,8 @@ import pytest
 
 from fastdeit.pipelines import parquet as parquet_module
 from fastdeit.pipelines import webdataset
+from fastdeit.pipelines.bad_files import BadFiles, TooManyBadFiles
 from fastdeit.pipelines.index import open_index
-from fastdeit.pipelines.tar_headers import BadTar, members
 
 IMAGES = [odd_images.encoded(odd_images.picture(20 + i, 30 + i, seed=i)) for i in range(6)]
 
@@ -41,43 +41,6 @@ def assert_holds(index, images, labels):
     assert [index.encoded(i).tobytes() for i in range(len(index))] == list(images)
     assert list(zip(index.heights, index.widths)) == [(20 + i, 30 + i) for i in map(IMAGES.index, images)]
     assert all(index.path(i) is None for i in range(len(index)))
-
-
-# --- tar headers
-
-
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_are_those_of_tarfile(tmp_path, format):
-    names = ["a.jpg", "deep/" * 25 + "b.jpg", "c" * 99 + "d"]
-    if format != tarfile.USTAR_FORMAT:
-        names += ["e" * 180 + ".jpg", "é/ü.jpg"]
-    write_tar(tmp_path / "x.tar", [(name, bytes(i * 300)) for i, name in enumerate(names)], format)
-    contents = (tmp_path / "x.tar").read_bytes()
-    with tarfile.open(tmp_path / "x.tar") as tar:
-        expected = [(info.name, info.offset_data, info.size) for info in tar]
-    assert [tuple(m) for m in members(lambda at, n: contents[at : at + n], len(contents))] == expected
-
-
-def test_folders_and_links_are_no_members(tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name, kind in [("folder", tarfile.DIRTYPE), ("link", tarfile.SYMTYPE)]:
-            info = tarfile.TarInfo(name)
-            info.type = kind
-            tar.addfile(info)
-    contents = (tmp_path / "x.tar").read_bytes()
-    assert list(members(lambda at, n: contents[at : at + n], len(contents))) == []
-
-
-def test_a_size_beyond_octal():
-    header = bytearray(512)
-    header[:1], header[124:136], header[156:157] = b"x", b"\x80" + (9 << 30).to_bytes(11, "big"), b"0"
-    read = {0: bytes(header)}
-    assert list(members(lambda at, n: read.get(at, bytes(512)), 10 << 30)) == [("x", 512, 9 << 30)]
-
-
-def test_what_is_no_tar_says_so():
-    with pytest.raises(BadTar, match="no tar header at byte 0"):
-        list(members(lambda at, n: b"x" * n, 5000))
 
 
 # --- WebDataset
@@ -132,6 +95,83 @@ def test_labels_in_json_and_as_names(tmp_path):
     assert open_index(tmp_path, "val", classes=("dog", "cat")).labels.tolist() == [0, 1]
 
 
+def names_of(index):
+    return [index.records.names[i] for i in range(len(index))]
+
+
+@pytest.mark.parametrize(
+    "members, samples",
+    [
+        # keys with dots
+        ("v1.5.jpg v1.5.cls=1 v1.6.jpg v1.6.cls=0", {"v1.5.jpg": 1, "v1.6.jpg": 0}),
+        ("img.1.jpg img.2.jpg img.2.json=0 img.1.json=1", {"img.1.jpg": 1, "img.2.jpg": 0}),
+        ("7.left.jpg 7.cls=1 8.left.jpg 8.cls=0", {"7.left.jpg": 1, "8.left.jpg": 0}),
+        ("7.jpg 7.cls=0 7.1.jpg 7.1.cls=1", {"7.jpg": 0, "7.1.jpg": 1}),
+        # a key twice, in any order
+        ("7.jpg 7.cls=0 7.jpg 7.cls=1", {"7.jpg": [0, 1]}),
+        ("7.cls=0 7.jpg 7.cls=1 7.png", {"7.jpg": 0, "7.png": 1}),
+        ("7.jpg 7.cls=0 7.png 7.cls=1", {"7.jpg": 0, "7.png": 1}),
+        ("7.l.jpg 7.cls=0 7.l.jpg 7.cls=1", {"7.l.jpg": [0, 1]}),
+        # upper case, folders, links, hidden files
+        ("./a/7.JPG ./a/7.CLS=1 b/7.jpg b/7.cls=0", {"./a/7.JPG": 1, "b/7.jpg": 0}),
+        ("7.jpg 7.cls=1 8.jpg>7.jpg 8.cls>7.cls", {"7.jpg": 1, "8.jpg": 1}),
+        ("._7.jpg ._7.cls=9 7.jpg 7.cls=1 __MACOSX/7.jpg __MACOSX/7.cls=1", {"7.jpg": 1}),
+    ],
+)
+def test_samples_by_their_names(tmp_path, members, samples):
+    write_members(tmp_path / "train.tar", members)
+    index = open_index(tmp_path)
+    found = {}
+    for name, label in zip(names_of(index), index.labels.tolist()):
+        found.setdefault(name, []).append(int(index.classes[label]))
+    assert found == {name: labels if isinstance(labels, list) else [labels] for name, labels in samples.items()}
+    assert index.bad == ()
+
+
+@pytest.mark.parametrize(
+    "members, bad",
+    [
+        ("7.jpg 7.png 7.cls=1", {"7.png": "a second image under the key 7"}),
+        ("7.cls=1 7.jpg 7.png", {"7.png": "a second image under the key 7"}),
+        ("7.left.jpg 7.right.jpg 7.cls=1", {"7.right.jpg": "a second image under the key 7"}),
+        ("7.jpg 7.cls=1 8.cls=1", {"8.cls": "no image of this name"}),
+        ("7.jpg 7.cls=1 8.json=1", {"8.json": "no image of this name"}),
+        ("7.jpg 7.cls=1 8.jpg>9.jpg 8.cls=1", {"8.jpg": "a link to 9.jpg, which is not in this shard"}),
+        ("7.jpg 7.cls=1 8.jpg 8.cls>9.cls", {"8.jpg": "its label 8.cls: a link to 9.cls, which is not in this shard"}),
+        ("7.jpg 7.cls=1 7.mask.png 8.mask.png 8.cls=1", {"8.cls": "no image of this name"}),
+    ],
+)
+def test_what_is_no_sample_is_named(tmp_path, members, bad):
+    write_members(tmp_path / "train.tar", members)
+    index = open_index(tmp_path)
+    assert len(index) == 1
+    assert {one.name.partition(".tar:")[2]: one.cause.split(", which is to")[0] for one in index.bad} == bad
+
+
+def test_masks_are_counted_and_passed_over(tmp_path, caplog):
+    write_members(tmp_path / "train.tar", "7.jpg 7.cls=1 7.mask.png 8.jpg 8.cls=0 8.mask.png 8.txt 8.json")
+    for _ in range(2):  # the second time from the cache
+        index = open_index(tmp_path, cache_dir=tmp_path / "cache")
+        assert names_of(index) == ["7.jpg", "8.jpg"] and index.bad == ()
+    said = "2 further images of samples, such as KEY.mask.png beside KEY.jpg, are not used"
+    assert caplog.messages == [f"the 'train' split of {tmp_path}: {said}"] * 2
+
+
+def write_members(path, members):
+    """NAME, NAME=LABEL or LINK>NAME"""
+    with tarfile.open(path, "w") as tar:
+        for member in members.split():
+            name, _, label = member.partition("=")
+            name, linked, target = name.partition(">")
+            contents = (
+                f'{{"label": {label or "null"}}}'.encode() if name.endswith("json") else label.encode() or IMAGES[0]
+            )
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = (tarfile.LNKTYPE, target) if linked else (tarfile.REGTYPE, "")
+            info.size = 0 if linked else len(contents)
+            tar.addfile(info, io.BytesIO(contents))
+
+
 def test_bad_members_and_a_shard_that_breaks_off(tars):
     parts = [("0.jpg", b""), ("0.cls", b"1"), ("1.jpg", IMAGES[0]), ("2.jpg", b"text"), ("2.json", b"{}")]
     write_tar(tars / "train-000002.tar", parts)
@@ -139,15 +179,38 @@ def test_bad_members_and_a_shard_that_breaks_off(tars):
     (tars / "train-000001.tar").write_bytes(whole[: whole.index(IMAGES[4]) + 10])
     (tars / "train-000003.tar").write_bytes(b"x" * 2000)
     (tars / "train-000004.tar").write_bytes(b"")
+    (tars / "train-000005.tar").write_bytes(b"\x1f\x8b" + b"x" * 2000)
+    (tars / "train-000006.tar").symlink_to("gone.tar")
     index = open_index(tars)
     assert_holds(index, IMAGES[:4], [0, 0, 1, 2])
-    assert [(name.removeprefix(f"{tars}/train-00000"), cause) for name, cause in index.bad] == [
-        ("1.tar", "breaks off in the member a/4.jpg; the members before it are used"),
-        ("2.tar:0.jpg", "empty file"),
-        ("2.tar:1.jpg", "no label: neither .cls nor .json with 'label'"),
-        ("2.tar:2.jpg", "no label: neither .cls nor .json with 'label'"),
-        ("3.tar", "no tar header at byte 0; the members before it are used"),
+    no_label = "no label: neither .cls nor .json with 'label'"
+    # 3 images are in each of the two whole shards; a sample takes about 2 KiB, and a shard 10 KiB
+    assert [(name.removeprefix(f"{tars}/train-00000"), *rest) for name, *rest in index.bad] == [
+        ("1.tar", "breaks off in the member a/4.jpg; the members before it are used; counted as 2 images", 2),
+        ("3.tar", "no tar header at byte 0", 1),
+        ("4.tar", "empty file; counted as 3 images", 3),
+        ("5.tar", "compressed (gzip), which allows no random access: decompress it", 1),
+        ("6.tar", "cannot be opened (No such file or directory); counted as 3 images", 3),
+        ("2.tar:0.jpg", "empty file", 1),
+        ("2.tar:1.jpg", no_label, 1),
+        ("2.tar:2.jpg", no_label, 1),
     ]
+    with pytest.raises(TooManyBadFiles, match=r"13 of 17 images \(76.47%\)"):
+        BadFiles.of(index, limit=0.76)
+
+
+def test_an_unreadable_shard_counts_with_its_samples(tmp_path):
+    for shard in range(4):
+        write_tar(tmp_path / f"train-{shard}.tar", labelled(map(str, range(6)), range(6)))
+    broken = tmp_path / "train-2.tar"
+    broken.write_bytes(bytes(1000) + broken.read_bytes()[1000:])  # its start was never downloaded
+    index = open_index(tmp_path)
+    assert len(index) == 23 and index.bad[0].images == 1
+    broken.write_bytes(os.urandom(broken.stat().st_size))
+    index = open_index(tmp_path)
+    assert len(index) == 18 and index.bad[0].images == 6
+    with pytest.raises(TooManyBadFiles, match=r"6 of 24 images \(25.00%\)"):
+        BadFiles.of(index, limit=0.2)
 
 
 def test_a_shard_cut_after_indexing_raises_oserror(tars):
@@ -172,6 +235,52 @@ def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
 def test_two_layouts_of_one_split_are_refused(tars):
     odd_images.write(tars / "train/cat", {"0.jpg": IMAGES[0]})
     with pytest.raises(ValueError, match=r"more than once, as folder .* and webdataset"):
+        open_index(tars)
+
+
+@pytest.mark.parametrize(
+    "labels, classes, positions",
+    [
+        (["7", "50000", "12"], ("7", "12", "50000"), [0, 2, 1]),
+        (["dog", "Cat", "dog"], ("Cat", "dog"), [1, 0, 1]),
+        (["007", "7", "8"], ("007", "7", "8"), [0, 1, 2]),  # not all are numbers as str() writes them
+        (["\ufeff1", "0\r\n", " 1 "], ("0", "1"), [1, 0, 1]),
+    ],
+)
+def test_classes_are_the_labels_that_occur(tmp_path, labels, classes, positions):
+    write_tar(tmp_path / "train.tar", labelled("abc", labels))
+    index = open_index(tmp_path)
+    assert index.classes == classes and index.labels.tolist() == positions
+    write_tar(tmp_path / "val.tar", labelled("a", labels[2:]))
+    assert open_index(tmp_path, "val", classes=index.classes).labels.tolist() == positions[2:]
+
+
+@pytest.mark.parametrize("label, message", [("-1", "negative label -1"), ("9" * 30, "so many digits"), ("x", "mix")])
+def test_labels_that_are_none(tmp_path, label, message):
+    parts = [*labelled("a", [label]), ("b.jpg", IMAGES[1]), ("b.json", b'{"label": 1}')]
+    write_tar(tmp_path / "train.tar", parts)
+    with pytest.raises(ValueError, match=message):
+        open_index(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["ant\nbee\ncat", "\ufeffant\r\nbee\r\ncat\r\n\r\n", "ant \nbee\ncat\n\n\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_class_names_however_an_editor_saves_them(tars, text, encoding):
+    (tars / "classes.txt").write_bytes(text.encode(encoding))
+    assert open_index(tars).classes == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"ant\n\ncat\n", "line 2 is empty"),
+        (b"ant\nant\n", "ant more than once"),
+        (b"caf\xe9\n", "not a text file in UTF-8"),
+    ],
+)
+def test_class_names_that_would_shift_the_labels(tars, text, message):
+    (tars / "classes.txt").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
         open_index(tars)
 
 
@@ -226,11 +335,79 @@ def test_parquet_of_plain_columns(tmp_path):
     assert index.classes == ("a", "b")
 
 
-def test_parquet_with_unclear_columns(tmp_path):
-    columns = {"a": pa.array([7]), "b": pa.array([7]), "image": pa.array(IMAGES[:1])}
-    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"no column is clearly the one of the labels \(columns: a, b, image\)"):
+@pytest.mark.parametrize("columns", [{"image_id": pa.array([7])}, {"width": pa.array([7]), "height": pa.array([9])}])
+def test_a_number_is_no_label_unless_it_is_called_one(tmp_path, columns):
+    pq.write_table(pa.table({**columns, "image": pa.array(IMAGES[:1])}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=rf"no column is clearly .* --label-column one of {', '.join(columns)}"):
         open_index(tmp_path)
+    index = open_index(tmp_path, label_column=min(columns))
+    assert index.classes == (str(columns[min(columns)][0]),)
+    with pytest.raises(ValueError, match="there is no label column 'cat'"):
+        open_index(tmp_path, label_column="cat")
+
+
+def test_the_column_with_class_names_is_the_label_and_that_is_said(tmp_path, caplog):
+    pq.write_table(
+        table([2], IMAGES[:1], label="species").append_column("id", pa.array([7])), tmp_path / "train.parquet"
+    )
+    assert open_index(tmp_path).classes == ("ant", "bee", "cat")
+    assert caplog.messages == [f"the 'train' split of {tmp_path}: the labels are in the column species"]
+
+
+def test_class_names_of_each_file_count(parquet):
+    pq.write_table(table([0, 2], IMAGES[:2], names=("cat", "bee", "dog")), parquet / "data/train-2.parquet")
+    index = open_index(parquet)
+    assert index.classes == ("ant", "bee", "cat", "dog")
+    assert index.labels.tolist() == [0, 0, 1, 2, 0, 2, 2, 3]
+    pq.write_table(table([0], IMAGES[:1], names=None), parquet / "data/train-3.parquet")
+    with pytest.raises(ValueError, match=r"train-3\.parquet has numbers as labels and no class names"):
+        open_index(parquet)
+    pq.write_table(table([-1], IMAGES[:1]), parquet / "data/train-3.parquet")
+    with pytest.raises(ValueError, match=r"train-3\.parquet: the label -1 is none of the 3 classes"):
+        open_index(parquet)
+
+
+@pytest.mark.parametrize(
+    "labels, classes, positions",
+    [
+        (pa.array(["b", "a", "b"]).dictionary_encode(), ("a", "b"), [1, 0, 1]),  # a category of pandas
+        (pa.array([True, False, True]), ("False", "True"), [1, 0, 1]),
+        (pa.array(["10", "9", "10"]), ("9", "10"), [1, 0, 1]),
+        (pa.array([50000, 7, 50000]), ("7", "50000"), [1, 0, 1]),
+        (pa.array([1.0, 0.0, 1.0]), ("0", "1"), [1, 0, 1]),  # integers of pandas, once one of them was missing
+        (pa.array([3, 1, 3], pa.uint8()), ("1", "3"), [1, 0, 1]),
+    ],
+)
+def test_kinds_of_label_columns(tmp_path, labels, classes, positions):
+    pq.write_table(pa.table({"image": pa.array(IMAGES[:3]), "label": labels}), tmp_path / "train.parquet")
+    index = open_index(tmp_path)
+    assert_holds(index, IMAGES[:3], positions)
+    assert index.classes == classes
+
+
+def test_a_row_group_is_read_in_pieces(tmp_path, monkeypatch):
+    """Arrow refuses a struct column of more than 2 GiB in one piece."""
+    pq.write_table(table([0, 1, 2, 0, 1, 2]), tmp_path / "train.parquet")
+    pieces = []
+    original = parquet_module._binary
+    monkeypatch.setattr(
+        parquet_module, "_binary", lambda batch, image: pieces.append(len(batch)) or original(batch, image)
+    )
+    monkeypatch.setattr(parquet_module, "BATCH_BYTES", sum(map(len, IMAGES)) // 2)
+    assert_holds(open_index(tmp_path), IMAGES, [0, 1, 2, 0, 1, 2])
+    assert max(pieces) < 4 and sum(pieces) == 12
+
+
+def test_an_unreadable_row_group_counts_with_its_rows(tmp_path):
+    pq.write_table(table([0, 1, 2, 0, 1, 2]), tmp_path / "train.parquet", row_group_size=3, compression="snappy")
+    offset = pq.ParquetFile(tmp_path / "train.parquet").metadata.row_group(0).column(0).dictionary_page_offset or 4
+    with open(tmp_path / "train.parquet", "r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 200)
+    index = open_index(tmp_path)
+    assert_holds(index, IMAGES[3:], [0, 1, 2])
+    (bad,) = index.bad
+    assert bad.images == 3 and bad.cause.startswith("row group 0 cannot be read")
 
 
 def test_bad_rows_and_a_damaged_file(parquet):
@@ -238,13 +415,14 @@ def test_bad_rows_and_a_damaged_file(parquet):
     (parquet / "data/train-3.parquet").write_bytes(b"PAR1 cut")
     index = open_index(parquet)
     assert_holds(index, [*IMAGES, IMAGES[1]], [0, 0, 1, 2, 0, 2, 1])
-    bad = [(name.removeprefix(f"{parquet}/data/train-"), cause) for name, cause in index.bad]
-    assert bad[:3] == [
+    bad = [(name.removeprefix(f"{parquet}/data/train-"), cause) for name, cause, _ in index.bad]
+    assert bad[1:] == [
         ("2.parquet:0", "no bytes in this row (an image that is only a path?)"),
         ("2.parquet:1", "no label"),
         ("2.parquet:2", "empty file"),
     ]
-    assert bad[3][0] == "3.parquet" and bad[3][1].startswith("cannot be read as Parquet")
+    assert bad[0][0] == "3.parquet" and bad[0][1].startswith("cannot be read as Parquet")
+    assert index.bad[0].images == 4  # as many as the others usually have
 
 
 def test_row_groups_leave_the_cache_when_it_is_full(parquet, monkeypatch):
