@@ -1,28 +1,45 @@
-"""Height and width of an encoded image from its first bytes, without decoding it.
+"""Which files DALI decodes rightly, told from their headers; and the sizes of those.
 
-JPEG, PNG, WebP and BMP are read here, in a sixth of the time of Pillow's lazy open; the rarer formats that DALI decodes
-(TIFF, PNM, JPEG 2000) and JPEGs with an odd header go through Pillow. The format is told from the content, so
-a PNG named .jpg is a PNG. Only what a header can tell is found: a body that breaks off shows when it is decoded.
+Every file goes through the parser of DALI's own decoder (nvidia.nvimgcodec, which is installed with it). What that
+refuses must never reach DALI: in a batch of 32 images or more it is refused again in one of several threads, and the
+process dies. Of the rest, what DALI decodes to other pixels than those meant, without a word, is refused here with the
+reason. tests/pipelines/test_header_variants.py holds both lists against the decoder.
 
-Sizes are those of the stored pixels: an EXIF rotation is not applied, as in Pillow, torchvision and timm.
+The format is told from the content, so a PNG named .jpg is a PNG. Of a JPEG only the header is read, other files are
+read to their end: a PNG's parser wants it, and they are rarer. Damage within the pixels shows when they are decoded.
+
+Sizes are those of the stored pixels: an EXIF or TIFF orientation is not applied.
 """
 
 import io
+import os
+import re
 import struct
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
+from . import tiff_tags
+from .tiff_tags import orientation, tags
+
 # read(offset, count): up to `count` bytes of the encoded image, fewer at its end; all the rest if count is -1.
 Read = Callable[[int, int], bytes]
 
-HEAD_BYTES = 4096  # one page; holds the frame header of most JPEGs, behind a short EXIF block
+HEAD_BYTES = 4096  # one page; holds all of most JPEGs' headers, behind a short EXIF block
+MOST_PIXELS = 178_956_970  # half a gigabyte when decoded; where Pillow stops, too
+CONVERT = "convert it to an RGB JPEG or PNG"
 
 _UNSUPPORTED = {b"GIF8": "GIF", b"8BPS": "PSD", b"\xff\x0a": "JPEG XL", b"\x00\x00\x00\x0cJXL ": "JPEG XL"}
 _FTYP_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
-_PNM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
-_LEFT_TO_PILLOW = (b"II*\x00", b"MM\x00*", *_PNM, b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51")
+_PNM = {b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7", b"PF", b"Pf"}
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # baseline, extended, progressive, and the latter two arithmetic
+_PNG_BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
+# None, CCITT, LZW, JPEG, deflate (two numbers), PackBits, Zstandard: what the libtiff in DALI 2.4 has. With another
+# one, pixels are whatever was in memory.
+_TIFF_COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000}
 
 
 class BadHeader(ValueError):
@@ -44,89 +61,96 @@ def columns(inspected: Sequence[Inspected]) -> dict[str, np.ndarray]:
 
 
 def inspect(read: Read) -> Inspected:
-    """Raises BadHeader with the cause."""
+    """Raises BadHeader with the cause, ModuleNotFoundError where DALI is not installed. Safe between threads."""
     head = read(0, HEAD_BYTES)
+    check = _check_of(head)
     try:
-        height, width = _size_by_format(head, read)
+        header, rotated = check(head, read)
+        height, width = _size_by_decoder(header)
     except (struct.error, IndexError):
         raise BadHeader("truncated header") from None
+    except OverflowError:  # an offset beyond all bounds
+        raise BadHeader("damaged header") from None
+    except (RuntimeError, TypeError):  # what nvimgcodec raises for all that it refuses
+        raise BadHeader(refusal(read(0, -1))) from None
     if height < 1 or width < 1:
         raise BadHeader(f"damaged header: {width} x {height} pixels")
-    return Inspected(height, width, False)
+    if height * width > MOST_PIXELS:
+        raise BadHeader(f"{width} x {height} pixels, more than {MOST_PIXELS:,} in one image: make it smaller")
+    return Inspected(height, width, rotated)
 
 
-def inspect_bytes(encoded: bytes | memoryview) -> Inspected:
+def inspect_bytes(encoded: bytes | memoryview | np.ndarray) -> Inspected:
     """`inspect` an image that is in memory."""
     return inspect(lambda offset, count: bytes(encoded[offset:] if count < 0 else encoded[offset : offset + count]))
 
 
-def _size_by_format(head: bytes, read: Read) -> tuple[int, int]:
+def _size_by_decoder(header: bytes) -> tuple[int, int]:
+    stream = _parser()(header)
+    dtype = stream.dtype  # refuses what the parser let pass and DALI's decoder raises on
+    if dtype not in (np.uint8, np.uint16):
+        raise _unsupported(f"{_codec(stream)} of {dtype}")
+    return stream.height, stream.width
+
+
+def _codec(stream) -> str:
+    return {"jpeg2k": "JPEG 2000"}.get(stream.codec_name, stream.codec_name.upper())
+
+
+@cache
+def _parser() -> type:
+    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # or each refusal is printed, too
+    try:
+        from nvidia.nvimgcodec import CodeStream
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "images are checked and decoded by NVIDIA DALI, which is not installed (nvidia.nvimgcodec comes with it): "
+            "pip install 'fastdeit[train]'",
+            name="nvidia.nvimgcodec",
+        ) from error
+    return CodeStream
+
+
+def refusal(encoded: bytes) -> str:
+    """Why DALI's decoder refuses an image whose format it knows, in words."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            kind = f"{image.format} of mode {image.mode}"
+            image.load()
+    except UnidentifiedImageError:  # names the address of the BytesIO
+        return "damaged header"
+    except Exception as error:  # Pillow's plugins raise whatever their parsers run into
+        return str(error) or type(error).__name__
+    return f"{kind}, which DALI cannot decode although Pillow can: {CONVERT}"
+
+
+def _unsupported(what: str) -> BadHeader:
+    return BadHeader(f"unsupported kind of image, {what}: {CONVERT}")
+
+
+# --- by format: what to hand to the parser, and whether an orientation is given
+
+
+def _check_of(head: bytes) -> Callable[[bytes, Read], tuple[bytes, bool]]:
     if not head:
         raise BadHeader("empty file")
     if head.startswith(b"\xff\xd8\xff"):
-        return _jpeg_size(head, read)
+        return _check_jpeg
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return struct.unpack_from(">II", head, 16)[::-1]
+        return _check_png
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return _webp_size(head)
+        return _check_webp
     if head.startswith(b"BM"):
-        return _bmp_size(head)
-    if head.startswith(_LEFT_TO_PILLOW):
-        return _pillow_size(read)
+        return _check_bmp
+    if head.startswith(_TIFF):
+        return _check_tiff
+    if head.startswith((b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51")):
+        return _check_jpeg2000
+    if head[:2] in _PNM and head[2:3].isspace():
+        return _check_pnm
     raise BadHeader(_name_the_format(head))
-
-
-def _jpeg_size(head: bytes, read: Read) -> tuple[int, int]:
-    """Walk the marker segments up to the frame header (SOF0 to SOF15: ITU-T T.81, table B.1)."""
-    position = 2
-    while True:
-        segment = head[position : position + 9]
-        if len(segment) < 9:
-            segment = read(position, 9)
-        if segment[0] != 0xFF or segment[1] in (0x00, 0xD9, 0xDA):  # garbage, or image data before a frame header
-            return _pillow_size(read)
-        marker, length = segment[1], segment[2] << 8 | segment[3]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # not DHT, JPG, DAC
-            return struct.unpack_from(">HH", segment, 5)
-        else:
-            position += 2 + length
-
-
-def _webp_size(head: bytes) -> tuple[int, int]:
-    """The three kinds of first chunk: lossy (RFC 6386, 9.1), lossless, extended (RFC 9649, 2.5 to 2.7)."""
-    chunk = head[12:16]
-    if chunk == b"VP8 ":
-        width, height = struct.unpack_from("<HH", head, 26)
-        return height & 0x3FFF, width & 0x3FFF
-    if chunk == b"VP8L":
-        (bits,) = struct.unpack_from("<I", head, 21)
-        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
-    if chunk == b"VP8X":
-        if len(head) < 30:
-            raise BadHeader("truncated header")
-        return int.from_bytes(head[27:30], "little") + 1, int.from_bytes(head[24:27], "little") + 1
-    raise BadHeader("damaged WebP header")
-
-
-def _bmp_size(head: bytes) -> tuple[int, int]:
-    (header_bytes,) = struct.unpack_from("<I", head, 14)
-    width, height = struct.unpack_from("<HH" if header_bytes == 12 else "<ii", head, 18)
-    return abs(height), width  # a negative height means that the rows are stored from the top
-
-
-def _pillow_size(read: Read) -> tuple[int, int]:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(read(0, -1))) as image:
-            size, kind = (image.height, image.width), (image.format, image.mode)
-    except Exception as error:  # Pillow's plugins raise whatever their parsers run into
-        raise BadHeader(f"damaged header ({type(error).__name__})") from None
-    if kind == ("TIFF", "I"):  # in a large batch DALI 2.4's decoder crashes on it, see decode.py
-        raise BadHeader("unsupported format TIFF of 32-bit integers")
-    return size
 
 
 def _name_the_format(head: bytes) -> str:
@@ -136,3 +160,148 @@ def _name_the_format(head: bytes) -> str:
     if head[4:8] == b"ftyp":
         return f"unsupported format {_FTYP_BRANDS.get(head[8:12], 'MP4 or HEIF')}"
     return "not an image"
+
+
+def _check_jpeg(head: bytes, read: Read) -> tuple[bytes, bool]:
+    """Walks the marker segments up to the first scan, as the parser does (ITU-T T.81, table B.1)."""
+    position, rotated, adobe, components = 2, False, False, 0
+    while True:
+        head = _at_least(position + 20, head, read)
+        marker = head[position + 1]
+        if head[position] != 0xFF or marker in (0x00, 0xD9):  # garbage, or an end
+            raise BadHeader(refusal(read(0, -1)))
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if marker == 0xDA:
+            break
+        (length,) = struct.unpack_from(">H", head, position + 2)
+        body = position + 4
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # not DHT, JPG, DAC
+            precision, _, _, components = struct.unpack_from(">BHHB", head, body)
+            if precision != 8:
+                raise _unsupported(f"JPEG of {precision} bits a sample")
+            if marker not in _JPEG_FRAMES:
+                raise _unsupported(f"JPEG with the frame SOF{marker - 0xC0} (lossless or hierarchical)")
+        elif marker == 0xE1 and head[body : body + 6] == b"Exif\0\0":
+            head = _at_least(position + 2 + length, head, read)
+            rotated = orientation(head[body + 6 : position + 2 + length]) != 1
+        elif marker == 0xEE and head[body : body + 5] == b"Adobe":
+            adobe = True
+        position += 2 + length
+    if components == 4 and not adobe:
+        raise _unsupported("a CMYK JPEG without an Adobe marker, which does not say whether its colours are inverted")
+    return head[: position + 2], rotated
+
+
+def _at_least(count: int, head: bytes, read: Read) -> bytes:
+    """The first `count` bytes and some more, fewer where the image ends before."""
+    while len(head) < count and len(longer := read(0, 16 * len(head))) > len(head):
+        head = longer
+    return head
+
+
+def _check_png(head: bytes, read: Read) -> tuple[bytes, bool]:
+    if head[12:16] == b"CgBI":
+        raise _unsupported("Apple's own kind of PNG (CgBI)")
+    bits, colour, interlace = struct.unpack_from(">BBxxB", head, 24)
+    if bits not in _PNG_BITS.get(colour, ()) or interlace > 1:
+        raise BadHeader(f"damaged header: PNG of {bits} bits, colour type {colour}, interlace {interlace}")
+    encoded, position, rotated, seen = read(0, -1), 8, False, set()
+    while position + 8 <= len(encoded):
+        length, kind = struct.unpack_from(">I4s", encoded, position)
+        if kind == b"IDAT" and b"IDAT" not in seen and b"acTL" in seen and b"fcTL" not in seen:
+            raise _unsupported("an animated PNG whose still image is none of its frames")
+        if kind == b"eXIf":
+            rotated = orientation(encoded[position + 8 : position + 8 + length]) != 1
+        seen.add(kind)
+        position += 12 + length
+    return encoded, rotated
+
+
+def _check_webp(head: bytes, read: Read) -> tuple[bytes, bool]:
+    encoded, position, rotated = read(0, -1), 12, False
+    while position + 8 <= len(encoded):
+        kind, length = struct.unpack_from("<4sI", encoded, position)
+        if kind == b"EXIF":
+            exif = encoded[position + 8 : position + 8 + length]
+            rotated = orientation(exif.removeprefix(b"Exif\0\0")) != 1
+        position += 8 + length + length % 2
+    return encoded, rotated
+
+
+def _check_bmp(head: bytes, read: Read) -> tuple[bytes, bool]:
+    start, header_bytes = struct.unpack_from("<II", head, 10)
+    old = header_bytes == 12
+    width, height, _, depth = struct.unpack_from("<HHHH" if old else "<iiHH", head, 18)
+    compression = 0 if old else struct.unpack_from("<I", head, 30)[0]
+    standard_masks = compression == 3 and struct.unpack_from("<III", head, 54) == (0xFF0000, 0xFF00, 0xFF)
+    plain = compression == 0 and depth in (1, 4, 8, 24, 32)
+    if not (plain or (compression == 1 and depth == 8) or (standard_masks and depth == 32)):
+        raise _unsupported(f"BMP of {depth} bits a pixel, compression {compression}")
+    if width <= 0 or height == 0:
+        raise BadHeader(f"damaged header: {width} x {height} pixels")
+    size = (width * depth + 31) // 32 * 4 * abs(height) if compression != 1 else 1
+    if start < 14 + header_bytes or not read(start + size - 1, 1):
+        raise BadHeader("truncated file" if start >= 14 + header_bytes else "damaged header")
+    return read(0, -1), False
+
+
+def _check_tiff(head: bytes, read: Read) -> tuple[bytes, bool]:
+    encoded = read(0, -1)
+    found = tags(encoded)
+
+    def of(tag: int, default: int) -> int:
+        return (*found.get(tag, ()), default)[0]
+
+    bits, compression = set(found.get(tiff_tags.BITS, (1,))), of(tiff_tags.COMPRESSION, 1)
+    photometric, samples = of(tiff_tags.PHOTOMETRIC, -1), of(tiff_tags.SAMPLES, 1)
+    if compression not in _TIFF_COMPRESSIONS:
+        raise _unsupported(f"TIFF with compression {compression}")
+    if of(tiff_tags.PLANAR, 1) != 1:
+        raise _unsupported("TIFF whose channels are stored one after the other (planar)")
+    if set(found.get(tiff_tags.SAMPLE_FORMAT, ())) - {1}:
+        raise _unsupported("TIFF of floating-point or signed numbers")
+    if of(tiff_tags.EXTRA_SAMPLES, 0) == 1:
+        raise _unsupported("TIFF with colours multiplied by alpha")
+    if not any(
+        photometric in kinds and samples in counts and bits <= depths
+        for kinds, counts, depths in (
+            ({0}, {1}, {1, 8}),  # grey, white is 0
+            ({1}, {1}, {1, 8, 10, 12, 14, 16}),  # grey
+            ({2}, {3, 4}, {8, 10, 12, 14, 16}),  # RGB and alpha
+            ({3} if tiff_tags.COLOUR_MAP in found else (), {1}, {4, 8}),  # palette
+            ({5}, {4}, {8}),  # CMYK
+            ({6} if compression == 7 or found.get(tiff_tags.SUBSAMPLING) == (1, 1) else (), {3}, {8}),  # YCbCr
+        )
+    ):
+        depth = "/".join(map(str, sorted(bits)))
+        raise _unsupported(f"TIFF with {samples} channels of {depth} bits, photometric interpretation {photometric}")
+    return encoded, orientation(encoded) != 1
+
+
+def _check_jpeg2000(head: bytes, read: Read) -> tuple[bytes, bool]:
+    encoded = read(0, -1)
+    for size in re.finditer(rb"\xff\x4f\xff\x51", encoded):
+        # nvImageCodec 0.9 divides by these: the process would end here.
+        tile_width, tile_height, _, _, channels = struct.unpack_from(">4IH", encoded, size.start() + 24)
+        if not (tile_width and tile_height and channels):
+            raise BadHeader("damaged header")
+    stream = _parser()(encoded)
+    if stream.precision not in (8, 16):
+        raise _unsupported(f"JPEG 2000 of {stream.precision} bits a sample")
+    colours = str(stream.color_spec).rpartition(".")[2]
+    if (stream.num_channels, colours) not in {(1, "GRAY"), (3, "SRGB"), (4, "SRGB"), (3, "UNKNOWN"), (4, "UNKNOWN")}:
+        raise _unsupported(f"JPEG 2000 of {stream.num_channels} channels, colour space {colours}")
+    if not str(stream.chroma_subsampling).endswith("444"):
+        raise _unsupported("JPEG 2000 whose channels are smaller than the image")
+    return encoded, False
+
+
+def _check_pnm(head: bytes, read: Read) -> tuple[bytes, bool]:
+    kind, header = head[:2], re.sub(rb"#[^\n\r]*", b"", head).split(maxsplit=4)
+    if kind not in (b"P1", b"P4", b"P5", b"P6"):
+        raise _unsupported(f"PNM of kind {kind.decode()}")
+    if kind in (b"P5", b"P6") and header[3] not in (b"255", b"65535"):
+        raise _unsupported(f"PNM with {header[3].decode('ascii', 'replace')} for white instead of 255 or 65535")
+    return read(0, -1), False

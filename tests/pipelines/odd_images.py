@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastdeit.pipelines.inspection import CONVERT
+
 HEIGHT, WIDTH = 60, 80
 
 
@@ -41,16 +43,24 @@ def bad_by_header() -> dict[str, tuple[bytes, str]]:
         "cut_in_header.jpg": (jpeg[:30], "truncated header"),
         "cut_in_header.png": (png[:20], "truncated header"),
         "no_pixels.bmp": (bytes(flat_bmp), f"damaged header: 0 x {HEIGHT} pixels"),
-        "only_magic.tif": (b"II*\0" + bytes(3), "damaged header (UnidentifiedImageError)"),
-        "integers.tif": (encoded(picture().convert("I"), "TIFF"), "unsupported format TIFF of 32-bit integers"),
+        "only_magic.tif": (b"II*\0" + bytes(3), "truncated header"),
+        "truncated.png": (png[: len(png) // 2], "image file is truncated"),
+        "bits12.jpg": (bits12(jpeg), f"unsupported kind of image, JPEG of 12 bits a sample: {CONVERT}"),
+        "integers.tif": (encoded(picture().convert("I"), "TIFF"), f"unsupported kind of image, TIFF of floating-point or signed numbers: {CONVERT}"),
     }
+
+
+def bits12(jpeg: bytes) -> bytes:
+    """A baseline JPEG that says that its samples have 12 bits."""
+    frame = jpeg.index(b"\xff\xc0")
+    return jpeg[: frame + 4] + b"\x0c" + jpeg[frame + 5 :]
 
 
 @cache
 def bad_by_body() -> dict[str, bytes]:
     """What only decoding finds."""
-    jpeg, png = encoded(picture(600, 800), quality=95), encoded(picture(600, 800), "PNG")
-    return {"truncated.jpg": jpeg[: len(jpeg) // 2], "truncated.png": png[: len(png) // 2]}
+    jpeg, webp = encoded(picture(600, 800), quality=95), encoded(picture(600, 800), "WEBP")
+    return {"truncated.jpg": jpeg[: len(jpeg) // 2], "truncated.webp": webp[: len(webp) // 2]}
 
 
 @cache
