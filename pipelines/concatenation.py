@@ -21,6 +21,7 @@ class WithUnlabelled:
         self.labels = np.concatenate([labelled.labels, np.full(len(unlabelled), UNLABELLED, np.int64)])
         self.heights = np.concatenate([labelled.heights, unlabelled.heights])
         self.widths = np.concatenate([labelled.widths, unlabelled.widths])
+        self.encoded_bytes = np.concatenate([labelled.encoded_bytes, unlabelled.encoded_bytes])
         self.bad = labelled.bad + unlabelled.bad
         # A decoder reads either files or bytes: bytes, unless all images are files.
         self.all_are_files = all(part.path(0) is not None for part in self.parts)

@@ -65,7 +65,12 @@ def window_graph(index, batch_size: int, num_threads: int) -> Graph:
 
 def window_inputs(index, indices: np.ndarray, window: np.ndarray) -> dict:
     window = window.astype(np.int32)
-    return {"source": _sources(index, indices), "start": window[:, :2].copy(), "shape": window[:, 2:].copy()}
+    return {
+        "source": _sources(index, indices),
+        "encoded_bytes": index.encoded_bytes[indices],
+        "start": window[:, :2].copy(),
+        "shape": window[:, 2:].copy(),
+    }
 
 
 def view_graph(
@@ -139,7 +144,7 @@ def _encoded(index, i: int) -> np.ndarray:
     try:
         return index.encoded(i)
     except OSError:
-        return np.zeros(1, np.uint8)  # fails to decode, which is where bad images are dealt with
+        return np.zeros(1, np.uint8)  # fails by its length, which is where bad images are dealt with
 
 
 def _decoded_windows(from_files: bool, device: str):
@@ -149,7 +154,7 @@ def _decoded_windows(from_files: bool, device: str):
         encoded = fn.io.file.read(encoded)
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-    start = _start_within(encoded, start, shape)
+    start = _start_where_sound(encoded, start, shape)
     return fn.decoders.image_slice(
         encoded,
         start,
@@ -161,16 +166,21 @@ def _decoded_windows(from_files: bool, device: str):
     )
 
 
-def _start_within(encoded, start, shape):
-    """`start`, having made sure that the header can be read and that the window lies within the image.
+def _start_where_sound(encoded, start, shape):
+    """`start`, having made sure that the image has the length that it was indexed with, that its header can be read,
+    and that the window lies within it.
 
     DALI 2.4's decoders look at the headers and windows of 32 images or more in several threads, one of which is that of
     the operator: what it raises destroys what the others still use, which ends in a segmentation fault. Raised here
-    before, it is an error as any other.
+    before, it is an error as any other. Headers that pass here and are refused there do not get into an index, see
+    inspection.py; the length tells what was changed since.
     """
+    expected = fn.external_source(name="encoded_bytes", dtype=types.INT64, ndim=0)
+    unchanged = fn.cast(encoded.shape(device="cpu")[0] == expected, dtype=types.INT32)
     size = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[:2], dtype=types.INT32)
     room = fn.reductions.min(size - start - shape)
-    return fn.slice(start, start=math.min(room, 0), shape=[2], axes=[0])  # refuses a negative start
+    sound = math.min(math.min(room, 0), unchanged - 1)
+    return fn.slice(start, start=sound, shape=[2], axes=[0])  # refuses a negative start
 
 
 def _resized(image):

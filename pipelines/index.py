@@ -77,6 +77,11 @@ class Index:
         """The encoded bytes, (bytes,) uint8; read-only for shards. Raises OSError if the file has vanished."""
         return self.reader.encoded(i)
 
+    @property
+    def encoded_bytes(self) -> np.ndarray:
+        """(n,) int64: how long each encoded image was when it was indexed."""
+        return self.records.sizes
+
     def take(self, positions: np.ndarray) -> "Index":
         """An index of these images alone, in this order, with the same classes; `bad` is empty."""
         positions = np.asarray(positions)

@@ -122,7 +122,7 @@ def refusal(encoded: bytes) -> str:
     except UnidentifiedImageError:  # names the address of the BytesIO
         return "damaged header"
     except Exception as error:  # Pillow's plugins raise whatever their parsers run into
-        return str(error) or type(error).__name__
+        return f"damaged: {error or type(error).__name__}"
     return f"{kind}, which DALI cannot decode although Pillow can: {CONVERT}"
 
 
@@ -220,13 +220,15 @@ def _check_png(head: bytes, read: Read) -> tuple[bytes, bool]:
 
 
 def _check_webp(head: bytes, read: Read) -> tuple[bytes, bool]:
-    encoded, position, rotated = read(0, -1), 12, False
+    encoded, position, length, rotated = read(0, -1), 12, 0, False
     while position + 8 <= len(encoded):
         kind, length = struct.unpack_from("<4sI", encoded, position)
         if kind == b"EXIF":
             exif = encoded[position + 8 : position + 8 + length]
             rotated = orientation(exif.removeprefix(b"Exif\0\0")) != 1
         position += 8 + length + length % 2
+    if position - length % 2 > len(encoded):
+        raise BadHeader("truncated file")
     return encoded, rotated
 
 

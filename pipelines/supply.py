@@ -4,7 +4,6 @@ DALI says only that a batch could not be decoded. Which image it was is found by
 those that fail are reported, kept out of all later plans, and the batch is made again with others in their place.
 """
 
-import io
 import os
 from collections import deque
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .bad_files import BadFiles, DecodeError
 from .crop import whole
+from .inspection import BadHeader, inspect_bytes, refusal
 from .plan import EvaluationPlans, Plan, TrainPlans
 
 AHEAD = 2  # batches in the making while one is used
@@ -94,20 +94,17 @@ class Supply:
 
 def cause_of_failure(index, i: int) -> str:
     """Why image i cannot be decoded, in words."""
-    from PIL import Image
-
     try:
         encoded = index.encoded(i)
     except OSError as error:
         return f"cannot be read ({os.strerror(error.errno)})" if error.errno else f"cannot be read ({error})"
-    if not len(encoded):
-        return "empty file"
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.convert("RGB")
-    except Exception as error:  # whatever a broken file makes Pillow raise
-        return str(error)
-    found, expected = (image.height, image.width), (int(index.heights[i]), int(index.widths[i]))
+        found = inspect_bytes(encoded)[:2]
+    except BadHeader as cause:
+        return str(cause)
+    expected = (int(index.heights[i]), int(index.widths[i]))
     if found != expected:
         return f"has changed: it was {expected[0]} x {expected[1]} when it was indexed, now {found[0]} x {found[1]}"
-    return f"{image.format} of mode {image.mode}, which DALI cannot decode although Pillow can: convert it"
+    if (length := int(index.encoded_bytes[i])) != len(encoded):
+        return f"has changed: it was {length:,} bytes when it was indexed, now {len(encoded):,}"
+    return refusal(encoded.tobytes())

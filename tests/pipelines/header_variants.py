@@ -1,7 +1,7 @@
 """Image files over the whole range of what their headers may say, most of it rare and much of it nonsense.
 
 `variants()` gives name: Variant(contents, pixels). All that are well formed show `PICTURE`, as far as their bits allow,
-and say so in `pixels`; None stands for what no reader need understand.
+and say so in `pixels`; None stands for what nobody can be sure of: as Pillow shows it, or not at all.
 """
 
 import io
@@ -9,6 +9,7 @@ import itertools
 import struct
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ PICTURE = _picture()
 GREY = np.asarray(Image.fromarray(PICTURE).convert("L"))
 
 
+@cache
 def variants() -> dict[str, Variant]:
     makers = (_jpeg, _png, _bmp, _tiff, _jpeg2000, _webp, _pnm, _gif)
     return {name: variant for maker in makers for name, variant in maker()}
@@ -102,11 +104,11 @@ def _jpeg() -> Iterator[tuple[str, Variant]]:
     yield "jpeg cmyk bare", Variant(bare, PICTURE)
     for transform in (1, 2, 3, 255):
         contents = _patched(cmyk, adobe + 15, transform)
-        yield f"jpeg cmyk transform {transform}", Variant(contents, _pillow(contents))
+        yield f"jpeg cmyk transform {transform}", Variant(contents, by_pillow(contents))
     at = plain["rgb"].index(b"\xff\xee")
     for transform in (1, 2, 255):
         contents = _patched(plain["rgb"], at + 15, transform)
-        yield f"jpeg rgb transform {transform}", Variant(contents, _pillow(contents))
+        yield f"jpeg rgb transform {transform}", Variant(contents, by_pillow(contents))
     unmarked = plain["rgb"][:at] + plain["rgb"][at + 16 :]
     yield "jpeg rgb by ids", Variant(unmarked, PICTURE)
 
@@ -115,7 +117,7 @@ def _patched(contents: bytes, offset: int, *values: int) -> bytes:
     return contents[:offset] + bytes(values) + contents[offset + len(values) :]
 
 
-def _pillow(contents: bytes) -> np.ndarray | None:
+def by_pillow(contents: bytes) -> np.ndarray | None:
     try:
         with Image.open(io.BytesIO(contents)) as image:
             return np.asarray(image.convert("RGB"))
@@ -220,14 +222,14 @@ def _bmp() -> Iterator[tuple[str, Variant]]:
     for header, depth, compression in itertools.product((12, 16, 40, 56, 124), depths, compressions):
         if header > 12 or compression == 0:
             contents = bmp(header, depth, compression)
-            yield f"bmp header {header} depth {depth} compression {compression}", Variant(contents, _pillow(contents))
+            yield f"bmp header {header} depth {depth} compression {compression}", Variant(contents, by_pillow(contents))
     for depth in (1, 4, 8, 24, 32):
         contents = bmp(40, depth, 0, -H)
-        yield f"bmp top-down depth {depth}", Variant(contents, _pillow(contents))
+        yield f"bmp top-down depth {depth}", Variant(contents, by_pillow(contents))
     for masks in ((0x7C00, 0x3E0, 0x1F), (0xF800, 0x7E0, 0x1F), (0xF00, 0xF0, 0xF), (0, 0, 0)):
         for header in (40, 56, 108):
             contents = bmp(header, 16, 3, masks=masks)
-            yield f"bmp 16 bit masks {masks[0]:x} header {header}", Variant(contents, _pillow(contents))
+            yield f"bmp 16 bit masks {masks[0]:x} header {header}", Variant(contents, by_pillow(contents))
     for masks in (
         (0xFF0000, 0xFF00, 0xFF),
         (0xFF, 0xFF00, 0xFF0000),
@@ -237,7 +239,7 @@ def _bmp() -> Iterator[tuple[str, Variant]]:
         for header, alpha in itertools.product((40, 56, 108), (0, 0xFF000000)):
             contents = bmp(header, 32, 3, masks=(*masks, alpha))
             name = f"bmp 32 bit masks {masks[0]:x} alpha {alpha:x} header {header}"
-            yield name, Variant(contents, _pillow(contents))
+            yield name, Variant(contents, by_pillow(contents))
     for size in ((0, W), (H, 0), (H, -W), (-(2**31), W), (2**30, 2**30), (10 * H, W)):
         yield f"bmp size {size}", Variant(bmp(40, 24, 0, *size), None)
     for planes in (0, 2, 3):
@@ -246,7 +248,7 @@ def _bmp() -> Iterator[tuple[str, Variant]]:
         yield f"bmp pixels at {offset}", Variant(_patched(bmp(40, 24, 0), 10, *struct.pack("<I", offset)), None)
     for used in (256, 257, 2**31):
         contents = _patched(bmp(40, 8, 0), 46, *struct.pack("<I", used))
-        yield f"bmp {used} colours", Variant(contents, _pillow(contents))
+        yield f"bmp {used} colours", Variant(contents, by_pillow(contents))
     yield "bmp 16 colours", Variant(bmp(40, 8, 0, colours=16), _rgb(_back(_scaled(GREY, 15), 15)))
 
 
@@ -387,10 +389,10 @@ def _tiff() -> Iterator[tuple[str, Variant]]:
     for name in ("tiff_lzw", "packbits", "tiff_adobe_deflate", "jpeg", "zstd", "lzma"):
         for mode, image in (("RGB", Image.fromarray(PICTURE)), ("L", Image.fromarray(GREY))):
             contents = _saved(image, "TIFF", compression=name)
-            yield f"tiff by pillow {name} {mode}", Variant(contents, _pillow(contents))
+            yield f"tiff by pillow {name} {mode}", Variant(contents, by_pillow(contents))
     for name in ("group3", "group4", "tiff_ccitt"):
         contents = _saved(Image.fromarray(GREY).convert("1"), "TIFF", compression=name)
-        yield f"tiff by pillow {name}", Variant(contents, _pillow(contents))
+        yield f"tiff by pillow {name}", Variant(contents, by_pillow(contents))
     for mode in ("CMYK", "YCbCr", "LAB", "P", "1", "RGBA", "I", "F", "I;16"):
         image = Image.fromarray(PICTURE)
         if mode == "LAB":
@@ -401,7 +403,7 @@ def _tiff() -> Iterator[tuple[str, Variant]]:
             image = image.convert(mode)
         contents = _saved(image, "TIFF")
         deep = _rgb(GREY) if mode in ("I", "F", "I;16") else None
-        yield f"tiff by pillow mode {mode}", Variant(contents, _pillow(contents) if deep is None else deep)
+        yield f"tiff by pillow mode {mode}", Variant(contents, by_pillow(contents) if deep is None else deep)
     for photometric, samples in itertools.product((3, 4, 5, 6, 8, 9, 10, 32803, 32844, 32845, 34892, 65535), (1, 3, 4)):
         contents = tiff_of(eight[samples], 8, photometric)
         yield f"tiff photometric {photometric} samples {samples}", Variant(contents, None)
@@ -442,7 +444,7 @@ def _tiff() -> Iterator[tuple[str, Variant]]:
     yield "tiff cmyk 16 bit", Variant(tiff_of(_scaled(cmyk, 65535), 16, 5), PICTURE)
     yield (
         "tiff premultiplied",
-        Variant(tiff_of(eight[4], 8, 2, t338=("H", (1,))), _pillow(tiff_of(eight[4], 8, 2, t338=("H", (1,))))),
+        Variant(tiff_of(eight[4], 8, 2, t338=("H", (1,))), by_pillow(tiff_of(eight[4], 8, 2, t338=("H", (1,))))),
     )
     yield "tiff bits differ", Variant(tiff_of(eight[3], 8, 2, t258=("H", (5, 6, 5))), None)
     yield "tiff one bits for all", Variant(tiff_of(eight[3], 8, 2, t258=("H", (8,))), None)
@@ -538,12 +540,12 @@ def _webp() -> Iterator[tuple[str, Variant]]:
     picture = Image.fromarray(PICTURE)
     see_through = Image.fromarray(np.concatenate([PICTURE, np.full((H, W, 1), 100, np.uint8)], -1))
     lossy = _saved(picture, "WEBP", quality=100)
-    yield "webp lossy", Variant(lossy, _pillow(lossy))
+    yield "webp lossy", Variant(lossy, by_pillow(lossy))
     lossless = _saved(picture, "WEBP", lossless=True)
     yield "webp lossless", Variant(lossless, PICTURE)
     yield "webp alpha lossless", Variant(_saved(see_through, "WEBP", lossless=True, exact=True), PICTURE)
     contents = _saved(see_through, "WEBP", quality=100)
-    yield "webp alpha lossy", Variant(contents, _pillow(contents))
+    yield "webp alpha lossy", Variant(contents, by_pillow(contents))
     animation = io.BytesIO()
     picture.save(animation, "WEBP", save_all=True, append_images=[Image.fromarray(255 - PICTURE)], lossless=True)
     yield "webp animation", Variant(animation.getvalue(), PICTURE)
@@ -598,5 +600,5 @@ def _pnm() -> Iterator[tuple[str, Variant]]:
 
 def _gif() -> Iterator[tuple[str, Variant]]:
     contents = _saved(Image.fromarray(PICTURE), "GIF")
-    yield "gif", Variant(contents, _pillow(contents))
-    yield "gif 87", Variant(b"GIF87a" + contents[6:], _pillow(contents))
+    yield "gif", Variant(contents, by_pillow(contents))
+    yield "gif 87", Variant(b"GIF87a" + contents[6:], by_pillow(contents))

@@ -28,7 +28,7 @@ def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
 @cache
 def bad_by_header() -> dict[str, tuple[bytes, str]]:
     """File name: (contents, cause) of what indexing finds."""
-    jpeg, png = encoded(picture()), encoded(picture(), "PNG")
+    jpeg, png, webp = (encoded(picture(), format) for format in ("JPEG", "PNG", "WEBP"))
     flat_bmp = bytearray(encoded(picture(), "BMP"))
     flat_bmp[18:22] = struct.pack("<i", 0)
     return {
@@ -44,9 +44,13 @@ def bad_by_header() -> dict[str, tuple[bytes, str]]:
         "cut_in_header.png": (png[:20], "truncated header"),
         "no_pixels.bmp": (bytes(flat_bmp), f"damaged header: 0 x {HEIGHT} pixels"),
         "only_magic.tif": (b"II*\0" + bytes(3), "truncated header"),
-        "truncated.png": (png[: len(png) // 2], "image file is truncated"),
+        "truncated.png": (png[: len(png) // 2], "damaged: image file is truncated"),
+        "truncated.webp": (webp[: len(webp) // 2], "truncated file"),
         "bits12.jpg": (bits12(jpeg), f"unsupported kind of image, JPEG of 12 bits a sample: {CONVERT}"),
-        "integers.tif": (encoded(picture().convert("I"), "TIFF"), f"unsupported kind of image, TIFF of floating-point or signed numbers: {CONVERT}"),
+        "integers.tif": (
+            encoded(picture().convert("I"), "TIFF"),
+            f"unsupported kind of image, TIFF of floating-point or signed numbers: {CONVERT}",
+        ),
     }
 
 
@@ -59,8 +63,8 @@ def bits12(jpeg: bytes) -> bytes:
 @cache
 def bad_by_body() -> dict[str, bytes]:
     """What only decoding finds."""
-    jpeg, webp = encoded(picture(600, 800), quality=95), encoded(picture(600, 800), "WEBP")
-    return {"truncated.jpg": jpeg[: len(jpeg) // 2], "truncated.webp": webp[: len(webp) // 2]}
+    jpeg, jp2 = encoded(picture(600, 800), quality=95), encoded(picture(600, 800), "JPEG2000")
+    return {"truncated.jpg": jpeg[: len(jpeg) // 2], "truncated.jp2": jp2[: len(jp2) // 2]}
 
 
 @cache

@@ -60,9 +60,9 @@ def test_inputs_are_where_the_operators_want_them(monkeypatch, name):
         devices = [spec.InputDevice(i) for i in range(spec.NumInput())]
         images, arguments = devices[: spec.NumRegularInput()], devices[spec.NumRegularInput() :]
         assert set(arguments) <= {"cpu"}, f"{operator} takes its arguments from the CPU"
-        if operator == "_Shape":  # reads no pixels
-            assert images == ["gpu"]
-        elif device == "gpu":
+        if operator == "_Shape":  # reads no pixels, wherever they are
+            continue
+        if device == "gpu":
             assert images[0] == "gpu"
             assert operator == "Filter" or set(images) == {"gpu"}  # a filter's kernel may come from the CPU
         else:
