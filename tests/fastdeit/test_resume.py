@@ -5,7 +5,9 @@ import multiprocessing
 import shutil
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from fastdeit import checkpoint, resume, run_directory, train
 from fastdeit.command import UserError
@@ -122,7 +124,9 @@ def test_other_optimizers(colors, tmp_path, monkeypatch, optimizer):
 
 
 def test_the_comparison_run_goes_on_too(colors, tmp_path, monkeypatch, capfd):
-    command = [*RANDOM, "--data-path", colors, "--epochs", 1, "--compare-undistilled"]
+    save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "teacher.safetensors")
+    command = [*RANDOM, "--data-path", colors, "--epochs", 1, "--compare-undistilled", "--distillation-type", "hard"]
+    command += ["--teacher-model", "test_resnet", "--teacher-path", tmp_path / "teacher.safetensors"]
     table = run(*command, "--output-dir", tmp_path / "straight")
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_undistilled", lambda *_: 1 / 0)
