@@ -69,7 +69,7 @@ def noise(config: Config, place: Place) -> Loader:
 def trainer_on(config: Config, place: Place, loader) -> Trainer:
     """The trainer, without a teacher yet, silent, writing nothing."""
     trainer = Trainer(
-        config, place, build_student(config, CLASSES), None, (loader, None), [str(i) for i in range(CLASSES)], None
+        config, place, build_student(config, CLASSES)[0], None, (loader, None), [str(i) for i in range(CLASSES)], None
     )  # fmt: skip
     trainer.log.close()
     trainer.log.console.quiet = True

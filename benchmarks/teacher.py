@@ -24,9 +24,8 @@ import timm
 import torch
 from torch import nn
 
-from fastdeit.student import mean_std
+from fastdeit.loading import LoadedModel, mean_std
 from fastdeit.teacher import Teacher
-from fastdeit.teacher_loading import Loaded
 from fastdeit.trainer import Trainer
 
 from . import charts, peers, steps
@@ -43,7 +42,8 @@ def make_teacher(
 ) -> Teacher:  # fmt: skip
     """A timm model in the trainer's service, in a state between published and best."""
     data, place = trainer.config.data, trainer.place
-    loaded = Loaded("teacher", network.eval(), data.input_size, *mean_std(network), None)
+    mean, std = mean_std(network)
+    loaded = LoadedModel(name="teacher", model=network.eval(), input_size=data.input_size, mean=mean, std=std)
     teacher = Teacher(
         loaded, student_mean=trainer.mean, student_std=trainer.std, device=place.device, dtype=dtype
     )  # fmt: skip

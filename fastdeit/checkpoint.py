@@ -149,15 +149,6 @@ def _is_kept(folder: Path) -> bool:
 # Reading
 
 
-def find(source: str | Path) -> Path:
-    """The checkpoint folder `source` means: itself, or the `last` one of a run's folder."""
-    source = Path(source)
-    for folder in (source, source / "last"):
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-            return folder
-    raise UserError(f"{source} is no checkpoint: give a run's folder, or last or best in it")
-
-
 def description(folder: Path) -> dict:
     """What config.json says. Raises UserError if that cannot be read."""
     try:

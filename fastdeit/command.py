@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 # What `pip install fastdeit` leaves out. Commands import these inside `main`, so that a missing one is named here.
@@ -97,6 +97,13 @@ def parse(kind: type, *, description: str, **options):
 
     _explain(kind)
     return tyro.cli(tyro.conf.OmitArgPrefixes[kind], description=_AsItIs(fold(description)), **options)
+
+
+def typed_flags(arguments: Sequence[str]) -> frozenset[str]:
+    """The flags of a command line, in one spelling: --no-model_ema and --model-ema=True are both --model-ema. What
+    was typed outranks what a checkpoint knows; what is only a default does not."""
+    flags = (argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--"))
+    return frozenset(re.sub(r"^--no-", "--", flag) for flag in flags)
 
 
 @functools.cache

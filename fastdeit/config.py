@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from . import command
 from .command import UserError
@@ -218,6 +218,8 @@ class Config:
     distillation: Distillation = field(default_factory=Distillation)
     optimization: Optimization = field(default_factory=Optimization)
     speed: Speed = field(default_factory=Speed)
+    typed: ClassVar[frozenset[str]] = frozenset()
+    """The flags that stood on the command line (command.typed_flags); the other settings are defaults."""
 
     def to_dict(self) -> dict:
         """Plain JSON types, one dictionary per group."""
@@ -254,10 +256,11 @@ def parse(
     recipe: the one taken when --recipe is not given. kind: Config, with further groups of a command's own perhaps.
     description: of the command; the recipe's if None.
     """
-    from . import config_check, deit_flags, recipes, resume
+    from . import config_check, deit_flags, recipes, resume, sources
 
     arguments = deit_flags.translate(sys.argv[1:] if arguments is None else arguments, kind)
-    default = resume.defaults(_flag(arguments, "resume"))
+    resumed = _flag(arguments, "resume")
+    default = resume.defaults(_flag(arguments, "output-dir") if resumed == "auto" else resumed)
     begins = default is None
     if begins:
         chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
@@ -267,6 +270,9 @@ def parse(
         kind, description=description or recipes.describe(default.run.recipe), prog=prog, args=arguments,
         default=kind(**vars(default)),
     )  # fmt: skip
+    config.typed = command.typed_flags(arguments)
+    if begins:
+        sources.adopt(config, config.typed)
     config_check.check(config)
     if begins and kind is Config:
         config_check.check_start(config)

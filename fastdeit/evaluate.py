@@ -21,14 +21,15 @@ def main() -> None:
     import tyro
 
     from .distributed import join
-    from .inference import has_moving_average, load
+    from .inference import load
+    from .loading import has_moving_average
     from .tables import accuracy_table
 
     @dataclass(kw_only=True)
     class Evaluate:
         checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-        """A run's folder, or last or best in it; a file of timm's or facebookresearch/deit's weights (with --model); a
-        folder that fastdeit.export --format timm wrote; a model name of timm's (with --pretrained)."""
+        """A run's folder, or last or best in it; a folder of timm's or transformers' kind; a file of weights (with
+        --model); a model name of timm's (with --pretrained)."""
         data_path: Path
         """DIR/val/CLASS/*, or shards."""
         model: str | None = None
@@ -63,7 +64,7 @@ def main() -> None:
             source: load(
                 arguments.checkpoint, device=place.device, weights=source, input_size=arguments.input_size,
                 name=arguments.model, pretrained=arguments.pretrained, precision=arguments.precision,
-                crop_ratio=arguments.eval_crop_ratio,
+                crop_pct=arguments.eval_crop_ratio,
             )
             for source in sources
         }  # fmt: skip
@@ -77,7 +78,7 @@ def main() -> None:
         print(json.dumps(result, indent=2))
     else:
         print(accuracy_table({source: result[source] for source in sources}))
-        print(_about(classifiers["model"], result["data"]))
+        print(about(classifiers["model"], result["data"]))
 
 
 def evaluate(classifiers: dict, loader, place, output: Path | None = None) -> dict:
@@ -148,11 +149,11 @@ def _with_progress(loader, place):
     )
 
 
-def _about(classifier, data: dict) -> str:
+def about(classifier, data: dict) -> str:
     size = data["input_size"]
     sentences = [
         f"{data['images']:,} images of {data['classes']:,} classes at {size} x {size} pixels, crop ratio "
-        f"{classifier.crop_ratio:g}",
+        f"{classifier.crop_pct:g}",
         *classifier.notes,
     ]
     if data["unreadable"]:

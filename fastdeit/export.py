@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,20 +246,22 @@ def _write_json(path: Path, content: dict) -> None:
 def main() -> None:
     import tyro
 
-    from . import checkpoint
     from .distributed import join
-    from .inference import load
+    from .inference import class_names, load
 
     @dataclass(kw_only=True)
     class Export:
         checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-        """A run's folder, or last or best in it."""
+        """A run's folder, or last or best in it; a folder of timm's or transformers' kind; a file of weights (with
+        --model)."""
         output: Path
         """Folder to write; must not exist."""
         format: Literal["timm", "transformers", "onnx", "torch-export", "aotinductor"] = "timm"
         """Who is to read it."""
         ema: bool = False
         """Export the moving average of the weights."""
+        model: str | None = None
+        """The model a file of weights is of: deit_*, deit3_*, or any other of timm's."""
         input_size: int | None = None
         """Pixels on a side, if another than in training: the position embedding is interpolated."""
         opset: int = 23
@@ -267,18 +270,22 @@ def main() -> None:
         """aotinductor compiles for this one. Default: cuda where present."""
 
     arguments = parse(Export, prog="python -m fastdeit.export", description=__doc__)
-    folder = checkpoint.find(arguments.checkpoint)
+    weights = "ema" if arguments.ema else "model"
     with join(arguments.device) as place:
-        weights = "ema" if arguments.ema else "model"
-        classifier = load(folder, device=place.device, weights=weights, input_size=arguments.input_size)
+        classifier = load(
+            arguments.checkpoint, device=place.device, weights=weights, input_size=arguments.input_size,
+            name=arguments.model,
+        )  # fmt: skip
+        for note in classifier.notes:
+            print(note, file=sys.stderr)
         trained = Trained(
             model=classifier.model,
-            name=checkpoint.description(folder)["model"],
-            classes=classifier.classes,
+            name=classifier.architecture,
+            classes=class_names(classifier),
             input_size=(classifier.input_size, classifier.input_size),
             mean=classifier.mean,
             std=classifier.std,
-            crop_pct=classifier.crop_ratio,
+            crop_pct=classifier.crop_pct,
         )
         difference = export(trained, arguments.format, arguments.output, opset=arguments.opset)
         print(f"wrote {arguments.output}; read back, its logits differ by {difference:.1e} at most")

@@ -1,4 +1,4 @@
-"""A trained model, ready to answer: from a checkpoint, a file of timm or facebookresearch/deit, or timm by name.
+"""A trained model, ready to answer: what loading.load_model takes, on a device.
 
 load("runs/cats")                                                     a run's last checkpoint
 load("deit_small.pth", name="deit_small_patch16_224")                 a file, and the model that it is of
@@ -6,39 +6,28 @@ load("deit_tiny_patch16_224.fb_in1k", pretrained=True)                timm's pub
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fastdeit.kernels import mix_normalize
 from fastdeit.pipelines import BadFiles, eval_loader, open_files, open_index
 
-from . import checkpoint
-from . import model as ours
 from .accuracy import by_head
-from .architectures import ARCHITECTURES, Architecture
 from .command import UserError
 from .distributed import Place
+from .loading import LoadedModel, load_model
 from .preparation import PRECISIONS
-from .student import create_timm, heads, is_ours, mean_std, rebuild
-from .weights import checkpoint_file, head_names, load_weights, read_state_dict
+from .student import heads
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """classes: their names, None where the weights come without. notes: what was not simply copied into the model."""
+@dataclass(frozen=True, kw_only=True)
+class Classifier(LoadedModel):
+    """A LoadedModel on `device`, which computes in `dtype`."""
 
-    model: nn.Module
-    classes: tuple[str, ...] | None
-    input_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_ratio: float
     device: torch.device
-    precision: torch.dtype = torch.float32
-    notes: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
 
     def prepare(self, batch) -> torch.Tensor:
         """The batch's images, normalised: (batch, 3, input_size, input_size) float32."""
@@ -47,8 +36,8 @@ class Classifier:
     @torch.inference_mode()
     def answers(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """(batch, classes) float32 logits by head, see accuracy.by_head. images: as `prepare` gives them."""
-        half = self.precision != torch.float32
-        with torch.autocast(self.device.type, self.precision) if half else nullcontext():
+        half = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype) if half else nullcontext():
             return by_head(*heads(self.model, images))
 
     def probabilities(self, images: torch.Tensor, head: str = "both") -> torch.Tensor:
@@ -56,7 +45,7 @@ class Classifier:
         averaged logits ("both"). A model with one head answers with that, whether "cls" or "both" is asked for."""
         answers = self.answers(images)
         if len(answers) == 1 and head == "dist":
-            raise UserError("this model has no distillation head: leave --head away")
+            raise UserError("this model has no distillation head: omit --head")
         return answers["cls" if len(answers) == 1 else head].softmax(1)
 
     def evaluation_loader(self, data_path: Path, batch_size: int, place: Place, *, max_bad: float = 0.01):
@@ -79,7 +68,7 @@ class Classifier:
         if batch_size < 1:
             raise UserError(f"--batch-size {batch_size}: take at least one image per step")
         return eval_loader(
-            index, batch_size=batch_size, input_size=self.input_size, crop_pct=self.crop_ratio,
+            index, batch_size=batch_size, input_size=self.input_size, crop_pct=self.crop_pct,
             device=str(place.device), rank=place.rank, world_size=place.world_size, bad_files=bad_files,
         )  # fmt: skip
 
@@ -91,167 +80,46 @@ def load(
     weights: str = "model",
     input_size: int | None = None,
     name: str | None = None,
+    default_name: str | None = None,
     pretrained: bool = False,
     precision: str | None = None,
-    crop_ratio: float | None = None,
+    crop_pct: float | None = None,
 ) -> Classifier:
     """The classifier that `source` means.
 
-    source: a run's folder or a checkpoint folder in it; a folder that fastdeit.export --format timm wrote; a file of
-        weights, with `name`; or with `pretrained` a name of timm's (NAME, NAME.TAG, hf-hub:NAME)
-    weights: "model", or "ema" for the moving average
-    input_size: pixels on a side; the position embedding is interpolated. The checkpoint's or model's own if None.
-    crop_ratio: share of the resized image's side that the centre crop keeps. The checkpoint's or model's own if None.
-    precision: a key of PRECISIONS, for the model's arithmetic; fp16 on CUDA and fp32 elsewhere if None
+    source, name, default_name, pretrained, weights, input_size: see loading.load_model
+    crop_pct: share of the resized image's side that the centre crop keeps. The checkpoint's or model's own if None.
+    precision: a key of PRECISIONS, for the model's arithmetic. If None, on CUDA that which was chosen for its training,
+        or fp16; fp32 elsewhere
 
     Raises UserError, or ValueError for weights that do not fit.
     """
     if input_size is not None and input_size < 1:
         raise UserError(f"--input-size {input_size}: must be at least 1")
-    if crop_ratio is not None and not 0 < crop_ratio <= 1:
-        raise UserError(f"--eval-crop-ratio {crop_ratio}: must lie above 0 and up to 1")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise UserError(f"--eval-crop-ratio {crop_pct}: must lie above 0 and up to 1")
     device = torch.device(device)
-    if pretrained:
-        loaded = _published(str(source), input_size)
-    elif Path(source).is_file():
-        loaded = _file(Path(source), weights, input_size, name)
-    elif _written_by_timm(Path(source)):
-        loaded = _published(f"local-dir:{source}", input_size)
-    else:
-        loaded = _checkpoint(source, weights, input_size, device)
-    if crop_ratio is not None:
-        loaded["crop_ratio"] = crop_ratio
-    model = loaded.pop("model").to(device).eval().requires_grad_(False)
+    loaded = load_model(
+        source, name=name, default_name=default_name, pretrained=pretrained, weights=weights, input_size=input_size,
+        device=device,
+    )  # fmt: skip
+    model = loaded.model.to(device).eval().requires_grad_(False)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
-    dtype = PRECISIONS[precision or ("fp16" if device.type == "cuda" else "fp32")]
-    return Classifier(model, device=device, precision=dtype, **loaded)
+    dtype = PRECISIONS[precision or (loaded.precision or "fp16" if device.type == "cuda" else "fp32")]
+    settings = vars(loaded) | {"model": model, "crop_pct": crop_pct or loaded.crop_pct}
+    return Classifier(**settings, device=device, dtype=dtype)
 
 
-def has_moving_average(source: str | Path, *, pretrained: bool = False) -> bool:
-    """Whether `source` holds a moving average of the weights beside the weights."""
-    path = Path(source)
-    if pretrained or path.suffix == ".safetensors":
-        return False
-    try:
-        if path.is_file():
-            return bool(read_state_dict(path, ema=True))
-        return checkpoint_file(path, ema=True).is_file()
-    except ValueError:
-        return False
-
-
-def class_names(classifier: Classifier) -> tuple[str, ...]:
+def class_names(classifier: LoadedModel) -> tuple[str, ...]:
     """Names to show: the classifier's own, ImageNet's where their number is one of ImageNet's, else numbers."""
     if classifier.classes is not None:
         return classifier.classes
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    count = classifier.model.num_classes
+    count = classifier.num_classes
     subset = infer_imagenet_subset({"num_classes": count})
     if subset is None:
         return tuple(map(str, range(count)))
     info = ImageNetInfo(subset)
     return tuple(info.index_to_description(i) for i in range(count))
-
-
-# The kinds of source: each returns what Classifier needs beside the device
-
-
-def _checkpoint(source: str | Path, weights: str, input_size: int | None, device: torch.device) -> dict:
-    if not Path(source).exists():
-        raise UserError(_nothing_at(str(source)))
-    model, saved, notes = rebuild(checkpoint.find(source), device, weights=weights, input_size=input_size)
-    return {
-        "model": model, "classes": tuple(saved["classes"]), "input_size": input_size or saved["input_size"],
-        "mean": tuple(saved["mean"]), "std": tuple(saved["std"]), "crop_ratio": saved["eval_crop_ratio"],
-        "notes": tuple(notes),
-    }  # fmt: skip
-
-
-def _file(path: Path, weights: str, input_size: int | None, name: str | None) -> dict:
-    """A file of weights: the number of classes is read off its head."""
-    if name is None:
-        raise UserError(f"{path} does not say which model it is of: give --model NAME, such as deit_small_patch16_224")
-    ema = weights == "ema" and path.suffix != ".safetensors"
-    probe = ours.create_model(name) if is_ours(name) else _create(name, None)
-    head = read_state_dict(path, ema=ema).get(f"{head_names(probe)[0]}.weight")
-    classes = {} if head is None else {"num_classes": len(head)}
-    if is_ours(name):
-        model = ours.create_model(name, img_size=input_size, **classes)
-    else:
-        model = _create(name, input_size, **classes)
-    notes = load_weights(model, path, ema=ema)
-    return _as_configured(model, input_size, notes)
-
-
-def _published(name: str, input_size: int | None) -> dict:
-    """timm's model with the weights timm publishes, or reads from a folder of its kind; in our code where we have it,
-    which answers by head."""
-    try:
-        model = _create(name, input_size, pretrained=True)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file makes its reader stumble anywhere
-        raise UserError(
-            f"the published weights of {name} could not be loaded ({error.__class__.__name__}: {error}); download a "
-            "file of them and give it with --model NAME"
-        ) from error
-    settings = model.pretrained_cfg
-    if is_ours(settings.get("architecture", "")):
-        model = _in_our_code(model, ARCHITECTURES[settings["architecture"]])
-    return _as_configured(model, input_size, [], settings)
-
-
-def _in_our_code(model: nn.Module, arch: Architecture) -> ours.DeiT:
-    """timm's model of a name that is ours too; a folder may say other sizes than the name."""
-    arch = replace(
-        arch, width=model.embed_dim, depth=len(model.blocks), heads=model.blocks[0].attn.num_heads,
-        patch_size=model.patch_embed.patch_size[0],
-    )  # fmt: skip
-    size = model.patch_embed.img_size
-    twin = ours.DeiT(arch, num_classes=model.num_classes, img_size=size, drop_path=0.0, attention="sdpa")
-    twin.load_state_dict(model.state_dict())
-    return twin
-
-
-def _as_configured(model: nn.Module, input_size: int | None, notes: list[str], settings: dict | None = None) -> dict:
-    """How timm's configuration of a model says that images are prepared."""
-    settings = settings or model.pretrained_cfg
-    names = settings.get("label_names")
-    mean, std = mean_std(model)
-    return {
-        "model": model, "classes": tuple(names) if names else None,
-        "input_size": input_size or settings["input_size"][-1], "mean": tuple(settings.get("mean") or mean),
-        "std": tuple(settings.get("std") or std), "crop_ratio": settings.get("crop_pct") or 0.875,
-        "notes": tuple(notes),
-    }  # fmt: skip
-
-
-def _create(name: str, input_size: int | None, **options) -> nn.Module:
-    """student.create_timm for a name that timm knows."""
-    import timm
-    from timm.models import parse_model_name
-
-    source, _ = parse_model_name(name)
-    if source is None and not timm.is_model(name):
-        raise UserError(ours.unknown_model_message(name, timm.list_models()))
-    return create_timm(name, input_size, **options)
-
-
-def _written_by_timm(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and "architecture" in checkpoint.description(folder)
-
-
-def _nothing_at(source: str) -> str:
-    import timm
-
-    if is_ours(source) or source.startswith("hf-hub:") or timm.is_model(source):
-        return (
-            f"{source} is the name of a model: add --pretrained for its published weights, or give a file of its "
-            f"weights and --model {source}"
-        )
-    return (
-        f"there is no checkpoint {source}: give a run's folder, a file of weights with --model NAME, or a timm name "
-        "with --pretrained"
-    )

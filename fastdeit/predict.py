@@ -33,13 +33,14 @@ def main() -> None:
 
     from .distributed import join
     from .image_files import image_files
-    from .inference import class_names, has_moving_average, load
+    from .inference import class_names, load
+    from .loading import has_moving_average
 
     @dataclass(kw_only=True)
     class Predict:
         checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-        """A run's folder, or last or best in it; a file of timm's or facebookresearch/deit's weights (with --model); a
-        folder that fastdeit.export --format timm wrote; a model name of timm's (with --pretrained)."""
+        """A run's folder, or last or best in it; a folder of timm's or transformers' kind; a file of weights (with
+        --model); a model name of timm's (with --pretrained)."""
         images: Annotated[
             tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...", help_behavior_hint="")
         ]
@@ -88,7 +89,7 @@ def main() -> None:
         classifier = load(
             arguments.checkpoint, device=place.device, weights="ema" if arguments.ema else "model",
             input_size=arguments.input_size, name=arguments.model, pretrained=arguments.pretrained,
-            precision=arguments.precision, crop_ratio=arguments.eval_crop_ratio,
+            precision=arguments.precision, crop_pct=arguments.eval_crop_ratio,
         )  # fmt: skip
         answers = predict(
             classifier, files, place, top=arguments.top or TOP, head=arguments.head,

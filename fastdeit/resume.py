@@ -44,11 +44,18 @@ def defaults(resumed: str | None) -> Config | None:
     return None
 
 
+def checkpoint_to_come(config: Config) -> dict | None:
+    """What config.json says of the checkpoint that is going to fill the model; None for a run that begins."""
+    run = config.run.output_dir if config.run.resume == "auto" else config.run.resume
+    if config.run.resume is None or run is None or not (Path(run) / "last").exists():
+        return None
+    return checkpoint.description(Path(run) / "last")
+
+
 def without_start(config: Config) -> Config:
     """The settings to build the model with. Where a checkpoint is going to fill it, the weights that a run began with
     are not read again, and may be gone."""
-    run = config.run.output_dir if config.run.resume == "auto" else config.run.resume
-    if config.run.resume is None or run is None or not (Path(run) / "last").exists():
+    if checkpoint_to_come(config) is None:
         return config
     config = Config.from_dict(config.to_dict())
     config.model.finetune, config.model.pretrained = None, False

@@ -157,14 +157,15 @@ class LiveAnswers:
     """A live teacher's answers to the views of a run, as a store keeps them."""
 
     def __init__(self, config: Config, place: Place, classes: tuple[str, ...], top: int):
-        from .student import build_student, mean_std
+        from .loading import mean_std
+        from .student import build_student
         from .teacher import load_teacher
 
         self.config, self.classes, self.top = config, classes, min(top, len(classes))
         self.hard = config.distillation.distillation_type == "hard"
         plain = Config.from_dict(config.to_dict())  # of the student only its normalisation is asked for
-        plain.model.finetune, plain.model.pretrained = None, False
-        self.mean, self.std = mean_std(build_student(plain, len(classes)))
+        plain.model.pretrained = False
+        self.mean, self.std = mean_std(build_student(plain, len(classes))[0])
         self.precision = precision_of(config, place.device)
         self.teacher = load_teacher(config, classes, student_mean=self.mean, student_std=self.std, place=place)
 

@@ -8,18 +8,19 @@ run starts. int8 and fp8 are left out: no measurement here shows what they would
 import copy
 import hashlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .command import UserError
-from .config import Config
+from .config import Config, Distillation
 from .distributed import Place
 from .fold_batchnorm import fold_batchnorm
+from .loading import LoadedModel, load_model
 from .preparation import PRECISIONS
-from .teacher_classes import SelectClasses
-from .teacher_loading import Loaded, class_groups, load
+from .teacher_classes import SelectClasses, read_groups, same_classes
 
 ENOUGH = 0.99  # agreement with float32 below which a run starts with a warning
 
@@ -31,10 +32,11 @@ class Teacher:
     """
 
     def __init__(
-        self, loaded: Loaded, *, student_mean, student_std, device, dtype=torch.float32,
+        self, loaded: LoadedModel, *, student_mean, student_std, device, dtype=torch.float32,
         groups: Sequence[Sequence[int]] | None = None,
     ):  # fmt: skip
         self.name, self.input_size, self.dtype = loaded.name, loaded.input_size, dtype
+        self.notes = [f"the teacher {loaded.name}: {note}" for note in loaded.notes]
         self.device, self.fingerprint = torch.device(device), _fingerprint(loaded, groups)
         plain = loaded.model.eval().requires_grad_(False)
         example = torch.randn(2, 3, loaded.input_size, loaded.input_size, generator=torch.Generator().manual_seed(0))
@@ -100,10 +102,10 @@ class Teacher:
         text = f"teacher {self.name}: {parameters / 1e6:.2f} M parameters, {precision}, {self.input_size} pixels"
         text += f", {self.folded} BatchNorms folded" if self.folded else ""
         if self.plain is None:
-            return [text]
+            return [text, *self.notes]
         agreement, images = self.agreement(batches)
         self.plain = None
-        sentences = [f"{text}; agrees with fp32 on {100 * agreement:.2f} % of {images} training views"]
+        sentences = [f"{text}; agrees with fp32 on {100 * agreement:.2f} % of {images} training views", *self.notes]
         if agreement < ENOUGH:
             other = "fp16" if precision == "bf16" else "fp32"
             sentences.append(
@@ -126,7 +128,7 @@ class Teacher:
         return same / images, images
 
 
-def _fingerprint(loaded: Loaded, groups) -> str:
+def _fingerprint(loaded: LoadedModel, groups) -> str:
     """Hex digest of the weights as they were loaded, the normalisation, and which classes stand for the data's."""
     digest = hashlib.sha256(repr((loaded.mean, loaded.std, groups)).encode())
     for key, value in loaded.model.state_dict().items():
@@ -138,7 +140,7 @@ def _fingerprint(loaded: Loaded, groups) -> str:
 class _Network(nn.Module):
     """The student's images -> the teacher's own input -> its logits -> the data's classes; one graph to compile."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, loaded: Loaded, student_mean, student_std, select):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, loaded: LoadedModel, student_mean, student_std, select):
         super().__init__()
         self.model, self.dtype, self.input_size, self.select = model, dtype, loaded.input_size, select
         self.memory_format = torch.preserve_format
@@ -158,6 +160,43 @@ class _Network(nn.Module):
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
         logits = self.model(images.to(self.dtype, memory_format=self.memory_format))
         return logits if self.select is None else self.select(logits)
+
+
+def load(settings: Distillation, device: torch.device) -> LoadedModel:
+    """The teacher that --teacher-model and --teacher-path name, for use on `device`: a model of timm's with its
+    published weights; a folder of ours, timm or transformers; a file, of --teacher-model unless it says otherwise.
+
+    Raises UserError, or ValueError for weights that do not fit.
+    """
+    path, name = settings.teacher_path, settings.teacher_model
+    if path is not None and not Path(path).expanduser().exists():
+        raise UserError(f"--teacher-path {path}: there is no such file or folder")
+    try:
+        if path is None:
+            loaded = load_model(name, pretrained=True, input_size=settings.teacher_input_size, device=device)
+        else:
+            chosen = {"default_name" if name == Distillation().teacher_model else "name": name}
+            loaded = load_model(path, **chosen, input_size=settings.teacher_input_size, device=device)
+    except UserError as error:
+        message = str(error).replace("--model", "--teacher-model").replace("--input-size", "--teacher-input-size")
+        raise UserError(message) from error
+    if not loaded.num_classes:
+        raise UserError(
+            f"the teacher {loaded.name} has no head that answers with classes: choose another, or fit one with "
+            "`python -m fastdeit.teach fit --data-path DIR --model NAME`"
+        )
+    return loaded
+
+
+def class_groups(loaded: LoadedModel, mapping: str | None, classes: Sequence[str]) -> list[list[int]] | None:
+    """The teacher's classes for each of the data's, by the file of --teacher-classes; None where both have the same.
+
+    A head is never replaced: a teacher that answers for other classes than the data's is refused, or translated.
+    """
+    if mapping is not None:
+        return read_groups(mapping, classes, loaded.classes, loaded.num_classes)
+    same_classes(loaded.name, loaded.classes, loaded.num_classes, classes)
+    return None
 
 
 def load_teacher(config: Config, classes: Sequence[str], *, student_mean, student_std, place: Place) -> Teacher:

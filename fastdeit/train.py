@@ -67,14 +67,17 @@ def build(config, place, indices, on_micro_batch=None):
     """
     from . import resume, run_directory, stored_teacher
     from .data import loaders
+    from .loading import mean_std
     from .preparation import first_views
-    from .student import build_student, mean_std
+    from .student import build_student, normalise
     from .teacher import load_teacher
     from .teacher_store import Store
     from .trainer import Trainer
 
     classes = indices[0].classes
-    model = build_student(resume.without_start(config), len(classes))
+    model, notes = build_student(resume.without_start(config), len(classes), classes)
+    if (saved_in := resume.checkpoint_to_come(config)) is not None:
+        normalise(model, saved_in["mean"], saved_in["std"])
     mean, std = mean_std(model)
     teacher = store = None
     if config.distillation.teacher_store is not None:
@@ -93,6 +96,8 @@ def build(config, place, indices, on_micro_batch=None):
     trainer = Trainer(
         config, place, model, teacher, both_loaders, classes, own_folder, title="student", on_micro_batch=on_micro_batch
     )
+    for sentence in notes:
+        trainer.log.say(sentence)
     if teacher is not None:
         views = first_views(trainer.train_loader, trainer.prepare, parts=config.optimization.accumulate)
         for sentence in teacher.check(views):
@@ -130,18 +135,24 @@ def _end(trainer, summary: dict, folder: Path) -> None:
 def evaluate_only(config, place) -> dict:
     """--eval: the accuracies of --resume or --finetune on the validation images, as a table. See fastdeit.evaluate."""
     from .digits import with_digits
-    from .evaluate import evaluate
-    from .inference import has_moving_average, load
+    from .evaluate import about, evaluate
+    from .inference import load
+    from .loading import has_moving_average
     from .tables import accuracy_table
 
-    source = config.model.finetune if config.run.resume in (None, "auto") else config.run.resume
+    source = config.model.finetune if config.run.resume is None else config.run.resume
+    if source == "auto":
+        source = config.run.output_dir
     if source is None:
         raise UserError("--eval does not know what to evaluate: give --resume RUN or --finetune CHECKPOINT")
     sources = ["model", "ema"] if has_moving_average(source) else ["model"]
+    typed = config.typed
     classifiers = {
         weights: load(
-            source, device=place.device, weights=weights, input_size=config.data.input_size, name=config.model.model,
-            precision=config.speed.precision, crop_ratio=config.data.eval_crop_ratio,
+            source, device=place.device, weights=weights, precision=config.speed.precision,
+            input_size=config.data.input_size if "--input-size" in typed else None,
+            crop_pct=config.data.eval_crop_ratio if "--eval-crop-ratio" in typed else None,
+            name=config.model.model if "--model" in typed else None, default_name=config.model.model,
         )
         for weights in sources
     }  # fmt: skip
@@ -151,6 +162,7 @@ def evaluate_only(config, place) -> dict:
     result = evaluate(classifiers, loader, place)
     if place.is_main:
         print(accuracy_table({weights: result[weights] for weights in sources}))
+        print(about(classifiers["model"], result["data"]))
     return result
 
 
@@ -170,9 +182,10 @@ def train_undistilled(config, place, indices, folder: Path, on_micro_batch=None)
     if own_folder is not None:
         own_folder.mkdir(exist_ok=True)
     saved = resume.start(folder, place)
+    model, _ = build_student(settings, len(classes), classes)
     trainer = Trainer(
-        settings, place, build_student(settings, len(classes)), None, loaders(settings, indices, place, own_folder),
-        classes, own_folder, title="undistilled", on_micro_batch=on_micro_batch,
+        settings, place, model, None, loaders(settings, indices, place, own_folder), classes, own_folder,
+        title="undistilled", on_micro_batch=on_micro_batch,
     )  # fmt: skip
     trainer.load(saved)
     return max(head["top1"] for head in trainer.fit()["model"].values())

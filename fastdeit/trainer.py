@@ -19,6 +19,7 @@ from .attention_distillation import AttentionDistillation
 from .config import Config
 from .distributed import Place
 from .keeper import Keeper
+from .loading import mean_std
 from .log import Log
 from .model import DeiT
 from .nonfinite import TERMS, Guard
@@ -26,7 +27,6 @@ from .objective import Objective
 from .optimizer import build_optimizer
 from .preparation import precision_of, prepare
 from .schedule import learning_rate, scaled_rates
-from .student import mean_std
 from .timer import PhaseTimer
 from .trackers import open_tracker
 from .update import Update

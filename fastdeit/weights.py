@@ -1,77 +1,129 @@
-"""Weights from files into models: our checkpoint folders, timm's files and facebookresearch/deit's.
+"""Weights from files into models: our folders, timm's and transformers', and files of many projects.
 
-`load_weights` either loads every parameter or changes nothing and says why. Two things may differ between file and
-model: the grid of patches (the position embedding is interpolated) and, with `new_head`, the classes.
-Pickles are read by torch.load(weights_only=True), which runs no code from the file.
+`load_weights` either loads every parameter or changes nothing and says why. Three things may differ between file and
+model: the names of parameters (weight_names.py), the grid of patches (the position embedding is interpolated) and, with
+`new_head`, the classes. Each is reported. Pickles are read by torch.load(weights_only=True), which runs no code from
+the file.
 """
 
 import argparse
+import json
 import math
 import pickle
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-StateDict = dict[str, Tensor]
+from . import sources, weight_names
+from .sources import Source
+from .weight_names import StateDict
 
 
 def load_weights(
     model: nn.Module,
-    source: str | Path,
+    source: str | Path | Source,
     *,
     new_head: bool = False,
+    classes: Sequence[str] | None = None,
     ema: bool = False,
     old_grid: tuple[int, int] | None = None,
 ) -> list[str]:
     """Fill `model` (ours or timm's) from `source`; returns sentences about what was not simply copied.
 
-    source: a folder with model.safetensors (a run's folder means its last/), a .safetensors file, or a
-    file of torch.save: a state dict, alone or under 'model' or 'state_dict' as facebookresearch/deit and timm have it.
-    new_head: where the number of classes differs, keep the model's fresh head instead of refusing.
-    ema: take the exponential moving average: 'model_ema' or 'state_dict_ema' of a pickle, ema.safetensors of a folder.
-    old_grid: (rows, columns) of patches behind the file's position embedding; a square unless said.
+    source: what sources.find takes: a folder of ours, timm or transformers, a .safetensors file, or a file of
+        torch.save: a state dict, alone or under a name such as 'model' or 'state_dict'
+    new_head: where the classes differ, keep the model's fresh head instead of refusing
+    classes: names of the model's outputs. With new_head a head is kept only if the source's classes, where they are
+        known, are the same; in another order its rows are put into this one
+    ema: take the exponential moving average: 'model_ema' or 'state_dict_ema' of a pickle, ema.safetensors of a folder
+    old_grid: (rows, columns) of patches behind the source's position embedding, where the source does not say; a square
+        unless given
 
-    Raises ValueError when the file cannot be read, or does not fit; the model is then as it was.
+    Raises ValueError when the source cannot be read, or does not fit; the model is then as it was.
     """
-    path = checkpoint_file(source, ema=ema)
-    state = _timm_names(read_state_dict(path, ema=ema))
-    fresh, notes = model.state_dict(), []
-    heads = head_names(model)
-    _check_kind(path, state, fresh)
-    _fit_heads(path, state, fresh, heads, new_head, notes)
-    _fit_position_embedding(path, model, state, old_grid, notes)
-    _check_keys(path, state, fresh)
+    if not isinstance(source, Source):
+        source = sources.find(source, weights="ema" if ema else "model")
+    contents = read(source, ema=ema)
+    state, notes = fit(
+        model, contents.state, source, new_head=new_head, classes=classes,
+        old_grid=old_grid or grid_of(source, contents.state),
+    )  # fmt: skip
     model.load_state_dict(state, strict=True)
-    return notes
+    return [*contents.notes, *notes]
 
 
-def checkpoint_file(source: str | Path, *, ema: bool = False) -> Path:
-    """The file of weights that `source`, a file or a folder, means. Raises ValueError if there is none."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise ValueError(
-            f"no checkpoint at {path}: give a folder with model.safetensors, or a .safetensors or .pth file"
-        )
-    name = "ema.safetensors" if ema else "model.safetensors"
-    for candidate in (path / name, path / "last" / name):
-        if candidate.is_file():
-            return candidate
-    raise ValueError(f"the folder {path} holds no checkpoint: there is no {name} in it or in last/")
+@dataclass
+class Contents:
+    """The tensors of a file by name, on the CPU; and what a training checkpoint of timm or facebookresearch/deit says:
+    the model's name, pixels on a side."""
+
+    state: StateDict
+    notes: tuple[str, ...] = ()
+    model: str | None = None
+    input_size: int | None = None
+
+
+def read(source: Source, *, ema: bool = False) -> Contents:
+    """The contents of the file that `source` means. Raises ValueError if it cannot be read."""
+    path = source.weights
+    if path.suffix == ".safetensors":
+        return Contents(_read_safetensors(path))
+    if path.suffix == ".json":
+        return Contents(_read_shards(path))
+    saved = _read_pickle(path)
+    state, notes = _state_dict_in(path, saved, ema)
+    arguments = saved.get("args") if isinstance(saved, dict) else None
+    name = saved.get("arch") if isinstance(saved, dict) else None
+    size = getattr(arguments, "input_size", None)
+    return Contents(
+        state, notes, model=name if isinstance(name, str) else getattr(arguments, "model", None),
+        input_size=size if isinstance(size, int) else None,
+    )  # fmt: skip
 
 
 def read_state_dict(path: str | Path, *, ema: bool = False) -> StateDict:
-    """The tensors of a file by name, on the CPU, without the wrappers' prefixes (DDP's, torch.compile's)."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        state = _read_safetensors(path)
-    else:
-        state = _unwrap(path, _read_pickle(path), ema)
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    """The tensors of a file by name, on the CPU, as they stand there."""
+    return read(Source(Path(path), "file", Path(path), {}), ema=ema).state
+
+
+def fit(
+    model: nn.Module,
+    state: StateDict,
+    source: Source,
+    *,
+    new_head: bool = False,
+    classes: Sequence[str] | None = None,
+    old_grid: tuple[int, int] | None = None,
+) -> tuple[StateDict, list[str]]:
+    """(`state` under the model's names and in its shapes, sentences about what was done). Raises ValueError."""
+    fresh, notes = model.state_dict(), []
+    state = weight_names.match(source.path, state, fresh, head_names(model), notes)
+    _check_kind(source.path, state, fresh)
+    _fit_heads(source, state, fresh, head_names(model), classes if new_head else None, new_head, notes)
+    _fit_position_embedding(source.path, model, state, old_grid, notes)
+    if complaints := _complaints(state, fresh):
+        converted = weight_names.by_timm(model, state)
+        if converted is None or _complaints(converted, fresh):
+            raise ValueError(
+                f"{source.path} is of another model: {'; '.join(complaints)}; make the model that the file is of"
+            )
+        state = converted
+        notes.append("names and shapes converted as timm does for this model")
+    return state, notes
+
+
+def grid_of(source: Source, state: StateDict) -> tuple[int, int] | None:
+    """(rows, columns) of patches behind the position embedding, as far as `source` says; None where it does not."""
+    kernel = state.get("patch_embed.proj.weight")
+    patch = source.patch_size or (kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else None)
+    if source.input_size is None or not patch:
+        return None
+    return source.input_size[0] // patch, source.input_size[1] // patch
 
 
 def interpolate_position_embedding(
@@ -119,6 +171,15 @@ def _read_safetensors(path: Path) -> StateDict:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); write or download it again") from error
 
 
+def _read_shards(path: Path) -> StateDict:
+    """Weights in several files, with an index of which tensor is where."""
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable index of weights ({error}); download it again") from error
+    return {key: tensor for name in names for key, tensor in _read_safetensors(path.with_name(name)).items()}
+
+
 def _read_pickle(path: Path) -> object:
     try:
         # facebookresearch/deit saves its command line, a Namespace, beside the weights: plain attributes, no code.
@@ -134,24 +195,45 @@ def _read_pickle(path: Path) -> object:
         ) from error
 
 
-def _unwrap(path: Path, saved: object, ema: bool) -> StateDict:
-    names = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
+# Where projects keep the state dict; the first one found is taken. A teacher is what DINO and its kin publish.
+NAMES = (
+    "model", "state_dict", "model_state_dict", "model_state", "net", "network", "module", "weights", "params",
+    "teacher", "student", "backbone", "encoder",
+)  # fmt: skip
+EMA_NAMES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
+
+
+def _state_dict_in(path: Path, saved: object, ema: bool) -> tuple[StateDict, tuple[str, ...]]:
+    """(the tensors, sentences about where they were)"""
     if isinstance(saved, dict):
-        for name in names:
-            if isinstance(saved.get(name), dict):
-                return saved[name]
-        if not ema and saved and all(isinstance(value, Tensor) for value in saved.values()):
-            return dict(saved)
+        if not ema and _is_state_dict(saved):
+            return dict(saved), ()
+        held = {name: _within(value) for name, value in saved.items() if isinstance(value, dict)}
+        held = {name: state for name, state in held.items() if state is not None}
+        for name in EMA_NAMES if ema else NAMES:
+            if name in held:
+                others = [other for other in held if other != name and other not in EMA_NAMES]
+                if name in ("model", "state_dict", *EMA_NAMES) and not others:
+                    return held[name], ()
+                beside = f", not {' or '.join(map(repr, others))} beside it" if others else ""
+                return held[name], (f"the weights are {name!r} of {path}{beside}",)
         found = ", ".join(map(repr, list(saved)[:5])) or "nothing"
     else:
         found = f"a {type(saved).__name__}"
-    what = "moving average" if ema else "state dict"
-    raise ValueError(f"{path} holds no {what}: expected {' or '.join(map(repr, names))} in it, found {found}")
+    what, names = ("moving average", EMA_NAMES) if ema else ("state dict", NAMES)
+    raise ValueError(f"{path} holds no {what}: expected {' or '.join(map(repr, names[:2]))} in it, found {found}")
 
 
-def _timm_names(state: StateDict) -> StateDict:
-    """facebookresearch/deit's LayerScale (models_v2.py: gamma_1) under timm's name (ls1.gamma)."""
-    return {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): tensor for name, tensor in state.items()}
+def _within(saved: dict) -> StateDict | None:
+    """The state dict that `saved` is, or holds under one of NAMES."""
+    if _is_state_dict(saved):
+        return dict(saved)
+    inner = (saved[name] for name in NAMES if isinstance(saved.get(name), dict))
+    return next((dict(state) for state in inner if _is_state_dict(state)), None)
+
+
+def _is_state_dict(saved: dict) -> bool:
+    return bool(saved) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in saved.items())
 
 
 # Fitting: each step either makes `state` agree with the model or raises
@@ -167,49 +249,78 @@ def _check_kind(path: Path, state: StateDict, fresh: StateDict) -> None:
     theirs, ours = state["cls_token"].shape[-1], fresh["cls_token"].shape[-1]
     if theirs != ours:
         raise ValueError(f"{path} is of a model {theirs} channels wide, this one has {ours}: choose the model it is of")
-    theirs, ours = (tensors["patch_embed.proj.weight"].shape[-1] for tensors in (state, fresh))
+    kernels = [tensors.get("patch_embed.proj.weight") for tensors in (state, fresh)]
+    if any(kernel is None or kernel.ndim != 4 for kernel in kernels):
+        return
+    theirs, ours = (kernel.shape[-1] for kernel in kernels)
     if theirs != ours:
         raise ValueError(f"{path} has patches of {theirs} pixels, the model of {ours}: make the model with {theirs}")
 
 
-def _fit_heads(path: Path, state: StateDict, fresh: StateDict, heads, new_head: bool, notes: list[str]) -> None:
+def _fit_heads(source: Source, state: StateDict, fresh: StateDict, heads, classes, new_head: bool, notes) -> None:
+    nameless = False
     for head in heads:
         weight, bias = f"{head}.weight", f"{head}.bias"
         if weight not in fresh or (weight not in state and not new_head):
             continue  # a model without heads, or a file without: reported with all other keys
         theirs, ours = len(state.get(weight, ())), len(fresh[weight])
-        if theirs == ours:
-            continue
-        if not new_head:
-            raise ValueError(
-                f"{path} answers for {theirs} classes, the model for {ours}: make the model with {theirs} classes, or "
-                "fine-tune it with a new head (--finetune, or new_head=True)"
-            )
+        cause = None
+        if theirs != ours:
+            if not new_head:
+                raise ValueError(
+                    f"{source.path} answers for {theirs} classes, the model for {ours}: make the model with {theirs} "
+                    "classes, or fine-tune it with a new head (--finetune, or new_head=True)"
+                )
+            cause = f"has {theirs}" if theirs else "has no head"
+        elif classes is not None and source.classes is None:
+            nameless = True
+        elif classes is not None and set(source.classes) != set(classes):
+            cause = f"answers for {_few(source.classes)}, not for {_few(classes)}"
+        elif classes is not None and tuple(source.classes) != tuple(classes):
+            order = torch.tensor([source.classes.index(name) for name in classes])
+            state |= {name: state[name][order] for name in (weight, bias) if name in state}
+            notes.append(f"the rows of {head} are put into the order of the data's classes")
+        if cause is not None:
+            notes.append(f"{head} starts fresh for {ours} classes: {source.path} {cause}")
+            for name in (weight, bias):
+                state.pop(name, None)
+                if name in fresh:
+                    state[name] = fresh[name]
+    if nameless:
         notes.append(
-            f"{head} starts fresh for {ours} classes: {path} " + (f"has {theirs}" if theirs else "has no head")
+            f"{source.path} does not name its {len(classes)} classes: they are taken for the data's, {_few(classes)}, "
+            "in this order"
         )
-        for name in (weight, bias):
-            state.pop(name, None)
-            if name in fresh:
-                state[name] = fresh[name]
 
 
 def _fit_position_embedding(path: Path, model: nn.Module, state: StateDict, old_grid, notes: list[str]) -> None:
     ours, theirs = getattr(model, "pos_embed", None), state.get("pos_embed")
     grid = getattr(model, "grid_size", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if ours is None or theirs is None or grid is None or (ours.shape == theirs.shape and old_grid in (None, grid)):
+    if grid is None or not all(isinstance(tensor, Tensor) and tensor.ndim == 3 for tensor in (ours, theirs)):
         return
     prefix_tokens = ours.shape[1] - grid[0] * grid[1]
+    patches = theirs.shape[1] - prefix_tokens
+    if prefix_tokens < 0 or patches < 1:
+        return  # another meaning of the name; reported with all other shapes
+    if old_grid is not None and old_grid[0] * old_grid[1] != patches and ours.shape == theirs.shape:
+        old_grid = None  # what was said is of something else: patches that overlap, say
+    side = math.isqrt(patches)
+    if old_grid is None and ours.shape == theirs.shape and grid[0] != grid[1] and side * side == patches:
+        raise ValueError(
+            f"the {patches} positions of {path} may be a grid of {side} x {side} or the model's {grid[0]} x {grid[1]}: "
+            "say which as old_grid"
+        )
+    if ours.shape == theirs.shape and old_grid in (None, tuple(grid)):
+        return
     try:
         resized = interpolate_position_embedding(theirs, grid, prefix_tokens=prefix_tokens, old_grid=old_grid)
     except ValueError as error:
         raise ValueError(f"the position embedding of {path} does not fit: {error}") from error
     state["pos_embed"] = resized
-    patches = theirs.shape[1] - prefix_tokens
     notes.append(f"position embedding interpolated from {patches} patches to {grid[0]} x {grid[1]} (bicubic)")
 
 
-def _check_keys(path: Path, state: StateDict, fresh: StateDict) -> None:
+def _complaints(state: StateDict, fresh: StateDict) -> list[str]:
     complaints = []
     if missing := [name for name in fresh if name not in state]:
         complaints.append(f"it lacks {_few(missing)}")
@@ -219,11 +330,10 @@ def _check_keys(path: Path, state: StateDict, fresh: StateDict) -> None:
         if state[name].shape != fresh[name].shape:
             complaints.append(f"{name} is {_shape(state[name])} in the file, {_shape(fresh[name])} in the model")
             break
-    if complaints:
-        raise ValueError(f"{path} is of another model: {'; '.join(complaints)}; make the model that the file is of")
+    return complaints
 
 
-def _few(names: list[str]) -> str:
+def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

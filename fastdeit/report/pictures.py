@@ -74,7 +74,7 @@ def look(run: Path, settings: dict) -> Looks:
 def _batch(classifier: inference.Classifier, index: Index):
     """(model's input, labels, positions) of the images of a small index, without those that cannot be read."""
     loader = eval_loader(
-        index, batch_size=len(index), input_size=classifier.input_size, crop_pct=classifier.crop_ratio,
+        index, batch_size=len(index), input_size=classifier.input_size, crop_pct=classifier.crop_pct,
         bad_files=BadFiles.of(index, limit=1.0),
     )  # fmt: skip
     batch = next(iter(loader))

@@ -140,7 +140,7 @@ def test_figures_and_files_against_the_logits(run, mixed, evaluated, tmp_path):
 def test_another_input_size(run, mixed, evaluated):
     result = evaluated("--input-size", "32", "--eval-crop-ratio", "1")
     assert result["data"]["input_size"] == 32
-    logits, labels = logits_of(run, mixed, input_size=32, crop_ratio=1.0)
+    logits, labels = logits_of(run, mixed, input_size=32, crop_pct=1.0)
     trained, _ = logits_of(run, mixed)
     assert not np.allclose(logits["both"], trained["both"], atol=1e-3)
     for head in HEADS:
@@ -214,7 +214,7 @@ def test_bad_input(run, mixed, cli, tmp_path):
     refused(cli, evaluate.main, damaged, "--data-path", mixed, words=["config.json", "cannot be read"])
     (damaged / "config.json").write_text('{"architecture": "test_resnet"}')
     (damaged / "model.safetensors").write_bytes(bytes(100))
-    refused(cli, evaluate.main, damaged, "--data-path", mixed, words=[str(damaged), "could not be loaded"])
+    refused(cli, evaluate.main, damaged, "--data-path", mixed, words=[str(damaged), "not a readable safetensors file"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -269,8 +269,8 @@ def test_the_command(tmp_path, monkeypatch, capsys, flags):
 
 
 def test_what_is_no_checkpoint_of_ours(tmp_path, monkeypatch):
-    (tmp_path / "deit.pth").touch()
+    torch.save(create_model("deit_nano_patch4_16").state_dict(), tmp_path / "deit.pth")
     monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "deit.pth"), "--output", str(tmp_path / "out")])
-    with pytest.raises(UserError, match=r"deit\.pth is no checkpoint: give a run's folder"):
+    with pytest.raises(UserError, match=r"deit\.pth does not say which model it is of: give --model NAME"):
         export_module.main()
     assert not (tmp_path / "out").exists()

@@ -165,7 +165,7 @@ def test_the_answers_are_those_of_the_model(answers, run, images, options, of):
 
 def test_the_answers_are_those_that_evaluate_counts(answers, run, colors):
     """Resized and cropped as there: the images of val, which are larger than the model's input."""
-    classifier = load(run, device="cpu", crop_ratio=0.7)
+    classifier = load(run, device="cpu", crop_pct=0.7)
     index = classifier.evaluation_loader(colors, 64, place=HERE).index
     (batch,) = eval_loader(index, batch_size=len(index), input_size=16, crop_pct=0.7)
     expected = classifier.answers(classifier.prepare(batch))["both"].double().softmax(1).numpy()

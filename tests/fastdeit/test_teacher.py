@@ -9,8 +9,8 @@ from fastdeit import memory_format
 from fastdeit.command import UserError
 from fastdeit.distributed import Place
 from fastdeit.fold_batchnorm import fold_batchnorm
+from fastdeit.loading import LoadedModel
 from fastdeit.teacher import Teacher
-from fastdeit.teacher_loading import Loaded
 
 IMAGENET = {"student_mean": (0.485, 0.456, 0.406), "student_std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -35,7 +35,7 @@ def model():
 
 
 def teacher(model, dtype=torch.float32, **options):
-    loaded = Loaded(
+    loaded = LoadedModel(
         **{"name": "it", "model": copy.deepcopy(model), "input_size": 32, "classes": None, **HALF, **options}
     )
     return Teacher(loaded, **IMAGENET, device="cpu", dtype=dtype)
@@ -188,7 +188,7 @@ def test_all_memory_formats_are_measured(model):
 def test_on_a_gpu_in_half_precision_laid_out_and_compiled(model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     expected = teacher(model)(pixels())
-    loaded = Loaded("it", copy.deepcopy(model), 32, *HALF.values(), None)
+    loaded = LoadedModel("it", copy.deepcopy(model), 32, *HALF.values(), None)
     fast = Teacher(loaded, **IMAGENET, device="cuda", dtype=torch.float16)
     fast.choose_memory_format(4, Place(torch.device("cuda")))
     fast.compile()

@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fastdeit import teacher_loading
+from fastdeit import teacher as teacher_loading
 from fastdeit.command import UserError
 from fastdeit.config import Distillation, parse
 from fastdeit.distributed import join
@@ -59,7 +59,7 @@ def test_a_folder_timm_can_load(resnet, tmp_path):
     with pytest.raises(UserError, match="--teacher-classes"):
         teacher_loading.class_groups(loaded, None, ("blue", "red", "green"))
     (tmp_path / "model.safetensors").write_bytes(bytes(100))
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
         load(Distillation(teacher_model=f"local-dir:{tmp_path}"))
 
 
@@ -96,7 +96,7 @@ def test_a_transformer_of_timm_at_another_size(tmp_path):
     ("settings", "words"),
     [
         ({"teacher_model": "resnet_5000"}, "did you mean resnet"),
-        ({"teacher_model": "local-dir:/nowhere"}, "could not be loaded"),
+        ({"teacher_model": "local-dir:/nowhere"}, "no checkpoint /nowhere"),
         ({"teacher_model": "some/where"}, "local-dir"),
         ({"teacher_model": "test_resnet", "teacher_path": "/nowhere.pth"}, "no such file"),
     ],
