@@ -1,17 +1,17 @@
 """What page.html is filled with."""
 
 import shlex
+import statistics
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 
-from .. import charts
-from ..accuracy import HEADS
+from .. import charts, recipes, tables
 from ..command import in_words
-from ..tables import NAMES
-from . import formats, settings
-from .facts import facts, headline
+from ..schedule import scaled_peak
+from . import pictures, settings
 from .record import Record
 
 # Of each phase of trainer.py, in the order of a step: what the reader is told.
@@ -26,7 +26,6 @@ PHASES = {
     "evaluation": "evaluation",
     "rest": "between steps",
 }
-COLUMNS = ["top-1, %", "top-5, %", "cross entropy", "ECE, %", "best top-1, %", "in epoch"]
 
 
 class Phase(NamedTuple):
@@ -37,32 +36,31 @@ class Phase(NamedTuple):
 
 def page(record: Record) -> str:
     """The whole document, in one string."""
-    from .pictures import embedded
-
     drawn, reason = _draw(record)
-    recipe = settings.recipe_settings(record.settings)
+    name, recipe = record.setting("recipe"), settings.recipe_settings(record.settings)
     changed = settings.differences(record.settings, recipe)
-    columns, accuracies = _accuracies(record)
     phases = _phases(record)
     return _template().render(
         record=record,
+        setting=record.setting,
+        names=tables.NAMES,
         title=record.folder.resolve().name,
-        headline=headline(record),
-        facts=facts(record, drawn and drawn.images),
+        headline=_headline(record),
+        about=recipes.describe(name).splitlines()[0].rstrip(".") if name in recipes.names() else None,
+        parameters=record.parameters,
+        peak=_peak(record),
         command=settings.command(record.settings, changed, record.processes) if recipe else None,
+        changed=changed,
         charts=charts.of_training(
             record.training, record.evaluations, record.undistilled, record.summary.get("teacher")
         ),
-        columns=columns,
-        accuracies=accuracies,
         phases=phases,
         together=Phase("together", sum(phase.seconds for phase in phases), 1.0),
-        first_batch=embedded(record.folder / "first_batch.png"),
+        first_batch=pictures.embedded(record.folder / "first_batch.png"),
         drawn=drawn,
         reason=reason,
-        similarity=embedded(record.folder / "token_similarity.png"),  # where it cannot be drawn
+        similarity=pictures.embedded(record.folder / "token_similarity.png"),  # where it cannot be drawn
         nonfinite=[_nonfinite(line) for line in record.nonfinite],
-        changed=changed,
     )
 
 
@@ -72,17 +70,15 @@ def _template() -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "count": formats.count, "duration": formats.duration, "moment": formats.moment, "percent": formats.percent,
-        "grouped": "{:,}".format, "short": charts.short, "svg": charts.svg, "of_tokens": charts.of_tokens,
-        "written": settings.written, "quote": lambda path: shlex.quote(str(path)),
+        "count": count, "duration": duration, "grouped": "{:,}".format, "moment": moment, "of_tokens": charts.of_tokens,
+        "percent": percent, "quote": lambda path: shlex.quote(str(path)), "short": charts.short, "svg": charts.svg,
+        "written": settings.written,
     }  # fmt: skip
     return environment.get_template("page.html")
 
 
-def _draw(record: Record):
-    """(Looks, None), or (None, the sentence that says why there are none)."""
-    from . import pictures
-
+def _draw(record: Record) -> tuple[pictures.Looks | None, str | None]:
+    """Without looks, the sentence that says why there are none."""
     if not record.description:
         return None, "there is no checkpoint"
     try:
@@ -96,47 +92,36 @@ def _draw(record: Record):
         return None, words
 
 
-def _accuracies(record: Record) -> tuple[list[str], dict[str, list[list[str]]]]:
-    """The columns of which a figure is known, and the rows below them in groups; – where a row has none."""
-    if not record.evaluations:
-        return [], {}
-    groups = {
-        {"model": "trained weights", "ema": "their moving average"}[source]: [
-            [HEADS[head], *_figures(value), *_best(record.evaluations, source, head)] for head, value in heads.items()
-        ]
-        for source, heads in record.accuracies.items()
-    }
-    others = [key for key in ("undistilled", "teacher") if key in record.summary]
-    if others:
-        groups["for comparison"] = [[NAMES[key], formats.percent(record.summary[key]), *5 * ["–"]] for key in others]
-    head = [f"after epoch {record.evaluations[-1]['epoch'] + 1}", *COLUMNS]
-    known = [i for i in range(len(head)) if any(row[i] != "–" for rows in groups.values() for row in rows)]
-    return [head[i] for i in known], {name: [[row[i] for i in known] for row in rows] for name, rows in groups.items()}
+def _headline(record: Record) -> list[tuple[str, str, str]]:
+    """(name, number, unit): top-1 of each head, of what it is compared with, and the speed."""
+    shown = record.summary
+    if not record.finished:
+        shown = {head: value["top1"] for head, value in record.accuracies.get("model", {}).items()}
+    names = {"both": "top-1, both heads", "cls": "class head" if "both" in shown else "top-1",
+             "dist": "distillation head", "teacher": "teacher", "undistilled": "not distilled"}  # fmt: skip
+    figures = [(name, percent(shown[key]), "%") for key, name in names.items() if key in shown]
+    speeds = [line["images_per_s"] for line in record.training if "images_per_s" in line]
+    return figures + ([("images/s, median", charts.short(round(statistics.median(speeds))), "")] if speeds else [])
 
 
-def _figures(value: dict) -> list[str]:
-    loss = f"{value['loss']:.4f}" if "loss" in value else "–"
-    return [formats.percent(value["top1"]), formats.percent(value.get("top5")), loss, formats.percent(value.get("ece"))]
-
-
-def _best(evaluations: list[dict], source: str, head: str) -> list[str]:
-    """Top-1 of the best evaluation, the first of equals, and its epoch."""
-    best = max((line for line in evaluations if head in line.get(source, {})), key=lambda line: line[source][head])
-    return [formats.percent(best[source][head]), str(best["epoch"] + 1)]
+def _peak(record: Record) -> str:
+    rate, unscaled = record.setting("lr"), record.setting("unscale_lr")
+    if not unscaled and not record.images_per_step:
+        return f"learning rate {charts.short(rate)} for 512 images a step"
+    return f"peak learning rate {charts.short(scaled_peak(rate, record.images_per_step, scale=not unscaled))}"
 
 
 def _phases(record: Record) -> list[Phase]:
     """In the order of PHASES; one that this version does not know comes before the evaluation. [] for a log that does
     not know them."""
-    if not record.timed_steps:
-        return []
     order = {name: place for place, name in enumerate(PHASES)}
     found = sorted(record.phases.items(), key=lambda phase: order.get(phase[0], order["evaluation"] - 0.5))
     total = sum(record.phases.values())
     return [
         Phase(PHASES.get(name, name), seconds, seconds / total)
         for name, seconds in found
-        if seconds / record.timed_steps >= 5e-6  # one that a run does not have, such as the teacher's, is a time stamp
+        # One that a run does not have, such as the teacher's, is a time stamp.
+        if record.timed_steps and seconds / record.timed_steps >= 5e-6
     ]
 
 
@@ -148,3 +133,32 @@ def _nonfinite(line: dict) -> list[str]:
     ]  # fmt: skip
     bad = ", ".join(dict.fromkeys(terms)) or "the gradient only"
     return [f"{line['step']:,}", "skipped" if line["skipped"] else "stopped the run", line["gradient_norm"], bad]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As the page writes numbers
+
+
+def percent(share: float, digits: int = 2) -> str:
+    return f"{100 * share:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """3.4 s, 2 min 05 s, 7 h 03 min, 2 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def moment(seconds: float) -> str:
+    """A time of the clock in the local zone; seconds since 1970."""
+    when = datetime.fromtimestamp(seconds)
+    return f"{when.day} {when:%B %Y, %H:%M}"
+
+
+def count(number: int, name: str, plural: str = "s") -> str:
+    return f"{number:,} {name}{'' if number == 1 else plural}"

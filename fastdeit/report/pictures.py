@@ -126,9 +126,7 @@ def embedded(path: Path) -> str | None:
     content = path.read_bytes()
     if len(content) > LARGE:
         with Image.open(io.BytesIO(content)) as image:
-            on_white = Image.new("RGB", image.size, "white")
-            on_white.paste(image, mask=image.getchannel("A") if "A" in image.getbands() else None)
-            return _encoded(on_white)
+            return _encoded(image.convert("RGB"))
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 

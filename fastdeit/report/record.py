@@ -1,6 +1,7 @@
 """What the folder of a run tells, read without changing it; the files are those of run_directory.py."""
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -10,6 +11,8 @@ from .. import log
 from ..command import UserError
 
 STANDSTILL = 60  # seconds between two lines of the log beyond the time measured in them: the run was not at work
+
+NOT_LEARNED = ("__metadata__", "running_mean", "running_var", "num_batches_tracked")  # in a file of weights
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,27 @@ class Record:
 
     @property
     def total_steps(self) -> int | None:
-        return self.steps_per_epoch and self.steps_per_epoch * self.setting("optimization", "epochs")
+        return self.steps_per_epoch and self.steps_per_epoch * self.setting("epochs")
 
-    def setting(self, group: str, name: str):
+    def setting(self, name: str):
         """None for one that the run's version did not have."""
-        return self.settings.get(group, {}).get(name)
+        return next((values[name] for values in self.settings.values() if name in values), None)
+
+    @property
+    def parameters(self) -> int | None:
+        """Counted in the header of the last checkpoint's weights, which is JSON behind its length."""
+        try:
+            with (self.folder / "last" / "model.safetensors").open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except (OSError, ValueError):
+            return None
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if not name.endswith(NOT_LEARNED))
 
     @property
     def processes(self) -> int | None:
         """How many worked on it; None before the first checkpoint."""
-        batch = self.description.get("progress", {}).get("global_batch")
-        own = self.setting("data", "batch_size") * (self.setting("optimization", "accumulate") or 1)
-        return batch and batch // own
+        own = self.setting("batch_size") * (self.setting("accumulate") or 1)
+        return self.images_per_step and self.images_per_step // own
 
     @property
     def images_per_step(self) -> int | None:
@@ -105,18 +117,27 @@ class Record:
     # -----------------------------------------------------------------------------------------------------------------
     # Accuracy
 
-    @cached_property
-    def accuracies(self) -> dict[str, dict]:
-        """Of the last evaluation: {"model" or "ema": {head: {"top1"}}}; its checkpoint adds "top5", "loss", "ece"."""
-        if not self.evaluations:
-            return {}
-        last = self.evaluations[-1]
-        known = self.description.get("accuracy", {}) if self.description.get("step") == last["step"] else {}
-        return {
-            source: {head: {**known.get(source, {}).get(head, {}), "top1": top1} for head, top1 in last[source].items()}
-            for source in ("model", "ema")
-            if source in last
+    @property
+    def is_detailed(self) -> bool:
+        """Whether the last checkpoint is of the last evaluation: then it knows more of it than the log."""
+        known = {
+            source: {head: value["top1"] for head, value in heads.items()}
+            for source, heads in self.description.get("accuracy", {}).items()
         }
+        return bool(known and self.evaluations) and known.items() <= self.evaluations[-1].items()
+
+    @property
+    def accuracies(self) -> dict[str, dict]:
+        """Of the last evaluation: {"model" or "ema": {head: {"top1"}}}, with "top5", "loss", "ece" if `is_detailed`."""
+        if self.is_detailed:
+            return self.description["accuracy"]
+        heads = {source: self.evaluations[-1].get(source, {}) for source in ("model", "ema") if self.evaluations}
+        return {source: {head: {"top1": top1} for head, top1 in heads[source].items()} for source in heads}
+
+    def best(self, source: str, head: str) -> tuple[float, int]:
+        """(top-1, epoch counted from 1) of the best evaluation, the first of equals."""
+        best = max((line for line in self.evaluations if head in line.get(source, {})), key=lambda l: l[source][head])
+        return best[source][head], best["epoch"] + 1
 
     # -----------------------------------------------------------------------------------------------------------------
     # Time

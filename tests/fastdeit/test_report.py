@@ -15,7 +15,7 @@ from fastdeit import charts, report, teach, train
 from fastdeit.command import UserError
 from fastdeit.config import parse
 from fastdeit.distributed import join
-from fastdeit.report.formats import duration
+from fastdeit.report.page import duration
 from fastdeit.report.record import Record
 from fastdeit.report.settings import command, differences, recipe_settings
 
@@ -117,9 +117,13 @@ def page(run):
 
 
 @pytest.fixture
-def copy(run, tmp_path, monkeypatch):
-    """The run, to be damaged; its data seems to be gone and charts are empty, so that no time goes into pictures."""
+def no_charts(monkeypatch):
     monkeypatch.setattr(charts, "svg", lambda chart: "<svg></svg>")
+
+
+@pytest.fixture
+def copy(run, tmp_path, no_charts):
+    """The run, to be damaged; its data seems to be gone, so that no time goes into pictures."""
     folder = shutil.copytree(run, tmp_path / "copy", symlinks=True)
     settings = json.loads((folder / "settings.json").read_text())
     settings["data"]["data_path"] = "synthetic"
@@ -216,9 +220,7 @@ def test_where_the_time_went(page, run):
     assert sum(float(row[2]) for row in rows) == pytest.approx(100, abs=0.05 * len(rows)) and share == "100.0"
     assert float(seconds) == pytest.approx(sum(phases.values()), abs=0.051)
     assert float(per_step.replace(",", "")) == pytest.approx(1000 * sum(phases.values()) / 6, abs=0.01)
-    widths = [
-        float(e.attributes["style"].removeprefix("flex-grow:")) for e in page.all("span") if "style" in e.attributes
-    ]
+    widths = [float(e.attributes["style"].split("flex-grow:")[1]) for e in page.all("span") if "style" in e.attributes]
     assert sum(widths) == pytest.approx(sum(phases.values()), abs=1e-3) and len(widths) == len(rows)
 
 
@@ -275,7 +277,7 @@ def test_a_run_without_distillation_of_another_model(teacher, tmp_path):
     assert "term" not in page.charts()["Training loss"]
 
 
-def test_a_run_that_was_stopped(monkeypatch, data, tmp_path):
+def test_a_run_that_was_stopped(monkeypatch, no_charts, data, tmp_path):
     folder = tmp_path / "stopped"
     run_until(monkeypatch, 4, *RANDOM, "--data-path", data, "--output-dir", folder)
     page = read(report.write(folder))
@@ -283,6 +285,15 @@ def test_a_run_that_was_stopped(monkeypatch, data, tmp_path):
     assert page.rows("after epoch 1")[1][0] == "class head"
     assert "first_batch.png is not in the folder" in page.text
     assert len(page.all("img")) == 8 * 5
+
+
+def test_a_checkpoint_of_an_earlier_evaluation_than_the_last(copy):
+    records = lines(copy, "train") + lines(copy, "eval")
+    records[-1]["ema"]["both"] = 0.125
+    write_lines(copy / "metrics.jsonl", records)
+    rows = read(report.write(copy)).rows("after epoch 2")
+    assert [row for row in rows if row[0] == "both heads, averaged"][1][:2] == ["both heads, averaged", "12.50"]
+    assert {len(row) for row in rows} == {1, 4}  # top-1 now, the best, its epoch: the log does not know more
 
 
 def test_a_recipe_that_is_gone(copy):
