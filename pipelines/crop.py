@@ -10,6 +10,7 @@ import numpy as np
 from .draws import Draws, Purpose, integers
 
 TRIES = 10
+LONG = 8  # times the view: of a longer image only the part around the view is resized, which could be gigabytes
 PADDING = 4  # of the simple random crop, in pixels of the resized image
 
 
@@ -74,10 +75,30 @@ def simple_random_crop(draws: Draws, heights: np.ndarray, widths: np.ndarray, si
     resized = shorter_side_to(size, heights, widths)
     uniform = draws.uniform(Purpose.CROP, 2)
     corner = integers(uniform, resized + 2 * PADDING - size + 1) - PADDING
-    return Geometry(whole(heights, widths), resized, corner)
+    return around_view(heights, widths, size, resized, corner, size)
 
 
 def evaluation_crop(heights: np.ndarray, widths: np.ndarray, size: int, crop_pct: float) -> Geometry:
     """torchvision's Resize(floor(size / crop_pct)) and CenterCrop(size), which rounds half a pixel to the even side."""
-    resized = shorter_side_to(int(size / crop_pct), heights, widths)
-    return Geometry(whole(heights, widths), resized, np.rint((resized - size) / 2).astype(np.int64))
+    target = int(size / crop_pct)
+    resized = shorter_side_to(target, heights, widths)
+    return around_view(heights, widths, target, resized, np.rint((resized - size) / 2).astype(np.int64), size)
+
+
+def around_view(heights, widths, target: int, resized: np.ndarray, corner: np.ndarray, size: int) -> Geometry:
+    """The view at `corner` of whole images of which the shorter side is resized to `target`; where the longer one would
+    exceed LONG views, of a part of them.
+
+    The part begins and ends at multiples of the shorter side, which are multiples of `target` when resized: pixels lie
+    where they lay, but for the fraction of one by which `resized` was rounded down.
+    """
+    sides = np.stack([heights, widths], 1).astype(np.int64)
+    shorter = sides.min(1, keepdims=True)
+    margin = np.maximum(1, -(-2 // shorter))  # a bicubic filter sees two pixels, of the larger of both grids
+    long = resized > LONG * size
+    first = np.where(long, np.maximum(corner // target - margin, 0), 0)
+    last = -(-(corner + size) // target) + margin
+    to_the_end = ~long | (last * shorter >= sides)
+    begin, end = first * shorter, np.where(to_the_end, sides, last * shorter)
+    part = np.where(to_the_end, resized, last * target) - first * target
+    return Geometry(np.concatenate([begin, end - begin], 1), part, corner - first * target)

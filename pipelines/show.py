@@ -52,7 +52,8 @@ class _One:
 
     def __init__(self, index, i: int):
         self.index, self.i = index, i
-        self.labels, self.heights, self.widths = (a[i : i + 1] for a in (index.labels, index.heights, index.widths))
+        self.labels, self.encoded_bytes = index.labels[i : i + 1], index.encoded_bytes[i : i + 1]
+        self.heights, self.widths = index.heights[i : i + 1], index.widths[i : i + 1]
 
     def __len__(self) -> int:
         return 1

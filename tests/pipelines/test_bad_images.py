@@ -1,7 +1,9 @@
 """The loaders survive every bad file, and read every odd one as Pillow does."""
 
 import io
+import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +171,22 @@ def test_images_in_shards_that_vanish(mixed):
     loader = train_loader(index, batch_size=8, input_size=32, augmentation=PLAIN, bad_files=bad_files)
     assert all(5 not in indices for indices, *_ in whole_epoch(loader))
     assert bad_files.causes[index.name(5)] == "cannot be read (the shard is gone)"
+
+
+@pytest.mark.parametrize("src", [False, True], ids=["evaluation", "simple random crop"])
+def test_very_long_images_take_little_memory(tmp_path, src):
+    shapes = {"wide": (1, 20_000), "tall": (20_000, 1), "strip": (3, 30_000), "plain": (300, 400)}
+    write(tmp_path, {f"{name}.png": encoded(picture(*shape), "PNG") for name, shape in shapes.items()})
+    index = open_folder(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if src:
+        loader = train_loader(index, batch_size=4, augmentation=replace(PLAIN, src=True))
+    else:
+        loader = eval_loader(index, batch_size=4)
+    (batch,) = loader
+    assert batch.images.shape == (4, 224, 224, 3) and len(loader.bad_files) == 0
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    assert grown < 300 * 1024  # 15 GB if the 20,000 pixels are resized to 224 or 256 a piece
 
 
 @pytest.mark.parametrize("device", DEVICES)
