@@ -30,7 +30,7 @@ from .layout import list_split, splits
 from .progress import show_progress
 
 SETTINGS = "prepare.json"
-FORMAT = 1  # raise it when the same settings give other shards
+FORMAT = 2  # raise it when the same settings give other shards
 
 
 class Shard(NamedTuple):

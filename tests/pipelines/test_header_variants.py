@@ -11,6 +11,8 @@ from header_variants import H, W, by_pillow, variants
 from odd_images import encoded, write
 from PIL import Image
 
+from fastdeit.pipelines import reencode
+
 pytest.importorskip("nvidia.dali")
 
 GOOD = 100
@@ -64,6 +66,13 @@ def test_a_variant_is_right_or_named_as_bad(decoded, kind):
             if error > LEVELS:
                 wrong[name] = f"{what}: {error} levels off"
     assert not wrong
+
+
+def test_prepare_decodes_to_the_same_pixels(decoded):
+    for name, variant in variants().items():
+        if (whole := decoded.get(f"whole/{file_name(name)}")) is not None:
+            ours = np.asarray(reencode.decoded(variant.contents, 10_000).image)
+            assert ours.shape == whole.shape and np.abs(ours.astype(int) - whole).max() <= 1, name
 
 
 # What people have, and must not lose.

@@ -65,8 +65,12 @@ def test_odd_images_are_those_of_pillow(name, size):
         warnings.simplefilter("ignore")  # transparency in a palette
         small = shrink(contents, size, 95)
         image = Image.open(io.BytesIO(contents))
-        copied = size == 288 and image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L")
+        copied = size == 288 and (
+            image.format == "WEBP" or image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L")
+        )
         expected = image.convert("RGB")  # no EXIF rotation
+        if name == "deep.png":  # Pillow cuts 16 bits off at 255 where training scales them
+            expected = odd_images.picture().convert("L").convert("RGB")
     if copied:
         assert small.encoded == contents
     elif size == 288 and image.format == "PNG":
@@ -80,7 +84,7 @@ def test_odd_images_are_those_of_pillow(name, size):
 @pytest.mark.parametrize("name", odd_images.bad_by_body())
 @pytest.mark.parametrize("size", [288, 10_000])
 def test_truncated_images_are_refused(name, size):
-    with pytest.raises(OSError):
+    with pytest.raises((OSError, ValueError)):
         shrink(odd_images.bad_by_body()[name], size, 92)
 
 
