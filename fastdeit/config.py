@@ -55,6 +55,11 @@ class Data:
     data_path: Path | None = None
     """DIR/train/CLASS/* and DIR/val/CLASS/*, or shards (see the README); `synthetic`: noise that is already there, for
     benchmarks. Default: scikit-learn's digits, written to data/digits."""
+    classes: Path | None = None
+    """Text file, a class a line: their order in the model's outputs. Default: class folders sorted as strings (10
+    before 2), or classes.txt beside shards."""
+    label_column: str | None = None
+    """Column of Parquet files that holds the labels. Default: label, labels, ..., or the one with class names."""
     input_size: int = 224
     """Pixels on a side."""
     batch_size: int = 64
@@ -237,7 +242,7 @@ class Config:
             for key, value in values.items():
                 if isinstance(value, list):
                     value = tuple(value)
-                if key in ("data_path", "output_dir", "unlabelled_path") and value is not None:
+                if key in ("data_path", "output_dir", "unlabelled_path", "classes") and value is not None:
                     value = Path(value)
                 setattr(target, key, value)
         return config

@@ -1,6 +1,7 @@
 """From settings to the two loaders of a run."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastdeit.pipelines import (
@@ -13,7 +14,11 @@ from fastdeit.pipelines import (
     open_index,
     train_loader,
 )
+from fastdeit.pipelines.labels import natural_order
+from fastdeit.pipelines.layout import read_class_names
+from fastdeit.pipelines.names import printable
 
+from .command import UserError
 from .config import Config
 from .distributed import Place
 
@@ -32,13 +37,41 @@ def open_images(config: Config, place: Place):
     cache = None if config.run.dry_run else runs / "index-cache"
     if not place.is_main:
         place.barrier()  # rank 0 reads the headers and writes the cache, the others read that
-    training = open_index(config.data.data_path, "train", cache_dir=cache)
-    validation = open_index(config.data.data_path, "val", classes=training.classes, cache_dir=cache)
+    path, classes = config.data.data_path, config.data.classes and read_class_names(config.data.classes)
+    shared = {"label_column": config.data.label_column, "cache_dir": cache}
+    training = open_index(path, "train", classes=classes, **shared)
+    _refuse_one_class(training, path)
+    validation = open_index(path, "val", classes=training.classes, **shared)
     if config.distillation.unlabelled_path is not None:
         training = WithUnlabelled(training, open_folder(config.distillation.unlabelled_path, cache_dir=cache))
     if place.is_main:
         place.barrier()
     return training, validation
+
+
+def _refuse_one_class(training, path: Path) -> None:
+    if len(training.classes) > 1:
+        return
+    within = []
+    if training.path(0) is not None:  # split/CLASS/...
+        folder = path.joinpath(*Path(training.records.names[0]).parts[:2])
+        within = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    few = ", ".join(map(printable, within[:5])) + (", ..." if len(within) > 5 else "")
+    remedy = (
+        f" (which holds the folders {few}): is --data-path one level too high?" if within else ": give at least two"
+    )
+    raise UserError(f"{path} has one class only, {training.classes[0]}{remedy}")
+
+
+def order_of_numbers(classes: Sequence[str]) -> str | None:
+    """What to say of weights without class names, if string and natural order of `classes` differ."""
+    if natural_order(classes) == list(classes):
+        return None
+    few = ", ".join(classes[:4])
+    return (
+        f"the classes are sorted as strings ({few}, ...) and the weights do not name theirs: if these were sorted as "
+        "numbers, as timm does, the labels are mixed up; --classes FILE gives their order"
+    )
 
 
 def threads(config: Config) -> int:

@@ -32,6 +32,11 @@ def main() -> None:
         --model); a model name of timm's (with --pretrained)."""
         data_path: Path
         """DIR/val/CLASS/*, or shards."""
+        classes: Path | None = None
+        """Text file, a class a line: the order of the model's outputs, for weights that come without names. Default:
+        class folders sorted as strings (10 before 2)."""
+        label_column: str | None = None
+        """Column of Parquet files that holds the labels. Default: label, labels, ..., or the one with class names."""
         model: str | None = None
         """The model a file of weights is of: deit_*, deit3_*, or any other of timm's."""
         pretrained: bool = False
@@ -69,8 +74,9 @@ def main() -> None:
             for source in sources
         }  # fmt: skip
         loader = classifiers["model"].evaluation_loader(
-            arguments.data_path, arguments.batch_size, place, max_bad=arguments.max_bad
-        )
+            arguments.data_path, arguments.batch_size, place, max_bad=arguments.max_bad,
+            order=arguments.classes, label_column=arguments.label_column,
+        )  # fmt: skip
         result = evaluate(classifiers, loader, place, arguments.output)
     if not place.is_main:
         return

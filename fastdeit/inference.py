@@ -5,6 +5,7 @@ load("deit_small.pth", name="deit_small_patch16_224")                 a file, an
 load("deit_tiny_patch16_224.fb_in1k", pretrained=True)                timm's published weights
 """
 
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,17 @@ import torch
 
 from fastdeit.kernels import mix_normalize
 from fastdeit.pipelines import BadFiles, eval_loader, open_files, open_index
+from fastdeit.pipelines.layout import read_class_names
 
 from .accuracy import by_head
 from .command import UserError
+from .data import order_of_numbers
 from .distributed import Place
 from .loading import LoadedModel, load_model
 from .preparation import PRECISIONS
 from .student import heads
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +53,27 @@ class Classifier(LoadedModel):
             raise UserError("this model has no distillation head: omit --head")
         return answers["cls" if len(answers) == 1 else head].softmax(1)
 
-    def evaluation_loader(self, data_path: Path, batch_size: int, place: Place, *, max_bad: float = 0.01):
+    def evaluation_loader(
+        self,
+        data_path: Path,
+        batch_size: int,
+        place: Place,
+        *,
+        max_bad: float = 0.01,
+        order: Path | None = None,
+        label_column: str | None = None,
+    ):
         """Batches of data_path/val, labelled by this model's classes; refused when the folder has others. A model
-        without names takes the folder's classes in sorted order, if it answers for as many."""
-        index = open_index(data_path, "val", classes=self.classes)
+        without names takes those of the file `order` or, without it, the folder's classes in sorted order, if it
+        answers for as many."""
+        classes = self.classes
+        if order is not None:
+            classes = read_class_names(order)
+            if self.classes not in (None, classes):
+                raise UserError(f"--classes {order}: the model knows its classes, in another order: omit the flag")
+        index = open_index(data_path, "val", classes=classes, label_column=label_column)
+        if classes is None and place.is_main and (said := order_of_numbers(index.classes)):
+            log.warning(said)
         if len(index.classes) != self.model.num_classes:
             raise UserError(
                 f"{data_path} has {len(index.classes)} classes in val, the model answers for {self.model.num_classes}: "

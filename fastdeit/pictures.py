@@ -29,7 +29,7 @@ def first_batch(trainer, path: Path) -> None:
         axis.axis("off")
     for i, (axis, image) in enumerate(zip(axes.flat, pixels)):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(_label(batch, i, trainer.classes), fontsize=8)
+        axis.set_title(_label(batch, i, trainer.classes), fontsize=8, parse_math=False)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 import sys
-from collections import ChainMap, deque
+from collections import ChainMap, Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,12 +184,18 @@ def _batches(loader) -> Iterator:
 
 
 def _picture_paths(files: Sequence[str], folder: Path) -> dict[str, Path]:
-    """A PNG for each file, named like it, below `folder` as the files are below the folder they have in common."""
+    """A PNG for each file, below `folder` as the files are below the folder they have in common: cat/1.png for
+    cat/1.jpg, or cat/1.jpg.png where there is a cat/1.png, too."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--attention {folder}: there is a file of this name; choose another folder")
     absolute = [os.path.abspath(file) for file in files]
     common = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    pictures = {file: folder / f"{os.path.relpath(path, common)}.png" for file, path in zip(files, absolute)}
+    names = [os.path.relpath(path, common) for path in absolute]
+    stems = [os.path.splitext(name)[0] for name in names]
+    times = Counter([*names, *stems])
+    pictures = {
+        file: folder / f"{stem if times[stem] == 1 else name}.png" for file, name, stem in zip(files, names, stems)
+    }
     overwritten = {os.path.abspath(path) for path in pictures.values()} & set(absolute)
     if overwritten:
         raise UserError(

@@ -13,7 +13,7 @@ from .distributed import Place
 FREE = {
     "run": "output_dir resume eval device tracker dry_run print_config checkpoint_minutes keep_epochs keep_count "
     "skip_nonfinite",
-    "data": "data_path batch_size num_workers max_bad",
+    "data": "data_path classes label_column batch_size num_workers max_bad",
     "model": "grad_checkpointing",
     "distillation": "teacher_path teacher_classes teacher_store unlabelled_path",
     "optimization": "accumulate",

@@ -113,7 +113,8 @@ def _begin(trainer, indices, folder: Path) -> None:
         return
     if not (folder / "first_batch.png").exists():
         pictures.first_batch(trainer, folder / "first_batch.png")
-    trainer.log.say("\n".join([_sizes(trainer, indices), *_pace(trainer), f"writing to {folder}"]))
+    said = [_sizes(trainer, indices), *_about_the_data(trainer.config, indices), *_pace(trainer)]
+    trainer.log.say("\n".join([*said, f"writing to {folder}"]))
 
 
 def _end(trainer, summary: dict, folder: Path) -> None:
@@ -158,7 +159,9 @@ def evaluate_only(config, place) -> dict:
     }  # fmt: skip
     config.distillation.distillation_type = "none"  # no teacher is needed
     data = with_digits(config, place).data
-    loader = classifiers["model"].evaluation_loader(data.data_path, data.batch_size, place, max_bad=data.max_bad)
+    loader = classifiers["model"].evaluation_loader(
+        data.data_path, data.batch_size, place, max_bad=data.max_bad, order=data.classes, label_column=data.label_column
+    )
     result = evaluate(classifiers, loader, place)
     if place.is_main:
         print(accuracy_table({weights: result[weights] for weights in sources}))
@@ -201,6 +204,22 @@ def _sizes(trainer, indices) -> str:
         f"{len(validation):,} validation images of {len(training.classes)} classes, {steps} of "
         f"{trainer.global_batch} images, {trainer.place.device}"
     )
+
+
+def _about_the_data(config, indices) -> list[str]:
+    from .data import order_of_numbers
+
+    training, validation = indices
+    said = []
+    if getattr(validation, "split", "val") == "test":
+        said.append(
+            f"{config.data.data_path} has no val: the test images are the validation images, and the checkpoint best "
+            "is chosen on them, so its top-1 is no longer that of images it never saw; keep a val of its own for that"
+        )
+    without_names = config.model.pretrained or (config.model.finetune and Path(config.model.finetune).is_file())
+    if without_names and config.data.classes is None and (order := order_of_numbers(training.classes)):
+        said.append(order)
+    return said
 
 
 def _pace(trainer) -> list[str]:

@@ -103,7 +103,7 @@ def draw(cells: list[tuple[str, np.ndarray]], path: str) -> None:
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(1.7 * COLUMNS, 1.9 * rows), layout="constrained")
     for axis, (title, image) in zip(axes.flat, cells):
         axis.imshow(np.clip(image, 0, 255).astype(np.uint8))
-        axis.set_title(title, fontsize=7)
+        axis.set_title(title, fontsize=7, parse_math=False)
     for axis in axes.flat:
         axis.axis("off")
     figure.savefig(path, dpi=80)

@@ -61,7 +61,10 @@ def look(run: Path, settings: dict) -> Looks:
     if not isinstance(classifier.model, DeiT):
         raise NotDrawn(f"{settings['model']['model']} has no class token that fastdeit could follow")
     cache = run.parent / "index-cache"
-    index = open_index(data_path, "val", classes=classifier.classes, cache_dir=cache if cache.is_dir() else None)
+    index = open_index(
+        data_path, "val", classes=classifier.classes, label_column=settings["data"].get("label_column"),
+        cache_dir=cache if cache.is_dir() else None,
+    )  # fmt: skip
     spread = np.unique(np.linspace(0, len(index) - 1, min(SHOWN, len(index))).round().astype(int))
     return Looks(
         maps=attention_maps.titles(classifier.model),

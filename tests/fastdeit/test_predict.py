@@ -389,7 +389,7 @@ def test_pictures_of_the_attention(ask, images, damaged, tmp_path):
     assert code == 0, err
     pictures = sorted(path for path in (tmp_path / "maps").rglob("*") if path.is_file())
     assert len(pictures) == 3
-    assert [path.parts[-2:] for path in pictures] == [("a", "x.jpg.png"), ("a", "x.png.png"), ("b", "x.png.png")]
+    assert [path.parts[-2:] for path in pictures] == [("a", "x.jpg.png"), ("a", "x.png.png"), ("b", "x.png")]
     contents = []
     for path in pictures:
         with Image.open(path) as drawn:
@@ -397,7 +397,7 @@ def test_pictures_of_the_attention(ask, images, damaged, tmp_path):
             contents.append(np.asarray(drawn.convert("RGB")))
     assert len({content.tobytes() for content in contents}) == 3
     code, _, _ = ask(one, "--attention", tmp_path / "flat")
-    assert code == 0 and [path.name for path in (tmp_path / "flat").iterdir()] == ["x.png.png"]
+    assert code == 0 and [path.name for path in (tmp_path / "flat").iterdir()] == ["x.png"]
 
 
 def test_where_attention_cannot_be_drawn(cli, run, images, tmp_path):
@@ -415,5 +415,5 @@ def test_where_attention_cannot_be_drawn(cli, run, images, tmp_path):
     one = picture(tmp_path / "in" / "x.png", seed=0)
     other = picture(tmp_path / "in" / "x.png.png", seed=1)
     before = open(other, "rb").read()
-    refused(cli, predict.main, run, one, other, "--attention", tmp_path / "in", words=["x.png.png", "another folder"])
+    refused(cli, predict.main, run, one, other, "--attention", tmp_path / "in", words=["in/x.png", "another folder"])
     assert open(other, "rb").read() == before

@@ -75,6 +75,16 @@ def test_a_resumed_run_adds_to_the_list(tmp_path):
     assert path.read_bytes() == b"a.jpg\tempty\nb\xff.jpg\tempty\n"
 
 
+def test_names_that_would_break_the_list(tmp_path):
+    names = ["a\tb.jpg", "a\nb\r.jpg", "a\\nb.jpg", "a\\\nb\udcff.jpg"]
+    bad_files = BadFiles(1000, path=tmp_path / "bad_files.txt")
+    for name in names:
+        bad_files.report(name, "empty")
+    lines = (tmp_path / "bad_files.txt").read_bytes().splitlines()
+    assert lines[0] == b"a\\tb.jpg\tempty" and all(line.count(b"\t") == 1 for line in lines) and len(lines) == 4
+    assert BadFiles(1000, path=tmp_path / "bad_files.txt").listed == set(names)
+
+
 def test_more_than_the_limit_stops(tmp_path):
     bad_files = BadFiles(200, limit=0.01)
     bad_files.report("a", "x")

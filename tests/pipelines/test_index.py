@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import socket
+import struct
 
 import numpy as np
 import pytest
@@ -57,6 +59,116 @@ def test_links_are_followed_and_a_loop_ends(data, tmp_path):
     assert index.labels.tolist() == [0, 0, 0, 1, 2, 2]
 
 
+def test_a_link_to_a_folder_around_it_is_no_class(data):
+    (data / "train/cat/all").symlink_to(data / "train")
+    (data / "train/all").symlink_to(data)
+    (data / "train/itself").symlink_to(".")
+    index = open_index(data)
+    assert index.classes == ("cat", "dog") and index.labels.tolist() == [0, 0, 1, 1] and index.bad == ()
+
+
+def test_links_that_lead_nowhere(data):
+    (data / "train/endless").symlink_to("endless")
+    (data / "train/cat/endless").symlink_to("endless")
+    (data / "train/cat/gone").symlink_to("nowhere")
+    (data / "train/cat/notes.txt").symlink_to("nowhere")
+    index = open_index(data)
+    assert len(index) == 4 and index.classes == ("cat", "dog")
+    assert {os.path.relpath(bad.name, data / "train"): bad.cause for bad in index.bad} == {
+        "endless": "cannot be opened (Too many levels of symbolic links)",
+        "cat/endless": "cannot be opened (Too many levels of symbolic links)",
+        "cat/gone": "cannot be opened (No such file or directory)",
+    }
+    (data / "train/fox").symlink_to("/mnt/disk/fox")
+    with pytest.raises(ValueError, match=r"train/fox leads to /mnt/disk/fox, which is not there: mount it"):
+        open_index(data)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(data):
+    os.mkfifo(data / "train/cat/pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listening:
+        directory = os.open(data / "train/cat", os.O_RDONLY)
+        listening.bind(f"/proc/self/fd/{directory}/socket.jpg")  # the path itself may be too long for one
+        os.close(directory)
+    (data / "train/cat/zero.jpg").symlink_to("/dev/zero")
+    index = open_index(data)
+    assert len(index) == 4
+    assert {os.path.basename(bad.name): bad.cause for bad in index.bad} == {
+        "pipe.jpg": "cannot be opened (not a regular file)",
+        "socket.jpg": "cannot be opened (No such device or address)",
+        "zero.jpg": "cannot be opened (not a regular file)",
+    }
+    with pytest.raises(ValueError, match="not a regular file"):
+        open_files([data / "train/cat/pipe.jpg"])
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_shards_that_are_pipes_are_not_waited_for(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"train.{suffix}")
+    with pytest.raises(ValueError, match="not a regular file"):
+        open_index(tmp_path)
+
+
+@pytest.mark.parametrize("pixels", [(2**32 - 1, 2**32 - 1), (65535, 65535), (2**31, 1)])
+def test_a_header_of_billions_of_pixels(data, pixels):
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBBI", 13, b"IHDR", *pixels, 8, 2, 0, 0, 0, 0)
+    (data / "train/cat/huge.png").write_bytes(header + bytes(100))
+    index = open_index(data)
+    assert len(index) == 4 and [os.path.basename(bad.name) for bad in index.bad] == ["huge.png"]
+
+
+def test_folders_of_the_system_are_no_classes(data):
+    for name in ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "cat/@eaDir"):
+        write_images(data / "train" / name, {"thumb.jpg": (9, 9)})
+    index = open_index(data)
+    assert index.classes == ("cat", "dog") and len(index) == 4
+
+
+@pytest.mark.parametrize("stray", ["n01440764.tar", "index.parquet", "dog/masks.tar"])
+def test_archives_do_not_hide_class_folders(data, stray, caplog):
+    (data / "train" / stray).write_bytes(b"an archive")
+    index = open_index(data)
+    assert index.classes == ("cat", "dog") and len(index) == 4 and index.bad == ()
+    said = "" if "/" in stray else f"class folders and train/{stray} are both in train/: the class folders are used"
+    assert [said] == [message.partition(": ")[2] for message in caplog.messages] or not said
+
+
+def test_what_is_not_used_is_said(data, caplog):
+    write_images(data / "train", {"stray.jpg": (9, 9)})
+    (data / "train/eel").mkdir()
+    (data / "train/eel/1.npy").touch()
+    assert len(open_index(data)) == 4
+    assert [message.partition(": ")[2] for message in caplog.messages] == [
+        "1 images that lie beside the class folders are not used (stray.jpg)",
+        "1 of its 3 classes have no images (eel); the first holds 1 other files (1.npy, ...)",
+    ]
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+def test_class_names_in_another_unicode_form_are_the_same(tmp_path):
+    write_images(tmp_path / "train", {f"{COMPOSED}/1.png": (9, 9), "tea/1.png": (9, 9)})
+    write_images(tmp_path / "val", {f"{DECOMPOSED}/1.png": (9, 9), "tea/1.png": (9, 9)})
+    classes = open_index(tmp_path).classes
+    assert classes == (COMPOSED, "tea")
+    assert open_index(tmp_path, "val", classes=classes).labels.tolist() == [0, 1]
+    assert open_index(tmp_path, "val", classes=(DECOMPOSED, "tea")).labels.tolist() == [0, 1]
+    write_images(tmp_path / "train", {f"{DECOMPOSED}/2.png": (9, 9)})
+    index = open_index(tmp_path)
+    assert sorted(index.classes) == [COMPOSED, "tea"] and np.bincount(index.labels).tolist() == [2, 1]
+
+
+def test_class_names_can_be_written_anywhere(tmp_path):
+    for name in (b"\xff", b"a\nb", b"$x_{$"):
+        folder = os.fsdecode(os.fsencode(tmp_path / "train") + b"/" + name)
+        os.makedirs(folder)
+        Image.new("RGB", (9, 8)).save(folder + "/1.png")
+    index = open_index(tmp_path)
+    assert index.classes == ("$x_{$", "a\\nb", "\\xff")
+    assert all(len(index.encoded(i)) for i in range(3))
+
+
 def test_labels_of_val_follow_the_training_classes(data):
     train = open_index(data, "train")
     assert open_index(data, "val", classes=("dog", "cat")).labels.tolist() == [1, 0]
@@ -79,9 +191,11 @@ def test_other_classes_than_in_training_are_named(data, classes, message):
 
 
 @pytest.mark.parametrize("name", ["validation", "valid", "test"])
-def test_other_names_of_the_validation_split(data, name):
+def test_other_names_of_the_validation_split(data, name, caplog):
     (data / "val").rename(data / name)
-    assert len(open_index(data, "val")) == 2
+    index = open_index(data, "val")
+    assert len(index) == 2 and index.split == name
+    assert caplog.messages == [f"the 'val' split of {data}: the folder '{name}' serves as 'val', which there is not"]
 
 
 def test_wrong_paths_say_what_was_expected(data, tmp_path):
