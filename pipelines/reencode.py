@@ -38,8 +38,8 @@ def shrink(encoded: bytes, size: int, quality: int) -> Small:
 
     An image that is not larger is never scaled up; if it is a grey or RGB JPEG, a PNG of 8 bits without alpha or a
     WebP, its bytes stay as they are: a second lossy encoding would cost quality and save nothing. Any other PNG of that
-    size becomes an RGB PNG. Every image is decoded, so what comes out can be read. EXIF data is dropped when an image is encoded anew;
-    its orientation is not applied either way.
+    size becomes an RGB PNG. Every image is decoded, so what comes out can be read. EXIF data is dropped when an image
+    is encoded again; its orientation is not applied either way.
 
     Raises OSError, SyntaxError, ValueError or Image.DecompressionBombError for what is no image or is truncated.
     """

@@ -66,7 +66,7 @@ def test_odd_images_are_those_of_pillow(name, size):
         small = shrink(contents, size, 95)
         image = Image.open(io.BytesIO(contents))
         copied = size == 288 and (
-            image.format == "WEBP" or image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L")
+            image.format == "WEBP" or (image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L"))
         )
         expected = image.convert("RGB")  # no EXIF rotation
         if name == "deep.png":  # Pillow cuts 16 bits off at 255 where training scales them
