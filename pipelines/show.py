@@ -37,35 +37,12 @@ def operations(image: np.ndarray, fill) -> list[tuple[str, np.ndarray]]:
 def views(index, i: int, augmentation: Augmentation, count: int) -> list[tuple[str, np.ndarray]]:
     """Views of image i as training sees them over the epochs."""
     only = replace(augmentation, repeats=1, mixup=0.0, cutmix=0.0)
-    loader = train_loader(_One(index, i), batch_size=1, augmentation=only, input_size=SIZE)
+    loader = train_loader(index.take(np.array([i])), batch_size=1, augmentation=only, input_size=SIZE)
     cells = []
     for epoch in range(count):
         loader.set_epoch(epoch)
         cells += [(f"{augmentation.aa}, epoch {epoch}", batch.images[0].numpy()) for batch in loader]
     return cells
-
-
-class _One:
-    """An index of one image of another index."""
-
-    bad = ()
-
-    def __init__(self, index, i: int):
-        self.index, self.i = index, i
-        self.labels, self.encoded_bytes = index.labels[i : i + 1], index.encoded_bytes[i : i + 1]
-        self.heights, self.widths = index.heights[i : i + 1], index.widths[i : i + 1]
-
-    def __len__(self) -> int:
-        return 1
-
-    def name(self, _) -> str:
-        return self.index.name(self.i)
-
-    def path(self, _) -> str | None:
-        return self.index.path(self.i)
-
-    def encoded(self, _) -> np.ndarray:
-        return self.index.encoded(self.i)
 
 
 def batch(index, augmentation: Augmentation, count: int) -> list[tuple[str, np.ndarray]]:
@@ -130,7 +107,7 @@ def show(
     if not 0 <= image < len(index):
         raise ValueError(f"--image {image}: the images are counted from 0 to {len(index) - 1}")
     augmentation = Augmentation(aa=aa, repeats=1)
-    pixels = next(iter(eval_loader(_One(index, image), batch_size=1, input_size=SIZE))).images[0].numpy()
+    pixels = next(iter(eval_loader(index.take(np.array([image])), batch_size=1, input_size=SIZE))).images[0].numpy()
     cells = operations(pixels, augmentation.fill)
     for kind in (aa, "3aug"):
         cells += views(index, image, replace(augmentation, aa=kind), COLUMNS)

@@ -1,0 +1,105 @@
+"""What a run makes of its data set: the order of its classes, which images validate, and what is refused or said."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdeit import evaluate, pictures, train
+from fastdeit.config import parse
+from fastdeit.data import open_images, order_of_numbers
+from fastdeit.distributed import join
+from fastdeit.train import _about_the_data
+
+from .conftest import COLORS, refused, write_folder
+
+FLAGS = ["--recipe", "demo", "--device", "cpu", "--dry-run"]
+
+
+def opened(path, *flags):
+    config = parse([*FLAGS, "--data-path", str(path), *map(str, flags)])
+    with join("cpu") as place:
+        return config, open_images(config, place)
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    """Eleven classes, 0 to 10."""
+    return write_folder(tmp_path / "numbers", train=1, val=1, colors={str(i): (20 * i, 0, 0) for i in range(11)})
+
+
+def test_one_class_is_refused_with_the_folders_in_it(cli, tmp_path):
+    write_folder(tmp_path / "all" / "train", train=1, val=0)
+    (tmp_path / "all/train/val").rename(tmp_path / "all/val")
+    refused(
+        cli, train.main, *FLAGS, "--data-path", tmp_path / "all",
+        words=["one class only, train (which holds the folders blue, green, red)", "one level too high?"],
+    )  # fmt: skip
+    write_folder(tmp_path / "one", train=1, val=1, colors={"red": COLORS["red"]})
+    refused(cli, train.main, *FLAGS, "--data-path", tmp_path / "one", words=["one class only, red: give at least two"])
+
+
+def test_the_order_of_the_classes(numbers):
+    as_strings = ("0", "1", "10", "2", "3", "4", "5", "6", "7", "8", "9")
+    _, (training, validation) = opened(numbers)
+    assert training.classes == validation.classes == as_strings
+    order = numbers / "order.txt"
+    order.write_text("".join(f"{i}\n" for i in range(11)))
+    _, (training, validation) = opened(numbers, "--classes", order)
+    assert training.classes == validation.classes == tuple(map(str, range(11)))
+    for index in (training, validation):
+        folders = [index.name(i).split("/")[-2] for i in range(11)]
+        assert index.labels.tolist() == list(map(int, folders))
+    order.write_text("0\n1\n")
+    with pytest.raises(ValueError, match="it has 10, 2, 3, 4, 5 and 4 more"):
+        opened(numbers, "--classes", order)
+
+
+def test_numbers_sorted_as_strings_are_said_where_the_weights_have_no_names(numbers, tmp_path):
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    config, indices = opened(numbers)
+    assert _about_the_data(config, indices) == []
+    config.model.finetune = str(weights)
+    (said,) = _about_the_data(config, indices)
+    assert said.startswith("the classes are sorted as strings (0, 1, 10, 2, ...)") and "--classes FILE" in said
+    config.data.classes = "order.txt"
+    assert _about_the_data(config, indices) == []
+    assert order_of_numbers(["1", "2", "9"]) is order_of_numbers(["n01", "n10", "n9a"][:2]) is None
+    assert order_of_numbers(["class10", "class2"]) is not None
+
+
+def test_images_of_test_that_validate_are_said(colors, tmp_path):
+    config, indices = opened(colors)
+    assert _about_the_data(config, indices) == []
+    (tmp_path / "train").symlink_to(colors / "train")
+    (tmp_path / "test").symlink_to(colors / "val")
+    (said,) = _about_the_data(*opened(tmp_path))
+    assert "has no val: the test images are the validation images, and the checkpoint best is chosen on them" in said
+
+
+def test_an_order_for_weights_that_have_one(cli, run, colors, tmp_path):
+    """The same is let pass, another one is refused."""
+    (tmp_path / "order.txt").write_text("red\ngreen\nblue\n")
+    refused(
+        cli, evaluate.main, run, "--data-path", colors, "--classes", tmp_path / "order.txt",
+        words=["order.txt", "knows its classes", "omit the flag"],
+    )  # fmt: skip
+
+
+def test_class_names_that_are_formulas_to_matplotlib(tmp_path):
+    batch = types.SimpleNamespace(labels=torch.tensor([0, 1, -100]), mix=None)
+
+    class Loader(list):
+        def set_epoch(self, epoch):
+            pass
+
+    trainer = types.SimpleNamespace(
+        train_loader=Loader([batch]), prepare=lambda batch: torch.zeros(3, 3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3,
+        classes=("$a_{$", "$x^{$"),
+    )  # fmt: skip
+    pictures.first_batch(trainer, tmp_path / "first_batch.png")
+    with Image.open(tmp_path / "first_batch.png") as drawn:
+        assert np.asarray(drawn).std() > 0
