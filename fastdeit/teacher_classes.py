@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdeit.pipelines.names import class_name
+
 from .command import UserError
 
 
@@ -41,7 +43,7 @@ class SelectClasses(nn.Module):
 
 def same_classes(teacher: str, names: Sequence[str] | None, count: int, classes: Sequence[str]) -> None:
     """Refuse a teacher that answers for other classes than the data's: by name, or by count where it has no names."""
-    if names is not None and tuple(names) == tuple(classes):
+    if names is not None and tuple(map(class_name, names)) == tuple(classes):
         return
     if names is None and count == len(classes):
         return
@@ -81,7 +83,7 @@ def read_groups(path: str | Path, classes: Sequence[str], names: Sequence[str] |
 def _entries(path: Path, classes: Sequence[str]) -> list:
     """What the file says for each class of the data, in their order."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--teacher-classes {path}: cannot be read ({error}): give a JSON file or a text file"
@@ -94,6 +96,7 @@ def _entries(path: Path, classes: Sequence[str]) -> list:
     else:
         content = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(content, dict):
+        content = {class_name(name): entry for name, entry in content.items()}
         if missing := [name for name in classes if name not in content]:
             raise UserError(f"--teacher-classes {path}: lacks the data's {_few(missing)}")
         if unknown := [name for name in content if name not in classes]:

@@ -54,6 +54,7 @@ def prepare(
     workers: int | None = None,
     images_per_shard: int = 2500,
     max_bad: float = 0.01,
+    label_column: str | None = None,
 ) -> None:
     """Re-encode DIR's images, smaller, as shards in OUT. After a stop, run it again.
 
@@ -65,9 +66,10 @@ def prepare(
         workers: Processes; one a core if not given.
         images_per_shard: Images in a tar file.
         max_bad: Stop if more than this share of the images cannot be read.
+        label_column: Of Parquet files; label, labels, ..., or the one with class names if not given.
     """
     _check(size, quality, workers, images_per_shard, max_bad)
-    indexes = _open_splits(dir)
+    indexes = _open_splits(dir, label_column)
     root = Path(out)
     settings = {"format": FORMAT, "size": size, "quality": quality, "images_per_shard": images_per_shard}
     _begin(root, settings | {split: index.fingerprint for split, index in indexes.items()}, dir)
@@ -89,14 +91,14 @@ def _check(size: int, quality: int, workers: int | None, images_per_shard: int, 
         raise ValueError(f"--max-bad {max_bad}: is a share between 0 and 1")
 
 
-def _open_splits(source: str) -> dict[str, Index]:
+def _open_splits(source: str, label_column: str | None) -> dict[str, Index]:
     found = splits(source)
     if not found:
         list_split(source, "train")  # raises, with what was expected
     indexes: dict[str, Index] = {}
     for split in found:
         classes = indexes["train"].classes if "train" in indexes else None
-        indexes[split] = open_index(source, split, classes=classes)
+        indexes[split] = open_index(source, split, classes=classes, label_column=label_column)
     return indexes
 
 

@@ -93,6 +93,7 @@ def show(
     split: str = "train",
     image: int = 0,
     aa: str = "rand-m9-mstd0.5-inc1",
+    label_column: str | None = None,
 ) -> None:
     """Draw what training sees: operations, views, and a batch erased and mixed.
 
@@ -102,8 +103,9 @@ def show(
         split: train or val.
         image: Which image to show the operations and views of, counted from 0.
         aa: none, 3aug (DeiT III), or RandAugment in timm's notation.
+        label_column: Of Parquet files; label, labels, ..., or the one with class names if not given.
     """
-    index = open_index(dir, split)
+    index = open_index(dir, split, label_column=label_column)
     if not 0 <= image < len(index):
         raise ValueError(f"--image {image}: the images are counted from 0 to {len(index) - 1}")
     augmentation = Augmentation(aa=aa, repeats=1)

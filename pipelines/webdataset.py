@@ -20,7 +20,7 @@ import numpy as np
 
 from .folder import THREADS, open_file
 from .inspection import BadHeader, Inspected, columns, inspect
-from .labels import Label, label_of, number_labels
+from .labels import Label, is_number, label_of, number_labels
 from .names import Names
 from .records import BadFile, Listing, Lost, Records, bad_shards
 from .tar_members import Damage, Member, read_members
@@ -118,7 +118,8 @@ def _sample(read: Read, found: Found) -> Sample:
 def _label(read: Read, member: Member) -> Label | None:
     contents = read(member.offset, member.size)
     if not member.name.lower().endswith(".json"):
-        return label_of(contents.removeprefix(b"\xef\xbb\xbf"))
+        label = label_of(contents.removeprefix(b"\xef\xbb\xbf"))
+        return int(label) if label is not None and is_number(label) else label
     try:
         return label_of(json.loads(contents).get("label"))
     except (ValueError, AttributeError, RecursionError):

@@ -243,7 +243,7 @@ def test_two_layouts_of_one_split_are_refused(tars):
     [
         (["7", "50000", "12"], ("7", "12", "50000"), [0, 2, 1]),
         (["dog", "Cat", "dog"], ("Cat", "dog"), [1, 0, 1]),
-        (["007", "7", "8"], ("007", "7", "8"), [0, 1, 2]),  # not all are numbers as str() writes them
+        (["007", "010", "008"], ("007", "008", "010"), [0, 2, 1]),  # no numbers: str() does not write them so
         (["\ufeff1", "0\r\n", " 1 "], ("0", "1"), [1, 0, 1]),
     ],
 )
@@ -253,6 +253,14 @@ def test_classes_are_the_labels_that_occur(tmp_path, labels, classes, positions)
     assert index.classes == classes and index.labels.tolist() == positions
     write_tar(tmp_path / "val.tar", labelled("a", labels[2:]))
     assert open_index(tmp_path, "val", classes=index.classes).labels.tolist() == positions[2:]
+
+
+def test_a_number_is_the_place_of_a_class_whose_name_is_another_number(tmp_path):
+    """prepare writes such shards for the class folders 0 to 10."""
+    (tmp_path / "classes.txt").write_text("0\n1\n10\n2\n")
+    write_tar(tmp_path / "train.tar", labelled("abc", [2, 3, 1]))
+    index = open_index(tmp_path)
+    assert [index.classes[label] for label in index.labels] == ["10", "2", "1"]
 
 
 @pytest.mark.parametrize("label, message", [("-1", "negative label -1"), ("9" * 30, "so many digits"), ("x", "mix")])
