@@ -5,6 +5,7 @@ It travels with the losses, in one small sum over the processes at each step, an
 long computed it: in the same step on the CPU, LAG steps later on a GPU.
 """
 
+import shlex
 import time
 
 import torch
@@ -117,14 +118,28 @@ class Keeper:
 
     def _leave(self) -> None:
         self.saver.wait()
-        step = self.trainer.steps_done
         if self.folder is not None:
-            state = f"saved at step {step}" if self.saver.failure is None else f"not saved: {self.saver.failure}"
-            self.trainer.log.say(f"{state}; --resume {checkpoint.to_resume(self.folder)} goes on")
+            self.trainer.log.say(self.standing())
+        self.place.stop.last_words = None
         self.trainer.log.close()
         if self.signal is not None:  # all leave together: one that ends early makes torchrun end the others
             self.place.barrier()
         self.place.stop.leave(self.signal)
+
+    def standing(self) -> str:
+        """What of the run is on the disk, and the command that resumes it. Where nothing is written: nothing."""
+        if self.folder is None:
+            return ""
+        last = self.folder / "last"
+        if self.saver.failure is not None:
+            state = f"not saved: {self.saver.failure}"
+        elif last.exists():
+            state = f"saved at step {checkpoint.description(last)['step']} of {self.trainer.total_steps}"
+        else:
+            state = "nothing is trained yet"
+        start = "python" if self.place.world_size == 1 else "the same launcher,"
+        folder = shlex.quote(str(checkpoint.to_resume(self.folder)))
+        return f"{state}; resume by: {start} -m fastdeit.train --resume {folder}"
 
     def loaded(self, saved: dict) -> None:
         """Take over from a checkpoint what concerns the keeping."""
@@ -132,11 +147,12 @@ class Keeper:
         self.bad_steps = saved["description"]["progress"]["skipped"]
 
     def __enter__(self) -> "Keeper":
-        self.place.stop.before_exit = self.saver.wait
+        self.place.stop.before_exit, self.place.stop.last_words = self.saver.wait, self.standing
         return self
 
     def __exit__(self, kind, *_) -> None:
         self.saver.wait()
-        self.place.stop.before_exit, self.place.stop.polled = None, False
+        self.place.stop.before_exit = self.place.stop.last_words = None
+        self.place.stop.polled = False
         if kind is None:
             self.saver.close()

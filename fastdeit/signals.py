@@ -35,6 +35,7 @@ class Stop:
     def __init__(self):
         self.received: int | None = None
         self.before_exit: Callable[[], None] | None = None  # waits for what is being written
+        self.last_words: Callable[[], str] | None = None  # what is saved, and how it is resumed
         self.polled = False
         self._former: dict = {}
 
@@ -84,6 +85,8 @@ class Stop:
         process."""
         if self.before_exit is not None:
             self.before_exit()
+        if self.last_words is not None and (words := self.last_words()):
+            tell(words)
         sys.stdout.flush()
         for stream in (sys.__stdout__, sys.__stderr__):  # the terminal's own, not what a progress bar puts before them
             if stream.isatty():

@@ -136,7 +136,8 @@ def test_the_comparison_run_goes_on_too(colors, tmp_path, monkeypatch, capfd):
     capfd.readouterr()
     run_until(monkeypatch, 1, "--resume", tmp_path / "run")
     assert step_of(tmp_path / "run" / "undistilled") == 2
-    assert f"saved at step 2; --resume {tmp_path / 'run'} goes on" in capfd.readouterr().out.replace("\n", "")
+    told = f"saved at step 2 of 3; resume by: python -m fastdeit.train --resume {tmp_path / 'run'}"
+    assert told in capfd.readouterr().out.replace("\n", "")
     assert run("--resume", tmp_path / "run") == table
     for part in ("", "undistilled"):
         assert_same(tmp_path / "straight" / part, tmp_path / "run" / part)

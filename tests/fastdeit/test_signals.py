@@ -42,20 +42,22 @@ def test_in_a_step(start, straight, tmp_path, action, number):
 
 
 @pytest.mark.parametrize(
-    "hooks, step",
+    "hooks, step, told",
     [
-        ({"first": Within("fastdeit.data", "open_index", terminate_and_hang)}, None),
-        ({"on_micro_batch": At(0, terminate_and_hang)}, None),  # the first step: compilation
-        ({"first": Within("fastdeit.trainer:Trainer", "evaluate", terminate_and_hang)}, 3),
-        ({"first": Within("fastdeit.checkpoint", "save", terminate)}, 3),  # in the thread that writes
+        ({"first": Within("fastdeit.data", "open_index", terminate_and_hang)}, None, None),
+        ({"on_micro_batch": At(0, terminate_and_hang)}, None, "nothing is trained yet"),  # the first step: compilation
+        ({"first": Within("fastdeit.trainer:Trainer", "evaluate", terminate_and_hang)}, 3, "saved at step 3 of 9"),
+        ({"first": Within("fastdeit.checkpoint", "save", terminate)}, 3, "saved at step 3 of 9"),  # as it is written
     ],
 )
-def test_where_nothing_would_be_lost(start, straight, tmp_path, hooks, step):
+def test_where_nothing_would_be_lost(start, straight, tmp_path, hooks, step, told):
     """The process ends at once, however long the phase would go on; what is being written is written."""
     child = start(**hooks)
     assert child.wait() == 128 + signal.SIGTERM
     assert "SIGTERM" in child.text
     run_folder = tmp_path / "run"
+    command = f"{told}; resume by: python -m fastdeit.train --resume {run_folder}\n"
+    assert command in child.text if told else "resume by" not in child.text
     assert not (run_folder / "last").exists() if step is None else step_of(run_folder) == step
     if step is not None:
         run("--resume", run_folder)
