@@ -19,15 +19,6 @@ def rate(step):
     return learning_rate(step, peak=PEAK, total_steps=TOTAL, warmup_steps=WARMUP, warmup_lr=START, min_lr=FLOOR)
 
 
-def test_follows_the_closed_form():
-    for step in range(TOTAL):
-        if step < WARMUP:
-            expected = START + (PEAK - START) * step / WARMUP
-        else:
-            expected = FLOOR + (PEAK - FLOOR) * (1 + math.cos(math.pi * step / TOTAL)) / 2
-        assert rate(step) == pytest.approx(expected, rel=1e-12)
-
-
 def test_moves_at_every_step_and_ends_at_the_floor():
     rates = [rate(step) for step in range(TOTAL + 1)]
     assert len(set(rates)) == TOTAL + 1
