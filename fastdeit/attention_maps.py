@@ -94,16 +94,14 @@ def draw_attention(
     images: normalised by mean and std, as the model takes them. captions: what stands above each image, up to two
     lines.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     maps_BTRC = looks(model, images)
     shift, scale = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (mean, std))
     pixels = (images.float() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     for maps_TRC, picture, caption, path in zip(maps_BTRC, pixels, captions or ["image"] * len(paths), paths):
-        figure, axes = plt.subplots(1, 1 + len(maps_TRC), figsize=(2.4 * (1 + len(maps_TRC)), 3), layout="constrained")
+        figure = Figure(figsize=(2.4 * (1 + len(maps_TRC)), 3), layout="constrained")
+        axes = figure.subplots(1, 1 + len(maps_TRC))
         for axis in axes:
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)
@@ -114,4 +112,3 @@ def draw_attention(
             axis.set_xlabel(f"{map_RC.min():.2g} to {map_RC.max():.2g} x mean", fontsize=8)
             axis.imshow(overlay(picture, map_RC))
         figure.savefig(path, dpi=100)
-        plt.close(figure)

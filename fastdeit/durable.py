@@ -33,8 +33,9 @@ def flush_folder(folder: Path) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Put `content` in the place of a file, or create it; a reader finds the old content or the new, never a part."""
-    unfinished = path.with_name(path.name + UNFINISHED)
+    """Put `content` in the place of a file, or create it; a reader finds the old content or the new, never a part, and
+    of two processes that write at the same time the content of one."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         write(unfinished, lambda file: file.write(content))
         unfinished.replace(path)

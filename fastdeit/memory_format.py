@@ -9,11 +9,13 @@ import copy
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from . import durable
 from .distributed import Place
 from .pointwise import join_pointwise
 
@@ -86,10 +88,6 @@ def _read(file: Path) -> dict:
 
 
 def _write(file: Path, known: dict) -> None:
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):  # a home that cannot be written to: measured again next time
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(known, indent=1))
-        unfinished.replace(file)
-    except OSError:
-        pass  # a home that cannot be written to: measured again next time
+        durable.replace_json(file, known)

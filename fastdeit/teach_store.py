@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import command, teacher_store
+from . import command, durable, teacher_store
 from .command import UserError
 from .config import Config, parse
 from .distributed import Place, join
@@ -105,8 +105,8 @@ def _claim(folder: Path, place: Place) -> None:
         raise UserError(f"--output {folder}: there is a file of this name; choose another folder")
     if place.is_main and folder.is_dir():
         ours = {f"{name}.npy" for name in ("indices", "labels", "classes", "probabilities", "probe")}
-        ours |= {"header.json", "header.json.unfinished", "written", "bad_files.txt"}
-        if {path.name for path in folder.iterdir()} - ours:
+        ours |= {"header.json", "written", "bad_files.txt"}
+        if {path.name for path in folder.iterdir() if path.suffix != durable.UNFINISHED} - ours:
             raise UserError(f"--output {folder} holds other files, which are left untouched: choose another folder")
     if place.is_main:
         folder.mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,13 @@ def test_what_is_on_the_disk_before_what(tmp_path):
     events = [event for event in order if event[0] in ("fsync", "rename", "replace", "unlink")]
     renamed, moved = events.index(("rename", folders)), events.index(("replace", "last.unfinished"))
     flushed = {name for call, name in events[:renamed] if call == "fsync"}
-    assert {"model.safetensors", "ema.safetensors", "training.pt", "config.json.unfinished", folders} <= flushed
+    assert {
+        "model.safetensors",
+        "ema.safetensors",
+        "training.pt",
+        f"config.json.{os.getpid()}.unfinished",
+        folders,
+    } <= flushed
     assert ("fsync", "checkpoints") in events[renamed:moved]
     old = events.index(("rename", "step-00000001"))
     assert ("fsync", tmp_path.name) in events[moved:old]
