@@ -48,6 +48,12 @@ def model_names() -> list[str]:
     return list(ARCHITECTURES)
 
 
+def without_prefix(name: str) -> str:
+    """A name of ours as timm knows it (fastdeit_deit_tiny_patch16_224), in our own form; others as they are."""
+    own = name.removeprefix("fastdeit_")
+    return own if own in ARCHITECTURES else name
+
+
 def unknown_model_message(name: str, others: Iterable[str] = ()) -> str:
     """One sentence for a name nobody knows, with those it may have meant; `others`: timm's, where they would do too."""
     if near := difflib.get_close_matches(name, dict.fromkeys([*ARCHITECTURES, *others]), n=3):

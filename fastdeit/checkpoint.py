@@ -66,7 +66,7 @@ def save(
         try:
             for name, state in (("model", model), ("ema", ema)):
                 if state is not None:
-                    weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+                    weights = separate(state)
                     # Not save_file: it leaves the file readable for its owner alone.
                     content = to_bytes(weights, metadata={"format": "pt"})
                     durable.write(unfinished / f"{name}.safetensors", lambda file, content=content: file.write(content))
@@ -83,6 +83,18 @@ def save(
         durable.point(run / link, target)
     remove_unused(run, keep_count)
     return target
+
+
+def separate(state: dict) -> dict:
+    """The tensors on the CPU, each with memory of its own, as safetensors wants them: some of timm's models (CoaT) use
+    one parameter under several names."""
+    weights, seen = {}, set()
+    for key, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        weights[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return weights
 
 
 def note(run: Path, step: int, additions: dict, *, best: bool, keep_count: int | None = None) -> None:

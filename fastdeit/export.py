@@ -27,6 +27,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from . import checkpoint
+from .architectures import without_prefix
 from .command import UserError, parse, run
 from .export_transformers import transformers_config, transformers_weights
 from .model import DeiT
@@ -137,7 +139,7 @@ def write_timm(trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
     from safetensors.torch import save_file
 
     model = trained.model
-    architecture, arguments = trained.name, {}
+    architecture, arguments = without_prefix(trained.name), {}
     if isinstance(model, DeiT):
         if not timm.is_model(architecture):  # a size of ours: timm builds it from the nearest name and the numbers
             architecture = "deit_tiny_distilled_patch16_224" if model.arch.distilled else "deit_tiny_patch16_224"
@@ -148,6 +150,9 @@ def write_timm(trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
             "depth": model.arch.depth,
             "num_heads": model.arch.heads,
         }
+    else:  # what timm made it with, beside the name
+        made_with = getattr(model, "_model_args", {})
+        arguments = {key: value for key, value in made_with.items() if key not in ("num_classes", "drop_path_rate")}
     config = {
         "architecture": architecture,
         "num_classes": len(trained.classes),
@@ -164,8 +169,7 @@ def write_timm(trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
             "std": list(trained.std),
         },
     }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(checkpoint.separate(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
     read = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return read.to(trained.example().device)

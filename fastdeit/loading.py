@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import model as ours
 from . import sources, weights
-from .architectures import ARCHITECTURES, Architecture
+from .architectures import ARCHITECTURES, Architecture, without_prefix
 from .command import UserError
 from .sources import Source
 
@@ -183,8 +183,6 @@ def _side_of(model: nn.Module, state: weights.StateDict) -> int | None:
     patch, grid = patch_and_grid(model)
     if not patch or not grid or not all(isinstance(t, Tensor) and t.ndim == 3 for t in (ours, theirs)):
         return None
-    if theirs.shape == ours.shape:
-        return None
     patches = theirs.shape[1] - (ours.shape[1] - grid[0] * grid[1])
     rows = math.isqrt(max(patches, 0))
     kernel = state.get("patch_embed.proj.weight")
@@ -311,6 +309,7 @@ def create_model(
     num_classes, input_size, patch_size: the model's own if None. Raises UserError, or ValueError from our own code,
     where there is no such model, or it cannot look at all of an image of this size.
     """
+    name = without_prefix(name)
     options = {"num_classes": num_classes, "patch_size": patch_size}
     options = {key: value for key, value in options.items() if value is not None}
     if is_ours(name) and not pretrained:

@@ -55,9 +55,10 @@ def find(path: str | Path, *, weights: Literal["model", "ema"] = "model") -> Sou
             f"no checkpoint at {path}: give a folder with model.safetensors, or a .safetensors or .pth file"
         )
     if path.is_file():
-        beside = path.with_name("config.json")
-        is_main = path.name in (*WEIGHTS["model"], *WEIGHTS["ema"])
-        return _described(path, path.parent, path) if is_main and beside.is_file() else Source(path, "file", path, {})
+        beside, names = path.with_name("config.json"), (*WEIGHTS["model"], *WEIGHTS["ema"])
+        if path.name in names and beside.is_file() and _kind(read_config(path.parent)) is not None:
+            return _described(path, path.parent, path)
+        return Source(path, "file", path, {})
     folders = (path, path / "last", *_snapshots(path))
     for folder in folders:
         for name in WEIGHTS[weights]:
@@ -100,15 +101,19 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def _kind(config: dict) -> str | None:
+    if "model" in config and "settings" in config:
+        return "ours"
+    return "timm" if "architecture" in config else "transformers" if "model_type" in config else None
+
+
 def _described(path: Path, folder: Path, weights: Path) -> Source:
     config = read_config(folder)
+    kind = _kind(config)
+    says = {"ours": _ours, "timm": _timm, "transformers": lambda config: _transformers(config, folder)}
     try:
-        if "model" in config and "settings" in config:
-            return Source(path, "ours", weights, config, **_ours(config))
-        if "architecture" in config:
-            return Source(path, "timm", weights, config, **_timm(config))
-        if "model_type" in config:
-            return Source(path, "transformers", weights, config, **_transformers(config, folder))
+        if kind is not None:
+            return Source(path, kind, weights, config, **says[kind](config))
     except (KeyError, TypeError, ValueError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"is not as it should be ({error})"
         raise ValueError(f"{folder / 'config.json'} {what}; write or download the checkpoint again") from error
