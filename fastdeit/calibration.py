@@ -35,15 +35,10 @@ def expected_calibration_error(counts) -> float:
 
 def draw_calibration(counts: dict[str, np.ndarray], path: Path) -> None:
     """A reliability diagram for each title: accuracy over confidence, and how many images are that sure."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        2, len(counts), figsize=(3.6 * len(counts), 4.6), squeeze=False, layout="constrained", sharex=True,
-        sharey="row", height_ratios=[3, 1],
-    )  # fmt: skip
+    figure = Figure(figsize=(3.6 * len(counts), 4.6), layout="constrained")
+    axes = figure.subplots(2, len(counts), squeeze=False, sharex=True, sharey="row", height_ratios=[3, 1])
     for (title, table), diagram, histogram in zip(counts.items(), *axes):
         images, right, confidence = np.asarray(table, dtype=np.float64).T
         some = images > 0
@@ -65,4 +60,3 @@ def draw_calibration(counts: dict[str, np.ndarray], path: Path) -> None:
     axes[0][0].set(ylabel="accuracy")
     axes[1][0].set(ylabel="images, %")
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -172,6 +172,7 @@ def png(path: Path, shown: list[Chart]) -> None:
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / max(columns, 1))
     figure = Figure(figsize=(6 * columns or 1, 4 * rows or 1), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     for place, chart in enumerate(shown, 1):
         axis = figure.add_subplot(rows, columns, place)
         plot(axis, chart)

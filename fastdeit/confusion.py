@@ -64,20 +64,15 @@ def confusions(answers: np.ndarray, labels: np.ndarray, classes: int) -> list[tu
 
 def draw_confusion(path: Path, classes: Sequence[str], answers: np.ndarray, labels: np.ndarray, title: str) -> None:
     """The confusion matrix, each row as shares of that class, and the most frequent confusions by name."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
 
     shares, count = _matrix(answers, labels, len(classes)), len(classes)
     listed = confusions(answers, labels, count)[:LISTED]
-    figure, (matrix, bars) = plt.subplots(
-        1, 2, figsize=(14, 7.5), layout="constrained", width_ratios=[1.15, 0.85], gridspec_kw={"wspace": 0.06}
-    )
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    matrix, bars = figure.subplots(1, 2, width_ratios=[1.15, 0.85], gridspec_kw={"wspace": 0.06})
     # The square root lets a confusion of one per cent be seen beside a diagonal of nearly all.
-    image = matrix.imshow(
-        100 * shares, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.5, 0, 100), interpolation="nearest"
-    )
+    image = matrix.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     matrix.set(title=title, xlabel="answer", ylabel="class")
     named = count <= NAMED
     names = [_short(name) for name in classes] if named else []
@@ -99,7 +94,6 @@ def draw_confusion(path: Path, classes: Sequence[str], answers: np.ndarray, labe
         bars.text(0, row, text, va="center", fontsize=9, parse_math=False)
     bars.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def _matrix(answers: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

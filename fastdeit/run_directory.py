@@ -3,7 +3,7 @@
 settings.json     every setting, as given to the run
 metrics.jsonl     one JSON object per line: training figures, and accuracies after each epoch
 summary.json      the closing table
-curves.png        losses, accuracies, learning rate
+curves.png        losses, accuracies, learning rate, throughput
 first_batch.png   the first augmented batch with its labels
 .lock             held by the process that works on the run
 bad_files.txt     images that could not be read, with the cause
