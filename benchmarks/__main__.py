@@ -1,9 +1,10 @@
 """Measures ours beside its peers, one benchmark after another, each in a process of its own.
 
-python -m benchmarks attention loss          these two
-python -m benchmarks all                     all of them
-python -m benchmarks all --quick             every line of them at toy sizes, with no timing: is the code right?
-python -m benchmarks attention --heads 6     more flags go to the benchmark: python -m benchmarks attention --help
+    python -m benchmarks attention loss          these two
+    python -m benchmarks all                     all of them
+    python -m benchmarks all --quick             every line at toy sizes, untimed
+    python -m benchmarks attention --heads 6     with a flag of the benchmark's
+    python -m benchmarks attention --help        which are these
 
 Records are written to benchmarks/records/DEVICE; `python -m benchmarks.readme` brings the README up to date with them.
 Without a GPU the kernels are not timed (with --quick they run in Triton's interpreter), the rest is. What needs a
@@ -30,9 +31,9 @@ def main() -> int:
     names = [word for word in sys.argv[1:] if not word.startswith("-")]
     if len(names) == 1 and names[0] in BENCHMARKS and {"-h", "--help"} & set(sys.argv):
         return run(names[0], ["--help"], quick=False, device="cpu")
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from fastdeit.command import FoldedHelp
+
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=FoldedHelp)
     parser.add_argument("names", nargs="+", choices=[*BENCHMARKS, "all"], metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="toy sizes, no timing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")

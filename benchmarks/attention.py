@@ -1,6 +1,6 @@
 """Claim: at the sizes of vision transformers, attention made for them beats every kernel PyTorch users have.
 
-python -m benchmarks attention [--batch 256] [--heads 3 6 12] [--tokens 198 197 578 577] [--peers "sdpa cudnn" flex]
+    python -m benchmarks attention [--batch 256] [--heads 3 6 12] [--tokens 198 197 578 577] [--peers "sdpa cudnn" flex]
 
 At 197/198 and 577/578 tokens attention is bound by the bytes it must move, and a kernel made for these sizes comes
 closer to that floor than those made for long sequences. Peers:
@@ -151,7 +151,10 @@ def main() -> None:
     own.add_argument("--batch", type=int, default=256)
     own.add_argument("--heads", type=int, nargs="+", default=[3, 6, 12])
     own.add_argument("--tokens", type=int, nargs="+", default=[198, 197, 578, 577])
-    own.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="beside ours")
+    own.add_argument(
+        "--peers", nargs="*", choices=list(PEERS), default=list(PEERS), metavar="NAME",
+        help="beside ours: " + ", ".join(PEERS),
+    )  # fmt: skip
     own.add_argument("--seconds", type=float, default=0.15, help="of measuring for each contender")
     arguments = own.parse_args()
     if arguments.quick:

@@ -1,6 +1,6 @@
 """Claim: the distance of two models' attention maps costs a fraction of making the maps, and memory grows with tokens.
 
-python -m benchmarks attention-distillation
+    python -m benchmarks attention-distillation
 
 attention_distillation_loss, forward and backward, from the packed q and k of one layer: a DeiT-S student (6 heads)
 beside a teacher ViT-B (12 heads, averaged on both sides) or ViT-S (head by head, and class rows only). The peers hold

@@ -1,8 +1,10 @@
 """Compiles every Triton kernel of the project for sm_80, sm_90 and sm_100, without a GPU, and reports what each uses.
 
-python -m benchmarks.compile_report                     all kernels; updates records/compile/resources.csv
-python -m benchmarks.compile_report attention "D=64"    only that operation, or cases whose name contains it
-python -m benchmarks.compile_report --check             exits 1 when a kernel spills on sm_90 or misses wgmma there
+    python -m benchmarks.compile_report                     all kernels
+    python -m benchmarks.compile_report attention "D=64"    operation, or part of a case
+
+Without names it updates records/compile/resources.csv. --check exits with 1 when a kernel spills on sm_90 or misses
+wgmma there.
 """
 
 import argparse
@@ -14,6 +16,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import triton
+
+from fastdeit.command import FoldedHelp
 
 from .compile_case import ARCHITECTURES, Resources, compile_case, problems
 from .compile_cases import all_cases
@@ -66,7 +70,7 @@ def update_record(results: list[tuple[dict, list[str]]]):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FoldedHelp)
     parser.add_argument("names", nargs="*", help="only cases whose operation or name contains one of these")
     parser.add_argument("--check", action="store_true", help="exit 1 when a kernel is not as it must be")
     parser.add_argument("--no-record", action="store_true", help="leave records/compile/resources.csv as it is")

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from fastdeit.command import FoldedHelp
+
 RECORDS = Path(__file__).parent / "records" / "cpu"
 HEADS = {"cls": "class head", "dist": "distillation head", "both": "both, averaged"}
 VIEWS = 10
@@ -36,7 +38,7 @@ WAYS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FoldedHelp)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("runs/digits-distillation"), help="where to run")
     parser.add_argument("--epochs", type=int, help="shorter runs, to try the script; nothing is recorded then")

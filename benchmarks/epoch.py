@@ -1,6 +1,6 @@
 """Claim: data are never the bottleneck: an epoch from JPEGs runs as fast as one from noise that is already there.
 
-python -m benchmarks epoch [--data-path DIR] [--student deit_small_distilled_patch16_224] [--batch-size 256]
+    python -m benchmarks epoch [--data-path DIR] [--student deit_small_distilled_patch16_224] [--batch-size 256]
 
 Whole epochs, the start of each included, with all that the DeiT recipe does to an image (random resized crops, flips,
 RandAugment, erasing, mixup and cutmix, each image three times an epoch) and hard distillation:

@@ -1,10 +1,13 @@
 """One command for a machine with a GPU: are the kernels right there, are they clean, and how fast are they?
 
-python benchmarks/gpu_checks.py [--minutes 9] [--only tests sanitizer benchmarks] [--benchmarks attention teacher]
+    python benchmarks/gpu_checks.py [--minutes 9] [--only tests sanitizer]
 
-tests        pytest -m gpu of every file in tests, side by side
-sanitizer    compute-sanitizer memcheck and racecheck over one small call of every operation, forward and backward
-benchmarks   python -m benchmarks, those of the kernels unless named, one after another with the GPU to themselves
+--only tests: pytest -m gpu of every file in tests, side by side.
+
+--only sanitizer: compute-sanitizer memcheck and racecheck over one small call of every operation, forward and backward.
+
+--only benchmarks: python -m benchmarks, those of the kernels unless named by --benchmarks, one after another with the
+GPU to themselves.
 
 Everything is printed as it comes and the table last. What does not fit into the minutes is stopped or left out, and the
 table says so. Exits with 0 when all that ran has passed.
@@ -229,11 +232,15 @@ def check(minutes: float, only: list[str], benchmarks: list[str], log: Path) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from fastdeit.command import FoldedHelp
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FoldedHelp)
     kinds = ["tests", "sanitizer", "benchmarks"]
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it")
-    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
-    parser.add_argument("--benchmarks", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS)[:4])
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, metavar="KIND", help=", ".join(kinds))
+    parser.add_argument(
+        "--benchmarks", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS)[:4], metavar="NAME"
+    )
     parser.add_argument("--log", type=Path, default=ROOT / "runs" / "gpu_checks.log")
     parser.add_argument("--exercise", help="run one operation's small call and nothing else (what the sanitizer runs)")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """Opening a data set costs microseconds an image, the second time less: names, labels and sizes of all of it.
 
-python benchmarks/indexing.py [--images 50000]
+    python benchmarks/indexing.py [--images 50000]
 
 Ours reads every header (height, width, bad files), from class folders and from tar shards, first and from the cache.
 Peers: torchvision's ImageFolder and timm's folder reader, which list files and know neither sizes nor bad files;
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastdeit.command import FoldedHelp
 from fastdeit.pipelines.index import open_index
 
 CLASSES = 100
@@ -132,7 +133,7 @@ def write_record(seconds: dict[str, tuple[float, float]], images: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FoldedHelp)
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()

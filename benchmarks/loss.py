@@ -1,6 +1,6 @@
 """Claim: the loss of two heads and its gradient cost what moving the logits costs, and one launch.
 
-python -m benchmarks loss [--kinds hard soft]
+    python -m benchmarks loss [--kinds hard soft]
 
 distillation_loss, forward and backward, with a live teacher's logits, label smoothing and mixup labels (one lambda for
 the batch, as timm's batch mode), at 1,000 classes and at ImageNet-21k's 21,841. Peers:

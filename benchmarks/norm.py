@@ -1,6 +1,6 @@
 """Claim: the pointwise operations move the bytes they must and no more.
 
-python -m benchmarks norm [--only mix_normalize add_layer_norm bias_gelu]
+    python -m benchmarks norm [--only mix_normalize add_layer_norm bias_gelu]
 
 Beside what torch.compile makes of them by itself, and beside eager PyTorch.
 
@@ -182,7 +182,9 @@ def measure_mix_normalize(table: KernelTable, batch: int, size: int, dtype: torc
 def main() -> None:
     own = parser(__doc__)
     operations = ("mix_normalize", "add_layer_norm", "bias_gelu")
-    own.add_argument("--only", nargs="+", choices=operations, default=operations)
+    own.add_argument(
+        "--only", nargs="+", choices=operations, default=operations, metavar="NAME", help=", ".join(operations)
+    )
     own.add_argument("--seconds", type=float, default=0.3, help="of measuring for each contender")
     arguments = own.parse_args()
     dtype, batch, tokens, size, widths = torch.bfloat16, 256, 198, 224, (192, 384, 768)

@@ -1,6 +1,6 @@
 """Claim: the loader feeds more images a second than its peers, and more for each second of CPU time.
 
-python -m benchmarks pipeline [--data-path DIR] [--rounds 5]
+    python -m benchmarks pipeline [--data-path DIR] [--rounds 5]
 
 A training epoch of random resized crops of 224 (bicubic), flipped, with and without RandAugment, in shuffled batches of
 uint8; nothing else runs, so this is the most that a trainer can get. Ours beside

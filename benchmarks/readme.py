@@ -1,7 +1,7 @@
 """Brings the README's tables up to date with the records.
 
-python -m benchmarks.readme              writes them
-python -m benchmarks.readme --check      exits with 1 when they are not what the records say
+    python -m benchmarks.readme              writes them
+    python -m benchmarks.readme --check      exits with 1 when they are not up to date
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of TABLES.
 """
@@ -12,6 +12,8 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from fastdeit.command import FoldedHelp
 
 from .record import RECORDS, Headline
 
@@ -63,7 +65,7 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FoldedHelp)
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 when something is stale")
     arguments = parser.parse_args()
     text = README.read_text()

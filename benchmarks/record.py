@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from fastdeit.command import FoldedHelp
+
 RECORDS = Path(__file__).parent / "records"
 PACKAGES = (
     "torch",
@@ -51,7 +53,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         f"python -m benchmarks {Path(sys.argv[0]).stem.replace('_', '-')}",
         description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=FoldedHelp,
     )
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     made.add_argument("--quick", action="store_true", help="toy sizes, no timing, no record")

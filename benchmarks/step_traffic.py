@@ -1,7 +1,6 @@
 """What a compiled student moves through memory in a training step, counted without a GPU.
 
-python -m benchmarks.step_traffic [--student deit_small_distilled_patch16_224] [--teacher regnety_160]
-                                  [--batch-size 256]
+    python -m benchmarks.step_traffic [--student MODEL] [--teacher MODEL] [--batch-size 256]
 
 Student and teacher are traced as training traces them (bf16 autocast, drop path, fused attention; fp16, BatchNorms
 folded, 1x1 convolutions joined with their ReLU or not) and handed to torch.compile's Inductor, which plans its kernels
@@ -36,6 +35,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from fastdeit.command import FoldedHelp
 from fastdeit.fold_batchnorm import fold_batchnorm
 from fastdeit.memory_format import laid_out
 from fastdeit.model import create_model
@@ -193,7 +193,7 @@ def kind_of(node) -> str | None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FoldedHelp)
     parser.add_argument("--student", default="deit_small_distilled_patch16_224")
     parser.add_argument("--teacher", default="regnety_160")
     parser.add_argument("--batch-size", type=int, default=256)

@@ -1,6 +1,6 @@
 """Claim: stored answers make the teacher free; a live one is cheaper folded, on a GPU also in fp16 and compiled.
 
-python -m benchmarks teacher [--student deit_tiny_distilled_patch16_224] [--teacher regnety_016] [--batch-size 8]
+    python -m benchmarks teacher [--student deit_tiny_distilled_patch16_224] [--teacher regnety_016] [--batch-size 8]
 
 Two comparisons, each in turns, medians:
 

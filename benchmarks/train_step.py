@@ -1,6 +1,6 @@
 """Claim: a step of distilled training takes less time than with timm, with a live teacher and with stored answers.
 
-python -m benchmarks train-step [--students deit_small_distilled_patch16_224 ...] [--teacher regnety_160]
+    python -m benchmarks train-step [--students deit_small_distilled_patch16_224 ...] [--teacher regnety_160]
                                 [--batch-size 256]
 
 From uint8 noise that lies on the device to new weights and a new moving average: normalised, a quarter of it erased,

@@ -1,6 +1,6 @@
 """Which tiles are fastest: times the candidates for the table in kernels/attention/configs.py, and prints the winners.
 
-python -m benchmarks.tune_attention [--tokens 198 578] [--head-dim 64] [--batch 256] [--heads 6] [--only forward]
+    python -m benchmarks.tune_attention [--tokens 198 578] [--head-dim 64] [--batch 256] [--heads 6] [--only forward]
 
 The table is static (see there why), so it is tuned by hand with this at each architecture: what wins clearly goes into
 it. All candidates are first run once, in several processes, which compiles them; those that do not compile or do not

@@ -1,6 +1,7 @@
 """What every command shares: a mistake of the user's ends in one sentence and exit code 2, never in a traceback; and
 help that reads well on any terminal."""
 
+import argparse
 import ast
 import dataclasses
 import errno
@@ -141,15 +142,38 @@ def _docstrings(kind: type) -> dict[str, str]:
 
 
 def fold(text: str) -> str:
-    """Paragraphs filled to the terminal's width. Indented ones are command lines, which go on behind a backslash."""
+    """Paragraphs filled to the terminal's width. Indented ones are command lines, which go on behind a backslash, and
+    tables, whose entries go on below their text."""
     width = max(20, min(shutil.get_terminal_size().columns - 1, 119))
     folded = []
     for paragraph in re.split(r"\n\n+", text.strip("\n")):
         if re.search("^ ", paragraph, re.MULTILINE):
-            folded.append("\n".join(_fold_command(line, width) for line in paragraph.splitlines()))
+            folded.append("\n".join(_fold_entry(entry, width) for entry in _entries(paragraph)))
         else:
             folded.append(textwrap.fill(paragraph, width, break_on_hyphens=False))
     return "\n\n".join(folded)
+
+
+def _entries(paragraph: str) -> list[str]:
+    """The lines of an indented paragraph, each with what goes on below it, further to the right."""
+    entries, indent = [], 0
+    for line in paragraph.splitlines():
+        further = len(line) - len(line.lstrip()) > indent and entries
+        if further:
+            entries[-1] += " " + line.strip()
+        else:
+            entries.append(line)
+            indent = len(line) - len(line.lstrip())
+    return entries
+
+
+def _fold_entry(entry: str, width: int) -> str:
+    """`name    what it is`, the text in a column of its own; or a command line."""
+    found = re.match(r" *\S.*? {2,}(?=\S)", entry)
+    if found is None or width - found.end() < 20:
+        return _fold_command(entry, width)
+    lines = textwrap.wrap(entry[found.end() :], width - found.end(), break_long_words=False, break_on_hyphens=False)
+    return found[0] + ("\n" + " " * found.end()).join(lines)
 
 
 def _fold_command(line: str, width: int) -> str:
@@ -167,3 +191,10 @@ class _AsItIs(str):
 
     def split(self, *_) -> list[str]:
         return [str(self)]
+
+
+class FoldedHelp(argparse.RawDescriptionHelpFormatter):
+    """For argparse: the description as `fold` has it."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return fold(text)

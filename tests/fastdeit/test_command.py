@@ -111,6 +111,17 @@ def test_a_long_command_line_goes_on_behind_a_backslash(monkeypatch):
     assert first.removesuffix("\\").split() + second.split() == command_line.split() and len(first) < 60
 
 
+def test_the_text_of_a_table_goes_on_below_itself(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    first = "    mfu         FLOP of the forward pass and of the backward pass,\n                counted"
+    table = f"{first}\n    idle_share  rest"
+    assert command.fold(table).splitlines() == [
+        "    mfu         FLOP of the forward pass and of the",
+        "                backward pass, counted",
+        "    idle_share  rest",
+    ]
+
+
 def test_settings_without_their_source():
     pytest.importorskip("tyro")
     made = make_dataclass("Made", [("size", int, 3)])
