@@ -9,7 +9,7 @@ mixed, smoothed labels, hard distillation, drop path 0.1, AdamW. bf16 AMP on a G
     fastdeit              the trainer's own step (steps.py), with a live teacher, and with answers read from a store
     timm                  as its train.py does it with token distillation (peers.py), with --torchcompile on a GPU,
                           there with and without --channels-last
-    facebookresearch/deit as its engine.py does it (peers.py), eager; its images come without being erased, which its
+    facebookresearch/deit  as its engine.py does it (peers.py), eager; its images come without being erased, which its
                           loader does elsewhere
 
 and, for the waterfall of the first student, our trainer with what makes it fast switched on one thing after another.
