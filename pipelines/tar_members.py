@@ -126,7 +126,10 @@ def _find(file: BinaryIO, pattern: re.Pattern, position: int, end: int) -> int |
 
 def _resolved(found: list[Member | tarfile.TarInfo]) -> list[Member]:
     """Links replaced by what they lead to in this archive."""
-    by_name = {posixpath.normpath(entry.name): entry for entry in found}
+    links_first = sorted(
+        found, key=lambda entry: isinstance(entry, Member)
+    )  # a file that is stored twice is a link to itself
+    by_name = {posixpath.normpath(entry.name): entry for entry in links_first}
     return [_target(entry, by_name) if isinstance(entry, tarfile.TarInfo) else entry for entry in found]
 
 

@@ -115,6 +115,7 @@ def names_of(index):
         # upper case, folders, links, hidden files
         ("./a/7.JPG ./a/7.CLS=1 b/7.jpg b/7.cls=0", {"./a/7.JPG": 1, "b/7.jpg": 0}),
         ("7.jpg 7.cls=1 8.jpg>7.jpg 8.cls>7.cls", {"7.jpg": 1, "8.jpg": 1}),
+        ("7.jpg 7.cls=1 7.jpg>7.jpg 7.cls>7.cls", {"7.jpg": [1, 1]}),  # as GNU tar writes a file it is given twice
         ("._7.jpg ._7.cls=9 7.jpg 7.cls=1 __MACOSX/7.jpg __MACOSX/7.cls=1", {"7.jpg": 1}),
     ],
 )
