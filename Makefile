@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup train test soak lint bench
+.PHONY: setup train test test-fast soak lint bench
 setup: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
@@ -18,6 +18,15 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak" tests/fastdeit tests/benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not interpreter" tests/kernels tests/pipelines
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m interpreter tests/kernels
+
+# What notices most in about two minutes on two cores: the arithmetic of training, the settings, the recipes, losses,
+# models, weights, teachers, views, checkpoints and resuming. No several processes, no reports, no kernels on the CPU.
+FAST = $(patsubst %,tests/fastdeit/test_%.py,training_arithmetic settings recipes config deit_flags objective optimizer \
+	schedule lamb model weights teacher checkpoint resume written_before) \
+	$(patsubst %,tests/pipelines/test_%.py,sampler draws crop mixing rand_augment three_augment) \
+	$(patsubst %,tests/kernels/test_%.py,distillation_loss mix_normalize)
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak and not interpreter" $(FAST)
 
 # The long versions of the tests that kill, interrupt and resume runs.
 soak: setup
