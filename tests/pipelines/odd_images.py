@@ -35,11 +35,12 @@ def bad_by_header() -> dict[str, tuple[bytes, str]]:
         "empty.jpg": (b"", "empty file"),
         "text.jpg": (b"<html>404 Not Found</html>", "not an image"),
         "zeros.jpg": (bytes(5000), "not an image"),
-        "animation.gif": (encoded(picture(), "GIF"), "unsupported format GIF"),
-        "gif_named.jpg": (encoded(picture(), "GIF"), "unsupported format GIF"),
-        "new.avif": (b"\0\0\0\x20ftypavif" + bytes(100), "unsupported format AVIF"),
-        "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(100), "unsupported format HEIC"),
-        "newer.jxl": (b"\xff\x0a" + bytes(100), "unsupported format JPEG XL"),
+        "animation.gif": (encoded(picture(), "GIF"), f"unsupported format GIF: {CONVERT}"),
+        "gif_named.jpg": (encoded(picture(), "GIF"), f"unsupported format GIF: {CONVERT}"),
+        "plain.jp2": (encoded(picture(), "JPEG2000"), f"unsupported format JPEG 2000: {CONVERT}"),
+        "new.avif": (b"\0\0\0\x20ftypavif" + bytes(100), f"unsupported format AVIF: {CONVERT}"),
+        "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(100), f"unsupported format HEIC: {CONVERT}"),
+        "newer.jxl": (b"\xff\x0a" + bytes(100), f"unsupported format JPEG XL: {CONVERT}"),
         "cut_in_header.jpg": (jpeg[:30], "truncated header"),
         "cut_in_header.png": (png[:20], "truncated header"),
         "no_pixels.bmp": (bytes(flat_bmp), f"damaged header: 0 x {HEIGHT} pixels"),
@@ -63,8 +64,8 @@ def bits12(jpeg: bytes) -> bytes:
 @cache
 def bad_by_body() -> dict[str, bytes]:
     """What only decoding finds."""
-    jpeg, jp2 = encoded(picture(600, 800), quality=95), encoded(picture(600, 800), "JPEG2000")
-    return {"truncated.jpg": jpeg[: len(jpeg) // 2], "truncated.jp2": jp2[: len(jp2) // 2]}
+    jpeg, tiff = encoded(picture(600, 800), quality=95), encoded(picture(600, 800), "TIFF")
+    return {"truncated.jpg": jpeg[: len(jpeg) // 2], "truncated.tif": tiff[: len(tiff) // 2]}
 
 
 @cache
@@ -100,7 +101,6 @@ def odd_but_good() -> dict[str, bytes]:
         "plain.tif": encoded(image, "TIFF"),
         "lzw.tiff": encoded(image, "TIFF", compression="tiff_lzw"),
         "plain.ppm": encoded(image, "PPM"),
-        "plain.jp2": encoded(image, "JPEG2000"),
     }
 
 

@@ -88,7 +88,6 @@ COMMON = [
     *(f"tiff by pillow mode {mode}" for mode in ("CMYK", "YCbCr", "P", "RGBA", "I;16")),
     *(f"tiff order {o} big {b} bits {bits} samples 3" for o in "<>" for b in (False, True) for bits in (8, 16)),
     *(f"tiff orientation {o} samples 3" for o in range(1, 9)),
-    *("jpeg2000 L", "jpeg2000 RGB", "jpeg2000 RGBA", "jpeg2000 RGB tiles", "jpeg2000 I;16"),
     *("pnm P4", "pnm P5 up to 255", "pnm P6 up to 255", "pnm P6 up to 65535", "pnm comments"),
 ]
 
@@ -118,15 +117,13 @@ CAUSES = {
     "tiff premultiplied": "multiplied by alpha",
     "tiff by pillow mode 1": "TIFF of mode 1, which DALI cannot decode although Pillow can",
     "tiff compression 50001": "TIFF with compression 50001",
-    "jpeg2000 RGB precision 12": "JPEG 2000 of 12 bits",
-    "jpeg2000 YCbCr": "colour space SYCC",
-    "jpeg2000 L bare components 0": "damaged header",
-    "jpeg2000 RGB field 22 zero": "damaged header",
     "webp exif": "WEBP of mode RGB, which DALI cannot decode although Pillow can",
     "webp short riff": "damaged",
     "pnm P5 up to 4095": "PNM with 4095 for white",
     "pnm P3 up to 255": "PNM of kind P3",
-    "gif": "unsupported format GIF",
+    "gif": "unsupported format GIF: convert it",
+    "jpeg2000": "unsupported format JPEG 2000: convert it",
+    "jpeg2000 tiles of width 0 bare": "unsupported format JPEG 2000",
 }
 
 
