@@ -383,19 +383,33 @@ def probe(model: nn.Module, name: str, input_size: int) -> None:
     patch, _ = patch_and_grid(model)
     if patch and not getattr(model.patch_embed, "dynamic_img_pad", False):
         _refuse_remainder(f"--model {name}", input_size, *patch)
-    was_training = model.training
+    was_training, lost = model.training, []
     images = torch.zeros(1, 3, input_size, input_size)
     try:
         try:
-            logits = _without_data(model).eval()(images.to("meta"))
+            twin = _without_data(model).eval()
+            for module in twin.modules():
+                if _cuts_patches(module):
+                    module.register_forward_pre_hook(lambda module, inputs: lost.append((module, inputs[0].shape[-1])))
+            logits = twin(images.to("meta"))
         except Exception:  # a tensor that is no buffer, a shape that depends on values; or truly a refusal
             logits = model.eval()(images)
     except Exception as error:
         raise UserError(_refused(name, input_size, error)) from error
     finally:
         model.train(was_training)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    for module, side in lost:
+        if side % module.stride[0]:
+            _refuse_remainder(f"--model {name}", input_size, module.stride[0])
+    if not isinstance(logits, Tensor) or logits.ndim != 2:  # some answer with tokens, or one tensor per stage
         raise UserError(f"--model {name}: it does not answer with one number per class; choose a classifier")
+
+
+def _cuts_patches(module: nn.Module) -> bool:
+    """Whether it is a convolution of the image itself that drops what is left of a row behind its last window."""
+    if not isinstance(module, nn.Conv2d) or module.in_channels != 3:
+        return False
+    return module.kernel_size == module.stride != (1, 1) and module.padding in ((0, 0), "valid")
 
 
 def _without_data(model: nn.Module) -> nn.Module:

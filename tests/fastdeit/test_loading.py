@@ -447,3 +447,49 @@ def test_a_recipe_about_a_size_keeps_it(tmp_path, recipe):
     assert config.model.model == PLAIN
     assert (config.data.input_size, config.data.eval_crop_ratio) == (own.data.input_size, own.data.eval_crop_ratio)
     assert parse_flags("--recipe", recipe, "--finetune", tmp_path / "run", "--eval").data.input_size == 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes: a model looks at all of an image, or is refused in words
+
+
+@pytest.mark.parametrize(
+    "name, size, words",
+    [
+        ("test_vit", 40, "40 pixels do not divide into patches of 16, the rest would be lost; choose --input-size 32"),
+        ("mixer_s32_224", 100, "do not divide into patches of 32"),  # its patches are cut by a module of another name
+        ("convnext_atto", 66, "choose --input-size 64 or 68"),
+        ("nest_tiny", 100, "timm's cannot take images of 100 pixels (AssertionError: First level"),
+        ("levit_128s", 100, "timm's cannot take images of 100 pixels (RuntimeError"),  # only in its forward pass
+        (PLAIN, 15, "15 x 15 pixels do not divide into patches of 4"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit(name, size, words):
+    with pytest.raises((UserError, ValueError)) as refused:
+        build_student(settings(name, size), 3)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("name, size", [("test_vit", 48), ("test_resnet", 33), ("convnext_atto", 68), (PLAIN, 20)])
+def test_sizes_that_fit_leave_the_model_as_it_was(name, size):
+    model, _ = build_student(settings(name, size), 3)
+    assert model.training and answers(model, size).shape == (2, 3)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert not any(tensor.is_meta for tensor in tensors) and not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_teacher_of_a_size_that_does_not_fit_is_told_by_its_own_flag(tmp_path):
+    save_file(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.safetensors")
+    asked = Distillation(
+        teacher_model="test_vit", teacher_path=str(tmp_path / "vit.safetensors"), teacher_input_size=40
+    )
+    with pytest.raises(UserError, match=r"--teacher-model test_vit: .*choose --teacher-input-size 32 or 48"):
+        load_teacher(asked, HERE)
+
+
+def test_timm_converts_what_only_it_knows(tmp_path):
+    """Tables of relative positions at another size, which are no positions of patches."""
+    write_run(tmp_path / "run", "beitv2_base_patch16_224", 32)
+    loaded = load_model(tmp_path / "run", input_size=48)
+    assert loaded.notes == ("names and shapes converted as timm does for this model",)
+    assert answers(loaded.model, 48).shape == (2, 3)

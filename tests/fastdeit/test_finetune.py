@@ -1,0 +1,74 @@
+"""Runs that begin with weights: what they take over, say and remember; and --eval of what they left."""
+
+import json
+
+import pytest
+
+from fastdeit import train
+from fastdeit.export import Trained, export
+from fastdeit.loading import load_model
+
+from .conftest import SMALL
+
+pytest.importorskip("nvidia.dali")
+MEAN, STD = (0.3, 0.35, 0.4), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """A folder of timm's kind, with a normalisation of its own and its classes in another order than the data's."""
+    loaded = load_model(run)
+    folder = tmp_path_factory.mktemp("exported") / "timm"
+    names = ("red", "blue", "green")
+    export(Trained(loaded.model, loaded.architecture, names, (16, 16), MEAN, STD, 0.7), "timm", folder)
+    return folder
+
+
+def test_a_start_from_a_folder_and_its_resume(exported, colors, cli, tmp_path):
+    """What was done to the weights is printed and logged; the normalisation is the weights', in the run, in what it
+    leaves, and when it is resumed without the folder it began with."""
+    arguments = [
+        "--recipe", "finetune", "--data-path", colors, "--output-dir", tmp_path / "run", "--finetune", exported,
+        *"--batch-size 12 --warmup-epochs 0 --num-workers 1 --epochs 1 --tracker none --device cpu".split(),
+    ]  # fmt: skip
+    code, out, err = cli(train.main, *arguments)
+    assert code == 0, err
+    for words in (f"starts from {exported}/model.safetensors", "the rows of head are put into the order of the data's"):
+        assert words in out + err
+    saved = json.loads((tmp_path / "run/last/config.json").read_text())
+    assert (saved["mean"], saved["std"], saved["input_size"], saved["eval_crop_ratio"]) == ([*MEAN], [*STD], 16, 0.7)
+    assert saved["model"] == "deit_nano_distilled_patch4_16" and saved["classes"] == ["blue", "green", "red"]
+
+    (tmp_path / "run/summary.json").unlink()
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    settings["model"]["finetune"] = str(tmp_path / "gone")
+    settings["optimization"]["epochs"] = 2
+    (tmp_path / "run/settings.json").write_text(json.dumps(settings))
+    code, out, err = cli(train.main, "--resume", tmp_path / "run")
+    assert code == 0, err
+    saved = json.loads((tmp_path / "run/last/config.json").read_text())
+    assert saved["step"] == 6 and (saved["mean"], saved["std"]) == ([*MEAN], [*STD])
+
+
+def test_eval_is_at_the_checkpoints_size_and_crop(run, colors, cli):
+    """Whatever names the run, with the recipe's 224 pixels and 0.875 as defaults; a typed flag outranks."""
+    data = ["--data-path", colors, "--eval", "--device", "cpu"]
+    defaults = ["--recipe", "deit_small", *data]
+    tables = []
+    auto = ["--resume", "auto", "--output-dir"]
+    for flags, source in ((defaults, ["--finetune"]), (defaults, auto), (data, ["--resume"])):
+        code, out, err = cli(train.main, *flags, *source, run)
+        assert code == 0, err
+        assert "12 images of 3 classes at 16 x 16 pixels, crop ratio 1" in out
+        tables.append(out)
+    assert tables[0] == tables[1] == tables[2]
+    code, out, _ = cli(train.main, *defaults, "--finetune", run, "--input-size", 32, "--eval-crop-ratio", 0.5)
+    assert code == 0 and "at 32 x 32 pixels, crop ratio 0.5" in out and "interpolated from 16 patches to 8 x 8" in out
+
+
+def test_a_teacher_says_what_was_done_to_it(run, colors, cli, tmp_path):
+    teaching = ["--distillation-type", "hard", "--teacher-path", run, "--teacher-input-size", 32]
+    arguments = [*SMALL, *teaching, "--data-path", colors, "--epochs", 1, "--output-dir", tmp_path / "run"]
+    code, out, err = cli(train.main, *arguments, "--tracker", "none")
+    assert code == 0, err
+    assert f"the teacher {run}: position embedding interpolated from 16 patches to 8 x 8 (bicubic)" in out + err
