@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from .command import UserError, parse, run
-from .prediction import Prediction, as_csv, as_json, as_line, csv_header
+from .prediction import ON_ONE_LINE, Prediction, as_csv, as_json, as_line, csv_header
 
 TOP = 5  # classes
 
@@ -239,7 +239,7 @@ def _print(answers: Iterator[list[Prediction]], header: str | None, form: Callab
                     print(header)
                     header = None
                 if answer.error is not None:
-                    say(f"{answer.image}: {answer.error}")
+                    say(f"{answer.image.translate(ON_ONE_LINE)}: {answer.error}")
                 if (line := form(answer)) is not None:
                     print(line)
                 some |= answer.error is None

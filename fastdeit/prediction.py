@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 IMAGE_WIDTH, CLASS_WIDTH = 60, 16  # columns of the plain form; a longer name pushes the rest of its line to the right
 
+ON_ONE_LINE = str.maketrans({"\n": "\\n", "\r": "\\r"})  # a file's name may hold anything
+
 
 class Prediction(NamedTuple):
     image: str  # as it was named or found
@@ -32,7 +34,7 @@ def as_line(
         if answer.error is not None:
             return None
         cells = [f"{name:<{class_width}} {100 * p:5.1f} %" for name, p in answer.classes]
-        line, *others = [f"{answer.image:<{image_width}}  {cells[0]}", *cells[1:]]
+        line, *others = [f"{answer.image.translate(ON_ONE_LINE):<{image_width}}  {cells[0]}", *cells[1:]]
         for cell in others:
             if width is not None and len(line) + 2 + len(cell) > width:
                 break

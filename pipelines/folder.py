@@ -138,7 +138,8 @@ def list_files(paths: Sequence[str]) -> Listing:
 
 
 def _walk_sorted(folder: str) -> list[Found]:
-    return sorted(_walk(folder, "", frozenset()))
+    here = os.stat(folder)
+    return sorted(_walk(folder, "", _ancestors(folder) - {(here.st_dev, here.st_ino)}))
 
 
 def _walk(folder: str, below: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[Found]:

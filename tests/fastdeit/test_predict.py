@@ -233,6 +233,11 @@ def test_plain_lines(ask, run, images):
     assert len({line.index(" %") for line in out.splitlines()}) == 1  # in columns
 
 
+def test_a_name_of_several_lines_is_one_line():
+    line = as_line(["a.png"], ["cat"])(Prediction("a\nb\r.png", [("cat", 1.0)]))
+    assert line.startswith("a\\nb\\r.png  cat")
+
+
 def test_csv(ask, run, images, damaged):
     code, out, _ = ask(*images, *damaged, "--csv", "--top", "7")
     assert code == 0 and "\r" not in out

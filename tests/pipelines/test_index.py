@@ -65,6 +65,7 @@ def test_a_link_to_a_folder_around_it_is_no_class(data):
     (data / "train/itself").symlink_to(".")
     index = open_index(data)
     assert index.classes == ("cat", "dog") and index.labels.tolist() == [0, 0, 1, 1] and index.bad == ()
+    assert len(open_folder(data / "train/cat")) == 2
 
 
 def test_links_that_lead_nowhere(data):
