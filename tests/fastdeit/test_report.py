@@ -15,6 +15,7 @@ from fastdeit import charts, report, teach, train
 from fastdeit.command import UserError
 from fastdeit.config import parse
 from fastdeit.distributed import join
+from fastdeit.report import pictures
 from fastdeit.report.page import duration
 from fastdeit.report.record import Record
 from fastdeit.report.settings import command, differences, recipe_settings
@@ -234,6 +235,14 @@ def test_pictures(page, run):
         "Class and distillation token: cosine similarity "
     )
     assert len([float(value) for value in told.split(", ")]) == 7  # at the input and after six blocks
+
+
+def test_a_wrong_answer_stands_before_the_class(copy, monkeypatch):
+    look = pictures.Look("cat.png", "data:,", ["data:,"], true="tabby", answer="tiger", probability=0.64)
+    monkeypatch.setattr(pictures, "look", lambda *_: pictures.Looks(["last block"], [look], [], images=400))
+    page = read(report.write(copy))
+    assert "tiger 64 %is tabby" in page.text and "400 validation images" in page.text
+    assert "One validation image is 0.25 %" in page.text
 
 
 def test_nothing_is_loaded_and_names_are_only_text(page):
