@@ -326,6 +326,21 @@ def test_what_cannot_be_read_is_told_and_the_rest_goes_on(ask, answers, images, 
     assert [f"{line['image']}: {line['error']}" for line in errors] == lines
 
 
+def test_a_header_that_crashes_the_decoder_among_a_hundred_images(ask, tmp_path):
+    """A JPEG of 136 bits a sample and a BMP of 16 bits: DALI's decoder raises on them in one of its threads."""
+    good = [picture(tmp_path / f"{i:03d}.jpg", seed=i) for i in range(100)]
+    jpeg, bmp = open(good[0], "rb").read(), open(picture(tmp_path / "50_deep.bmp", seed=0), "rb").read()
+    frame = jpeg.index(b"\xff\xc0")
+    (tmp_path / "30_deep.jpg").write_bytes(jpeg[: frame + 4] + b"\x88" + jpeg[frame + 5 :])
+    (tmp_path / "50_deep.bmp").write_bytes(bmp[:28] + b"\x10" + bmp[29:])
+    _, out, _ = ask(tmp_path, "--batch-size", "64", "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    errors = {os.path.basename(line["image"]): line["error"] for line in lines if "error" in line}
+    assert len(lines) == 102 and set(errors) == {"30_deep.jpg", "50_deep.bmp"}
+    assert "JPEG of 136 bits a sample" in errors["30_deep.jpg"]
+    assert "BMP of 16 bits a pixel" in errors["50_deep.bmp"]
+
+
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_nothing_that_can_be_read(ask, damaged, tmp_path, batch_size):
     (text, cut, absent) = damaged

@@ -34,26 +34,28 @@ GREY = np.asarray(Image.fromarray(PICTURE).convert("L"))
 
 @cache
 def variants() -> dict[str, Variant]:
-    makers = (_jpeg, _png, _bmp, _tiff, _webp, _pnm, _unsupported)
+    from tiff_variants import tiffs
+
+    makers = (_jpeg, _png, _bmp, tiffs, _webp, _pnm, _unsupported)
     return {name: variant for maker in makers for name, variant in maker()}
 
 
-def _saved(image: Image.Image, format: str, **options) -> bytes:
+def saved(image: Image.Image, format: str, **options) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
 
 
-def _rgb(grey: np.ndarray) -> np.ndarray:
+def rgb(grey: np.ndarray) -> np.ndarray:
     return np.repeat(grey[..., None], 3, -1)
 
 
-def _scaled(pixels: np.ndarray, top: int) -> np.ndarray:
+def scaled(pixels: np.ndarray, top: int) -> np.ndarray:
     """From 0..255 to the integers 0..top."""
     return np.rint(pixels.astype(float) * top / 255).astype(np.uint64)
 
 
-def _back(values: np.ndarray, top: int) -> np.ndarray:
+def back(values: np.ndarray, top: int) -> np.ndarray:
     return np.rint(values.astype(float) * 255 / top).astype(np.uint8)
 
 
@@ -63,57 +65,57 @@ def _back(values: np.ndarray, top: int) -> np.ndarray:
 def _jpeg() -> Iterator[tuple[str, Variant]]:
     picture, grey = Image.fromarray(PICTURE), Image.fromarray(GREY)
     plain = {
-        "444": _saved(picture, "JPEG", quality=98, subsampling=0),
-        "grey": _saved(grey, "JPEG", quality=98),
-        "progressive": _saved(picture, "JPEG", quality=98, subsampling=0, progressive=True),
-        "rgb": _saved(picture, "JPEG", quality=98, subsampling=0, keep_rgb=True),
+        "444": saved(picture, "JPEG", quality=98, subsampling=0),
+        "grey": saved(grey, "JPEG", quality=98),
+        "progressive": saved(picture, "JPEG", quality=98, subsampling=0, progressive=True),
+        "rgb": saved(picture, "JPEG", quality=98, subsampling=0, keep_rgb=True),
     }
-    pixels = {"grey": _rgb(GREY)}
+    pixels = {"grey": rgb(GREY)}
     for name, contents in plain.items():
         yield f"jpeg {name}", Variant(contents, pixels.get(name, PICTURE))
     for name, subsampling in (("422", 1), ("420", 2)):
-        contents = _saved(picture, "JPEG", quality=98, subsampling=subsampling)
+        contents = saved(picture, "JPEG", quality=98, subsampling=subsampling)
         yield f"jpeg {name}", Variant(contents, np.asarray(Image.open(io.BytesIO(contents))))
     for base in ("444", "grey", "progressive"):
         contents = plain[base]
         frame = contents.index(b"\xff\xc2" if base == "progressive" else b"\xff\xc0")
         for precision in (0, 1, 2, 7, 9, 10, 12, 16, 32, 64, 128, 136, 255):
-            yield f"jpeg {base} precision {precision}", Variant(_patched(contents, frame + 4, precision), None)
+            yield f"jpeg {base} precision {precision}", Variant(patched(contents, frame + 4, precision), None)
         for components in (0, 1, 2, 3, 4, 5, 255):
             if components != contents[frame + 9]:
-                yield f"jpeg {base} components {components}", Variant(_patched(contents, frame + 9, components), None)
+                yield f"jpeg {base} components {components}", Variant(patched(contents, frame + 9, components), None)
         for sampling in (0x00, 0x01, 0x10, 0x13, 0x31, 0x33, 0x41, 0x14, 0x44, 0x51, 0xFF):
-            yield f"jpeg {base} sampling {sampling:02x}", Variant(_patched(contents, frame + 11, sampling), None)
+            yield f"jpeg {base} sampling {sampling:02x}", Variant(patched(contents, frame + 11, sampling), None)
         # Under the frame header of the others, libjpeg takes the scans of a progressive image for something.
         silent = {0xC0, 0xC1, 0xC9} if base == "progressive" else set()
         for marker in range(0xC0, 0xD0):
             if marker not in (contents[frame + 1], 0xC4, 0xC8, 0xCC) and marker not in silent:
-                yield f"jpeg {base} SOF{marker - 0xC0}", Variant(_patched(contents, frame + 1, marker), None)
+                yield f"jpeg {base} SOF{marker - 0xC0}", Variant(patched(contents, frame + 1, marker), None)
         for height, width in ((0, W), (H, 0), (H + 100, W), (65535, 65535)):
-            patched = _patched(contents, frame + 5, *struct.pack(">HH", height, width))
-            yield f"jpeg {base} size {height} x {width}", Variant(patched, None)
-        yield f"jpeg {base} tables 3", Variant(_patched(contents, frame + 12, 3), None)
-        yield f"jpeg {base} tables 200", Variant(_patched(contents, frame + 12, 200), None)
-        yield f"jpeg {base} frame length 4", Variant(_patched(contents, frame + 2, 0, 4), None)
+            resized = patched(contents, frame + 5, *struct.pack(">HH", height, width))
+            yield f"jpeg {base} size {height} x {width}", Variant(resized, None)
+        yield f"jpeg {base} tables 3", Variant(patched(contents, frame + 12, 3), None)
+        yield f"jpeg {base} tables 200", Variant(patched(contents, frame + 12, 200), None)
+        yield f"jpeg {base} frame length 4", Variant(patched(contents, frame + 2, 0, 4), None)
         yield f"jpeg {base} ends in the frame", Variant(contents[: frame + 6], None)
     key = Image.fromarray(np.concatenate([255 - PICTURE, np.zeros((H, W, 1), np.uint8)], -1), "CMYK")
-    cmyk = _saved(key, "JPEG", quality=98)
+    cmyk = saved(key, "JPEG", quality=98)
     yield "jpeg cmyk", Variant(cmyk, np.asarray(Image.open(io.BytesIO(cmyk)).convert("RGB")))
     adobe = cmyk.index(b"\xff\xee")
     bare = cmyk[:adobe] + cmyk[adobe + 16 :]
     yield "jpeg cmyk bare", Variant(bare, PICTURE)
     for transform in (1, 2, 3, 255):
-        contents = _patched(cmyk, adobe + 15, transform)
+        contents = patched(cmyk, adobe + 15, transform)
         yield f"jpeg cmyk transform {transform}", Variant(contents, by_pillow(contents))
     at = plain["rgb"].index(b"\xff\xee")
     for transform in (1, 2, 255):
-        contents = _patched(plain["rgb"], at + 15, transform)
+        contents = patched(plain["rgb"], at + 15, transform)
         yield f"jpeg rgb transform {transform}", Variant(contents, by_pillow(contents))
     unmarked = plain["rgb"][:at] + plain["rgb"][at + 16 :]
     yield "jpeg rgb by ids", Variant(unmarked, PICTURE)
 
 
-def _patched(contents: bytes, offset: int, *values: int) -> bytes:
+def patched(contents: bytes, offset: int, *values: int) -> bytes:
     return contents[:offset] + bytes(values) + contents[offset + len(values) :]
 
 
@@ -138,13 +140,13 @@ def png(rows_HWC: np.ndarray, bits: int, colour: int, interlace: int = 0, before
     if interlace == 1:  # Adam7
         steps = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
         passes = [rows_HWC[top::down, left::right] for top, left, down, right in steps]
-    raw = b"".join(b"\0" + row for part in passes for row in _packed_rows(part, bits))
+    raw = b"".join(b"\0" + row for part in passes for row in packed_rows(part, bits))
     header = struct.pack(">IIBBBBB", W, H, bits, colour, other.get("compression", 0), other.get("filter", 0), interlace)
     parts = (other.get("first", b""), _chunk(b"IHDR", header), before, _chunk(b"IDAT", zlib.compress(raw)))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + other.get("after", b"") + _chunk(b"IEND", b"")
 
 
-def _packed_rows(values_HWC: np.ndarray, bits: int, order: str = ">") -> list[bytes]:
+def packed_rows(values_HWC: np.ndarray, bits: int, order: str = ">") -> list[bytes]:
     """Each row as bytes, samples of `bits` bits side by side, padded to a byte."""
     rows = values_HWC.reshape(len(values_HWC), -1)
     if bits in (8, 16, 32, 64):
@@ -165,18 +167,18 @@ def _png() -> Iterator[tuple[str, Variant]]:
             continue
         top = 2**bits - 1
         if colour == 3:
-            values, palette = _scaled(GREY[..., None], top), np.arange(top + 1) * 255 // top
+            values, palette = scaled(GREY[..., None], top), np.arange(top + 1) * 255 // top
             contents = png(
                 values, bits, 3, interlace, _chunk(b"PLTE", np.repeat(palette, 3).astype(np.uint8).tobytes())
             )
-            yield name, Variant(contents, _rgb(palette[values[..., 0]].astype(np.uint8)))
+            yield name, Variant(contents, rgb(palette[values[..., 0]].astype(np.uint8)))
             continue
-        values = _scaled(channels[colour], top)
+        values = scaled(channels[colour], top)
         colours = values[..., :3] if colour in (2, 6) else values[..., :1].repeat(3, -1)
-        yield name, Variant(png(values, bits, colour, interlace), _back(colours, top))
+        yield name, Variant(png(values, bits, colour, interlace), back(colours, top))
         if colour in (0, 2):
             key = _chunk(b"tRNS", values[0, 0].astype(">u2").tobytes())
-            yield name + " key", Variant(png(values, bits, colour, interlace, key), _back(colours, top))
+            yield name + " key", Variant(png(values, bits, colour, interlace, key), back(colours, top))
     rows = PICTURE.astype(np.uint64)
     control = _chunk(b"acTL", struct.pack(">II", 2, 0))
     frame = _chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, W, H, 0, 0, 1, 10, 0, 0))
@@ -196,21 +198,21 @@ def _png() -> Iterator[tuple[str, Variant]]:
     yield "png bits used", Variant(png(rows, 8, 2, 0, _chunk(b"sBIT", b"\5\6\5")), PICTURE)
     with_alpha = png(channels[6].astype(np.uint64), 8, 6, 0, _chunk(b"bKGD", bytes(6)))
     yield "png background alpha", Variant(with_alpha, PICTURE)
-    yield "png palette missing", Variant(png(_scaled(GREY[..., None], 255), 8, 3), None)
+    yield "png palette missing", Variant(png(scaled(GREY[..., None], 255), 8, 3), None)
     three = _chunk(b"PLTE", bytes(9))
-    yield "png palette short", Variant(png(_scaled(GREY[..., None], 255), 8, 3, 0, three), None)
+    yield "png palette short", Variant(png(scaled(GREY[..., None], 255), 8, 3, 0, three), None)
     ramp = _chunk(b"PLTE", np.arange(256).repeat(3).astype(np.uint8).tobytes())
     see_through = ramp + _chunk(b"tRNS", bytes(range(256)))
-    yield "png palette alpha", Variant(png(_scaled(GREY[..., None], 255), 8, 3, 0, see_through), _rgb(GREY))
+    yield "png palette alpha", Variant(png(scaled(GREY[..., None], 255), 8, 3, 0, see_through), rgb(GREY))
     yield "png compression 1", Variant(png(rows, 8, 2, compression=1), None)
     yield "png filter 1", Variant(png(rows, 8, 2, filter=64), None)
     good = png(rows, 8, 2)
     for height, width in ((0, W), (H, 0), (2**31, W), (H, 2**31 - 1), (2**16, 2**16)):
-        patched = good[:16] + struct.pack(">II", width, height) + good[24:]
-        yield f"png size {height} x {width} bad crc", Variant(patched, None)
-        whole = patched[:29] + struct.pack(">I", zlib.crc32(patched[12:29])) + patched[33:]
+        resized = good[:16] + struct.pack(">II", width, height) + good[24:]
+        yield f"png size {height} x {width} bad crc", Variant(resized, None)
+        whole = resized[:29] + struct.pack(">I", zlib.crc32(resized[12:29])) + resized[33:]
         yield f"png size {height} x {width}", Variant(whole, None)
-    yield "png bad crc", Variant(_patched(good, 29, 0, 0, 0, 0), None)
+    yield "png bad crc", Variant(patched(good, 29, 0, 0, 0, 0), None)
     yield "png no end", Variant(good[:-12], None)
 
 
@@ -243,13 +245,13 @@ def _bmp() -> Iterator[tuple[str, Variant]]:
     for size in ((0, W), (H, 0), (H, -W), (-(2**31), W), (2**30, 2**30), (10 * H, W)):
         yield f"bmp size {size}", Variant(bmp(40, 24, 0, *size), None)
     for planes in (0, 2, 3):
-        yield f"bmp planes {planes}", Variant(_patched(bmp(40, 24, 0), 26, planes), None)
+        yield f"bmp planes {planes}", Variant(patched(bmp(40, 24, 0), 26, planes), None)
     for offset in (0, 14, 10**6):
-        yield f"bmp pixels at {offset}", Variant(_patched(bmp(40, 24, 0), 10, *struct.pack("<I", offset)), None)
+        yield f"bmp pixels at {offset}", Variant(patched(bmp(40, 24, 0), 10, *struct.pack("<I", offset)), None)
     for used in (256, 257, 2**31):
-        contents = _patched(bmp(40, 8, 0), 46, *struct.pack("<I", used))
+        contents = patched(bmp(40, 8, 0), 46, *struct.pack("<I", used))
         yield f"bmp {used} colours", Variant(contents, by_pillow(contents))
-    yield "bmp 16 colours", Variant(bmp(40, 8, 0, colours=16), _rgb(_back(_scaled(GREY, 15), 15)))
+    yield "bmp 16 colours", Variant(bmp(40, 8, 0, colours=16), rgb(back(scaled(GREY, 15), 15)))
 
 
 def bmp(
@@ -277,10 +279,10 @@ def bmp(
         rows = [row.tobytes() for row in values]
     elif depth == 16:
         r, g, b = (PICTURE >> 3).astype(np.uint64).transpose(2, 0, 1)
-        rows = _packed_rows((r << np.uint64(10) | g << np.uint64(5) | b), 16, "<")
+        rows = packed_rows((r << np.uint64(10) | g << np.uint64(5) | b), 16, "<")
     else:
-        rows = _packed_rows(
-            _scaled(GREY, (colours or 2 ** min(depth, 8)) - 1 if depth else 1), depth if depth in (1, 2, 4, 8) else 8
+        rows = packed_rows(
+            scaled(GREY, (colours or 2 ** min(depth, 8)) - 1 if depth else 1), depth if depth in (1, 2, 4, 8) else 8
         )
     rows = [row + bytes(-len(row) % 4) for row in rows]
     body = b"".join(rows if height < 0 else rows[::-1])
@@ -291,231 +293,58 @@ def bmp(
     return b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + about + palette + body
 
 
-# --- TIFF
-
-
-def tiff(planes: list[bytes], tags: dict[int, tuple[str, tuple]], *, order: str = "<", big: bool = False) -> bytes:
-    """One image of one page; tags: number: (struct letter, values)."""
-    letters = {"B": 1, "H": 3, "I": 4, "Q": 16}
-    head = (b"II" if order == "<" else b"MM") + struct.pack(
-        order + ("HHHQ" if big else "HI"), *((43, 8, 0, 16) if big else (42, 8))
-    )
-    wide, entry_bytes = ("Q", 20) if big else ("I", 12)
-    tags = tags | {273: ("I", (0,) * len(planes)), 279: ("I", tuple(map(len, planes)))}
-    count_letter = "Q" if big else "H"
-    end = len(head) + struct.calcsize("<" + count_letter) + entry_bytes * len(tags) + struct.calcsize("<" + wide)
-    room = struct.calcsize("<" + wide)
-    extra, offsets = b"", []
-    for plane in planes:
-        offsets.append(end + len(extra))
-        extra += plane + bytes(len(plane) % 2)
-    tags[273] = ("I", tuple(offsets))
-    entries = b""
-    for number, (letter, values) in sorted(tags.items()):
-        data = struct.pack(f"{order}{len(values)}{letter}", *values)
-        if len(data) > room:
-            place = struct.pack(order + wide, end + len(extra))
-            extra += data + bytes(len(data) % 2)
-        else:
-            place = data.ljust(room, b"\0")
-        entries += struct.pack(order + "HH" + wide, number, letters[letter], len(values)) + place
-    return head + struct.pack(order + count_letter, len(tags)) + entries + struct.pack(order + wide, 0) + extra
-
-
-def tiff_of(
-    values_HWC: np.ndarray, bits: int, photometric: int, *, planar=1, compression=1, order="<", big=False, **tags
-):
-    samples = values_HWC.shape[-1]
-    parts = [values_HWC] if planar == 1 else [values_HWC[..., c : c + 1] for c in range(samples)]
-    if values_HWC.dtype.kind in "fi":
-        planes = [part.astype(part.dtype.newbyteorder(order)).tobytes() for part in parts]
-    else:
-        planes = [b"".join(_packed_rows(part, bits, order)) for part in parts]
-    if compression in (8, 32946):
-        planes = [zlib.compress(plane) for plane in planes]
-    entries = {
-        256: ("I", (values_HWC.shape[1],)),
-        257: ("I", (values_HWC.shape[0],)),
-        258: ("H", (bits,) * samples),
-        259: ("H", (compression,)),
-        262: ("H", (photometric,)),
-        277: ("H", (samples,)),
-        278: ("I", (values_HWC.shape[0],)),
-        284: ("H", (planar,)),
-    }
-    entries |= {int(number[1:]): value for number, value in tags.items()}
-    return tiff(planes, entries, order=order, big=big)
-
-
-def _tiff() -> Iterator[tuple[str, Variant]]:
-    alpha = np.full((H, W, 1), 100, np.uint8)
-    samples_of = {
-        1: GREY[..., None],
-        2: np.concatenate([GREY[..., None], alpha], -1),
-        3: PICTURE,
-        4: np.concatenate([PICTURE, alpha], -1),
-        5: np.concatenate([PICTURE, alpha, alpha], -1),
-    }
-    bits_tried = (1, 2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 64)
-    for bits, samples, photometric, planar in itertools.product(bits_tried, range(1, 6), (0, 1, 2), (1, 2)):
-        if planar == 2 and (samples == 1 or bits not in (8, 16)):
-            continue
-        top = 2**bits - 1
-        values = (
-            _scaled(samples_of[samples], top)
-            if bits < 53
-            else samples_of[samples].astype(np.uint64) * np.uint64(top // 255)
-        )
-        name = f"tiff bits {bits} samples {samples} photometric {photometric} planar {planar}"
-        extra = {"t338": ("H", (2,) + (0,) * (n - 1))} if (n := samples - (3 if photometric == 2 else 1)) > 0 else {}
-        right = None
-        if photometric == 2 and samples >= 3:
-            right = _back(values[..., :3], top)
-        elif photometric < 2:
-            right = _rgb(_back(values[..., 0], top))
-            right = 255 - right if photometric == 0 else right
-        contents = tiff_of(values, bits, photometric, planar=planar, **extra)
-        yield name, Variant(contents, right)
-        if extra and bits == 8:
-            yield name + " extra unsaid", Variant(tiff_of(values, bits, photometric, planar=planar), right)
-    eight = {n: values.astype(np.uint64) for n, values in samples_of.items()}
-    for orientation, samples in itertools.product(range(10), (1, 3)):
-        contents = tiff_of(eight[samples], 8, samples // 2 + 1, t274=("H", (orientation,)))
-        right = _rgb(GREY) if samples == 1 else PICTURE
-        yield f"tiff orientation {orientation} samples {samples}", Variant(contents, right)
-    for compression in (0, 2, 3, 4, 6, 7, 8, 9, 32946, 34712, 34887, 34925, 50001):
-        right = PICTURE if compression in (8, 32946) else None
-        yield f"tiff compression {compression}", Variant(tiff_of(eight[3], 8, 2, compression=compression), right)
-    for name in ("tiff_lzw", "packbits", "tiff_adobe_deflate", "jpeg", "zstd", "lzma"):
-        for mode, image in (("RGB", Image.fromarray(PICTURE)), ("L", Image.fromarray(GREY))):
-            contents = _saved(image, "TIFF", compression=name)
-            yield f"tiff by pillow {name} {mode}", Variant(contents, by_pillow(contents))
-    for name in ("group3", "group4", "tiff_ccitt"):
-        contents = _saved(Image.fromarray(GREY).convert("1"), "TIFF", compression=name)
-        yield f"tiff by pillow {name}", Variant(contents, by_pillow(contents))
-    for mode in ("CMYK", "YCbCr", "LAB", "P", "1", "RGBA", "I", "F", "I;16"):
-        image = Image.fromarray(PICTURE)
-        if mode == "LAB":
-            image = Image.frombytes("LAB", (W, H), PICTURE.tobytes())
-        elif mode == "I;16":
-            image = Image.fromarray(GREY.astype(np.uint16) * 257)
-        else:
-            image = image.convert(mode)
-        contents = _saved(image, "TIFF")
-        deep = _rgb(GREY) if mode in ("I", "F", "I;16") else None
-        yield f"tiff by pillow mode {mode}", Variant(contents, by_pillow(contents) if deep is None else deep)
-    for photometric, samples in itertools.product((3, 4, 5, 6, 8, 9, 10, 32803, 32844, 32845, 34892, 65535), (1, 3, 4)):
-        contents = tiff_of(eight[samples], 8, photometric)
-        yield f"tiff photometric {photometric} samples {samples}", Variant(contents, None)
-    ramp = tuple(np.tile(np.arange(256) * 257, 3).tolist())
-    yield "tiff palette", Variant(tiff_of(eight[1], 8, 3, t320=("H", ramp)), _rgb(GREY))
-    yield "tiff palette of 8 bit", Variant(tiff_of(eight[1], 8, 3, t320=("H", tuple(v // 257 for v in ramp))), None)
-    four = tuple(np.tile(np.arange(16) * 4369, 3).tolist())
-    right = _rgb(_back(_scaled(GREY, 15), 15))
-    yield "tiff palette 4 bit", Variant(tiff_of(_scaled(GREY[..., None], 15), 4, 3, t320=("H", four)), right)
-    for kind, top, samples in itertools.product(("f2", "f4", "f8"), (1, 255), (1, 3)):
-        values = (samples_of[samples] / 255 * top).astype(kind)
-        photometric, bits = samples // 2 + 1, 8 * int(kind[1])
-        contents = tiff_of(values, bits, photometric, t339=("H", (3,) * samples))
-        right = _rgb(GREY) if samples == 1 else PICTURE
-        yield f"tiff float {kind} up to {top} samples {samples}", Variant(contents, right)
-    for kind, samples in itertools.product(("i1", "i2", "i4"), (1, 3)):
-        values = (samples_of[samples] // 2).astype(kind)
-        contents = tiff_of(values, 8 * int(kind[1]), samples // 2 + 1, t339=("H", (2,) * samples))
-        yield f"tiff signed {kind} samples {samples}", Variant(contents, None)
-    for order, big, bits, samples in itertools.product("<>", (False, True), (8, 16), (1, 3)):
-        values = _scaled(samples_of[samples], 2**bits - 1)
-        contents = tiff_of(values, bits, samples // 2 + 1, order=order, big=big)
-        right = _rgb(GREY) if samples == 1 else PICTURE
-        yield f"tiff order {order} big {big} bits {bits} samples {samples}", Variant(contents, right)
-    for bits in (8, 16):
-        values = _scaled(PICTURE, 2**bits - 1).astype(np.int64)
-        stepped = np.concatenate([values[:, :1], np.diff(values, axis=1) % 2**bits], 1).astype(np.uint64)
-        for compression in (1, 8):
-            contents = tiff_of(stepped, bits, 2, compression=compression, t317=("H", (2,)))
-            yield (
-                f"tiff predictor 2 bits {bits} compression {compression}",
-                Variant(contents, PICTURE if compression == 8 else None),
-            )
-    mirrored = np.packbits(np.unpackbits(PICTURE[..., None], axis=-1)[..., ::-1], axis=-1)[..., 0]
-    yield "tiff fill order 2", Variant(tiff_of(mirrored.astype(np.uint64), 8, 2, t266=("H", (2,))), PICTURE)
-    cmyk = np.concatenate([255 - PICTURE, np.full((H, W, 1), 0, np.uint8)], -1)
-    yield "tiff cmyk", Variant(tiff_of(cmyk.astype(np.uint64), 8, 5, t332=("H", (1,))), PICTURE)
-    yield "tiff cmyk 16 bit", Variant(tiff_of(_scaled(cmyk, 65535), 16, 5), PICTURE)
-    yield (
-        "tiff premultiplied",
-        Variant(tiff_of(eight[4], 8, 2, t338=("H", (1,))), by_pillow(tiff_of(eight[4], 8, 2, t338=("H", (1,))))),
-    )
-    yield "tiff bits differ", Variant(tiff_of(eight[3], 8, 2, t258=("H", (5, 6, 5))), None)
-    yield "tiff one bits for all", Variant(tiff_of(eight[3], 8, 2, t258=("H", (8,))), None)
-    yield "tiff min is white said", Variant(tiff_of(eight[1], 8, 1, t280=("H", (100,)), t281=("H", (200,))), _rgb(GREY))
-    yield "tiff smaller image first", Variant(tiff_of(eight[3], 8, 2, t254=("I", (1,))), PICTURE)
-    tile = np.zeros((48, 48, 3), np.uint8)
-    tile[:H, :W] = PICTURE
-    tiled = tiff_of(eight[3], 8, 2, t322=("I", (48,)), t323=("I", (48,)), t324=("I", (0,)), t325=("I", (tile.size,)))
-    yield "tiff tiles at nowhere", Variant(tiled, None)
-    two = io.BytesIO()
-    Image.fromarray(PICTURE).save(two, "TIFF", save_all=True, append_images=[Image.fromarray(255 - PICTURE)])
-    yield "tiff two pages", Variant(two.getvalue(), PICTURE)
-    for size in ((0, W), (H, 0), (2**31, W), (H, 2**31 - 1), (2 * H, W)):
-        contents = tiff_of(eight[3], 8, 2, t257=("I", size[:1]), t256=("I", size[1:]))
-        yield f"tiff size {size}", Variant(contents, None)
-    good = tiff_of(eight[3], 8, 2)
-    yield "tiff ifd beyond the end", Variant(_patched(good, 4, *struct.pack("<I", 10**6)), None)
-
-
 # --- the others
 
 
 def _webp() -> Iterator[tuple[str, Variant]]:
     picture = Image.fromarray(PICTURE)
     see_through = Image.fromarray(np.concatenate([PICTURE, np.full((H, W, 1), 100, np.uint8)], -1))
-    lossy = _saved(picture, "WEBP", quality=100)
+    lossy = saved(picture, "WEBP", quality=100)
     yield "webp lossy", Variant(lossy, by_pillow(lossy))
-    lossless = _saved(picture, "WEBP", lossless=True)
+    lossless = saved(picture, "WEBP", lossless=True)
     yield "webp lossless", Variant(lossless, PICTURE)
-    yield "webp alpha lossless", Variant(_saved(see_through, "WEBP", lossless=True, exact=True), PICTURE)
-    contents = _saved(see_through, "WEBP", quality=100)
+    yield "webp alpha lossless", Variant(saved(see_through, "WEBP", lossless=True, exact=True), PICTURE)
+    contents = saved(see_through, "WEBP", quality=100)
     yield "webp alpha lossy", Variant(contents, by_pillow(contents))
     animation = io.BytesIO()
     picture.save(animation, "WEBP", save_all=True, append_images=[Image.fromarray(255 - PICTURE)], lossless=True)
     yield "webp animation", Variant(animation.getvalue(), PICTURE)
     exif = Image.Exif()
     exif[0x0112] = 6
-    extended = _saved(picture, "WEBP", lossless=True, exif=exif)
+    extended = saved(picture, "WEBP", lossless=True, exif=exif)
     yield "webp exif", Variant(extended, PICTURE)
     for width in (1, W + 1, 2**24):
-        contents = _patched(extended, 24, *struct.pack("<I", width - 1)[:3])
+        contents = patched(extended, 24, *struct.pack("<I", width - 1)[:3])
         yield f"webp canvas {width}", Variant(contents, None)
     for value in (0, 1, 2, 4, 8, 16, 32, 64, 128, 255):
-        yield f"webp flags {value}", Variant(_patched(extended, 20, value), PICTURE if value in (1, 64, 128) else None)
+        yield f"webp flags {value}", Variant(patched(extended, 20, value), PICTURE if value in (1, 64, 128) else None)
     for version in range(1, 8):
-        yield f"webp lossless version {version}", Variant(_patched(lossless, 24, lossless[24] | version << 5), None)
+        yield f"webp lossless version {version}", Variant(patched(lossless, 24, lossless[24] | version << 5), None)
     for width in (0, 1, W + 5, 0x3FFF):
-        yield f"webp lossy width {width}", Variant(_patched(lossy, 26, *struct.pack("<H", width)), None)
+        yield f"webp lossy width {width}", Variant(patched(lossy, 26, *struct.pack("<H", width)), None)
     for value in (0x01, 0x04, 0x0E, 0x80, 0xFF):
-        yield f"webp lossy frame tag {value:x}", Variant(_patched(lossy, 20, value), None)
-    yield "webp unknown chunk", Variant(_patched(lossy, 12, *b"VP9 "), None)
-    yield "webp short riff", Variant(_patched(lossy, 4, 10, 0, 0, 0), None)
+        yield f"webp lossy frame tag {value:x}", Variant(patched(lossy, 20, value), None)
+    yield "webp unknown chunk", Variant(patched(lossy, 12, *b"VP9 "), None)
+    yield "webp short riff", Variant(patched(lossy, 4, 10, 0, 0, 0), None)
 
 
 def _pnm() -> Iterator[tuple[str, Variant]]:
     for top in (0, 1, 2, 7, 15, 31, 100, 127, 254, 255, 256, 1023, 4095, 32767, 65535, 65536, 10**6):
         bits = 8 if top < 256 else 16
         for kind, values in ((b"P5", GREY), (b"P6", PICTURE), (b"P2", GREY), (b"P3", PICTURE)):
-            scaled = _scaled(values, min(top, 65535))
+            numbers = scaled(values, min(top, 65535))
             if kind in (b"P5", b"P6"):
-                body = b"".join(_packed_rows(scaled, bits))
+                body = b"".join(packed_rows(numbers, bits))
             else:
-                body = " ".join(map(str, scaled.ravel().tolist())).encode()
+                body = " ".join(map(str, numbers.ravel().tolist())).encode()
             right = None
             if 0 < top < 65536:
-                right = _back(scaled, top)
-                right = _rgb(right) if right.ndim == 2 else right
+                right = back(numbers, top)
+                right = rgb(right) if right.ndim == 2 else right
             yield f"pnm {kind.decode()} up to {top}", Variant(b"%s\n%d %d\n%d\n" % (kind, W, H, top) + body, right)
     ink = (GREY < 128).astype(np.uint64)
-    right = _rgb(np.where(ink, 0, 255).astype(np.uint8))
-    yield "pnm P4", Variant(b"P4\n%d %d\n" % (W, H) + b"".join(_packed_rows(ink, 1)), right)
+    right = rgb(np.where(ink, 0, 255).astype(np.uint8))
+    yield "pnm P4", Variant(b"P4\n%d %d\n" % (W, H) + b"".join(packed_rows(ink, 1)), right)
     yield "pnm P1", Variant(b"P1\n%d %d\n" % (W, H) + " ".join(map(str, ink.ravel().tolist())).encode(), right)
     colours = PICTURE.tobytes()
     head = b"P7\nWIDTH %d\nHEIGHT %d\nDEPTH %d\nMAXVAL 255\nTUPLTYPE %s\nENDHDR\n"
@@ -530,14 +359,14 @@ def _pnm() -> Iterator[tuple[str, Variant]]:
 
 
 def _unsupported() -> Iterator[tuple[str, Variant]]:
-    contents = _saved(Image.fromarray(PICTURE), "GIF")
+    contents = saved(Image.fromarray(PICTURE), "GIF")
     yield "gif", Variant(contents, PICTURE)
     yield "gif 87", Variant(b"GIF87a" + contents[6:], PICTURE)
     for bare in (False, True):
-        contents = _saved(Image.fromarray(PICTURE), "JPEG2000", no_jp2=bare)
+        contents = saved(Image.fromarray(PICTURE), "JPEG2000", no_jp2=bare)
         size = contents.index(b"\xff\x51")
         yield f"jpeg2000{' bare' * bare}", Variant(contents, PICTURE)
         # The parser divides by these; the decoder reads beyond its memory with the third.
-        yield f"jpeg2000 tiles of width 0{' bare' * bare}", Variant(_patched(contents, size + 22, 0, 0, 0, 0), None)
-        yield f"jpeg2000 no channels{' bare' * bare}", Variant(_patched(contents, size + 38, 0, 0), None)
-        yield f"jpeg2000 levels{' bare' * bare}", Variant(_patched(contents, size + 52, 255, 0), None)
+        yield f"jpeg2000 tiles of width 0{' bare' * bare}", Variant(patched(contents, size + 22, 0, 0, 0, 0), None)
+        yield f"jpeg2000 no channels{' bare' * bare}", Variant(patched(contents, size + 38, 0, 0), None)
+        yield f"jpeg2000 levels{' bare' * bare}", Variant(patched(contents, size + 52, 255, 0), None)
