@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BINS = 15
+FEW = 10  # images: the accuracy of a bin with fewer says next to nothing
 
 
 def calibration_counts(logits: Tensor, labels: Tensor) -> Tensor:
@@ -34,29 +35,25 @@ def expected_calibration_error(counts) -> float:
 
 
 def draw_calibration(counts: dict[str, np.ndarray], path: Path) -> None:
-    """A reliability diagram for each title: accuracy over confidence, and how many images are that sure."""
+    """A reliability diagram for each title: accuracy over confidence, and how many images are that sure. Bins of few
+    images stand by themselves, and the line breaks where they or empty ones lie."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6 * len(counts), 4.6), layout="constrained")
     axes = figure.subplots(2, len(counts), squeeze=False, sharex=True, sharey="row", height_ratios=[3, 1])
     for (title, table), diagram, histogram in zip(counts.items(), *axes):
         images, right, confidence = np.asarray(table, dtype=np.float64).T
-        some = images > 0
         diagram.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
-        diagram.plot(
-            confidence[some] / images[some],
-            right[some] / images[some],
-            marker="o",
-            markersize=4,
-            linewidth=1.2,
-            clip_on=False,
-        )
+        x, y = (values / np.maximum(images, 1) for values in (confidence, right))
+        few, enough = (0 < images) & (images < FEW), images >= FEW
+        diagram.plot(np.where(enough, x, np.nan), np.where(enough, y, np.nan), "o-", markersize=4, clip_on=False)
+        diagram.plot(x[few], y[few], "o", markersize=4, color="0.6", fillstyle="none", clip_on=False)
         diagram.set(title=f"{title}\nECE {100 * expected_calibration_error(table):.2f} %", xlim=(0, 1), ylim=(0, 1))
         diagram.set_box_aspect(1)
         histogram.set_box_aspect(1 / 3)
         histogram.bar((np.arange(BINS) + 0.5) / BINS, 100 * images / images.sum(), width=0.9 / BINS, color="0.6")
         histogram.set(xlabel="confidence")
         diagram.grid(alpha=0.3)
-    axes[0][0].set(ylabel="accuracy")
+    axes[0][0].set(ylabel=f"accuracy (hollow: under {FEW} images)")
     axes[1][0].set(ylabel="images, %")
     figure.savefig(path, dpi=110)

@@ -70,6 +70,8 @@ def draw_confusion(path: Path, classes: Sequence[str], answers: np.ndarray, labe
     shares, count = _matrix(answers, labels, len(classes)), len(classes)
     listed = confusions(answers, labels, count)[:LISTED]
     figure = Figure(figsize=(14, 7.5), layout="constrained")
+    # The layout is off by some pixels where a square axis is as wide as its place: without room its label is cut.
+    figure.get_layout_engine().set(w_pad=0.2)
     matrix, bars = figure.subplots(1, 2, width_ratios=[1.15, 0.85], gridspec_kw={"wspace": 0.06})
     # The square root lets a confusion of one per cent be seen beside a diagonal of nearly all.
     image = matrix.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")

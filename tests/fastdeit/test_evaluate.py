@@ -9,6 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax, softmax
@@ -306,6 +309,27 @@ def test_a_diagram_with_empty_bins(tmp_path):
         assert picture.size in ((792, 506), (792, 505))  # before matplotlib 3.11
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, before they are."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), figures.append(self)))
+    return figures
+
+
+def test_no_line_is_drawn_through_nearly_empty_bins(tmp_path, drawn):
+    counts = np.zeros((BINS, 3))
+    counts[3], counts[9], counts[12], counts[14] = (1, 0, 0.25), (9, 9, 5.6), (10, 7, 8.4), (340, 336, 338)
+    draw_calibration({"digits": counts}, tmp_path / "diagram.png")
+    _, line, dots = drawn[0].axes[0].lines
+    expected = np.full((BINS, 2), np.nan)
+    expected[12], expected[14] = (0.84, 0.7), (338 / 340, 336 / 340)
+    np.testing.assert_allclose(line.get_xydata(), expected)
+    np.testing.assert_allclose(dots.get_xydata(), [(0.25, 0), (5.6 / 9, 1)])
+    assert line.get_linestyle() == "-" and dots.get_linestyle() == "None"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Confusion
 
@@ -372,3 +396,17 @@ def test_pictures_of_any_number_of_classes(tmp_path, classes):
     for name in ("confusion.png", "right.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.size == (1400, 750)
+
+
+@pytest.mark.parametrize(
+    "names", [list("0123456789"), ["blue", "green"], [f"a class of a rather long name {i}" for i in range(30)]]
+)
+def test_nothing_written_on_the_picture_is_cut(tmp_path, drawn, names):
+    answers, labels = answers_and_labels(500, len(names))
+    draw_confusion(tmp_path / "confusion.png", names, answers, labels, "title")
+    (figure,) = drawn
+    (width, height), renderer = figure.bbox.size, FigureCanvasAgg(figure).get_renderer()
+    written = {text.get_text(): text.get_window_extent(renderer) for text in figure.findobj(Text)}
+    for text in ("class", "answer", "title", "% of the class", "images"):
+        box = written[text]
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
