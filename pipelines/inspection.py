@@ -210,7 +210,7 @@ def _check_png(head: bytes, read: Read) -> tuple[bytes, bool]:
     if bits not in _PNG_BITS.get(colour, ()) or interlace > 1:
         raise BadHeader(f"damaged header: PNG of {bits} bits, colour type {colour}, interlace {interlace}")
     encoded, position, rotated, seen = read(0, -1), 8, False, set()
-    while position + 8 <= len(encoded):
+    while position + 8 <= len(encoded) and b"IEND" not in seen:  # behind it anything may follow
         length, kind = struct.unpack_from(">I4s", encoded, position)
         if kind == b"IDAT" and b"IDAT" not in seen and b"acTL" in seen and b"fcTL" not in seen:
             raise _unsupported("an animated PNG whose still image is none of its frames")
