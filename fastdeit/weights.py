@@ -109,8 +109,9 @@ def fit(
     if complaints := _complaints(state, fresh):
         converted = weight_names.by_timm(model, state)
         if converted is None or _complaints(converted, fresh):
+            size = "" if state.keys() ^ fresh.keys() else ", at the size of images it was trained for"
             raise ValueError(
-                f"{source.path} is of another model: {'; '.join(complaints)}; make the model that the file is of"
+                f"{source.path} is of another model: {'; '.join(complaints)}; make the model that the file is of{size}"
             )
         state = converted
         notes.append("names and shapes converted as timm does for this model")

@@ -487,9 +487,19 @@ def test_a_teacher_of_a_size_that_does_not_fit_is_told_by_its_own_flag(tmp_path)
         load_teacher(asked, HERE)
 
 
-def test_timm_converts_what_only_it_knows(tmp_path):
+def test_timm_converts_what_only_it_knows():
     """Tables of relative positions at another size, which are no positions of patches."""
-    write_run(tmp_path / "run", "beitv2_base_patch16_224", 32)
-    loaded = load_model(tmp_path / "run", input_size=48)
-    assert loaded.notes == ("names and shapes converted as timm does for this model",)
-    assert answers(loaded.model, 48).shape == (2, 3)
+    name = "swin_tiny_patch4_window7_224"
+    theirs, model = (create_model(name, num_classes=3, input_size=size) for size in (224, 192))
+    source = sources.Source("it", "file", "it", {})
+    state, notes = weights.fit(model, theirs.state_dict(), source)
+    assert notes == ["names and shapes converted as timm does for this model"]
+    before, wanted = theirs.state_dict(), model.state_dict()
+    resized = {key for key, tensor in state.items() if tensor.shape != before[key].shape}
+    assert resized and all(key.endswith("relative_position_bias_table") for key in resized)
+    assert all(tensor.shape == wanted[key].shape for key, tensor in state.items())
+    same_name = "layers.0.blocks.0.mlp.fc1.weight"
+    assert torch.equal(state[same_name], theirs.state_dict()[same_name])
+    theirs, model = (create_model("pit_ti_224", num_classes=3, input_size=size) for size in (64, 96))
+    with pytest.raises(ValueError, match=r"pos_embed is .*, at the size of images it was trained for"):
+        weights.fit(model, theirs.state_dict(), source)
