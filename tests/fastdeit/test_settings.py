@@ -4,13 +4,17 @@ before and right after. A new field of the settings needs a case here."""
 import copy
 import dataclasses
 import importlib
+import io
 import json
 from functools import cached_property
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastdeit import data, train
@@ -30,7 +34,7 @@ PLACE = Place(torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Weights of a student and of two teachers; classes: the teacher's are the data's in another order."""
+    """Weights of a student and of two teachers; the teacher's classes and the data's in another order; a table."""
     folder = tmp_path_factory.mktemp("settings")
     timm = pytest.importorskip("timm")
     for number, name in enumerate(("student", "teacher", "other")):
@@ -39,6 +43,13 @@ def files(tmp_path_factory):
         model.reset_classifier(len(CLASSES))
         save_file(model.state_dict(), folder / f"{name}.safetensors")
     (folder / "classes").write_text(json.dumps(dict(zip(CLASSES, ROTATED))))
+    (folder / "order").write_text("red\nblue\ngreen\n")
+    image = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(image, "png")
+    (folder / "tables").mkdir()
+    for split in ("train", "validation"):
+        table = pa.table({"image": [image.getvalue()] * 2, "label": ["x", "y"], "kind": ["p", "q"]})
+        pq.write_table(table, folder / "tables" / f"{split}.parquet")
     return folder
 
 
@@ -69,7 +80,7 @@ class Built:
 
     @cached_property
     def student(self):
-        return build_student(self.config, len(CLASSES))
+        return build_student(self.config, len(CLASSES))[0]
 
     @cached_property
     def teacher(self):
@@ -124,6 +135,16 @@ CASES = {
         "FOLDER",
         lambda b: set(data.open_images(b.config, PLACE)[0].classes) == {"blue", "green", "red"},
         {"data.data_path": "synthetic"},
+    ),
+    "data.classes": (
+        "FILES/order",
+        lambda b: tuple(data.open_images(b.config, PLACE)[0].classes) == ("red", "blue", "green"),
+        {"data.data_path": "FOLDER"},
+    ),
+    "data.label_column": (
+        "kind",
+        lambda b: tuple(data.open_images(b.config, PLACE)[0].classes) == ("p", "q"),
+        {"data.data_path": "FILES/tables"},
     ),
     "data.input_size": (32, lambda b: b.plans[0].views.geometry.resized[0].tolist() == [32, 32], {}),
     "data.batch_size": (6, lambda b: len(b.plans[0].indices) == 6 == len(b.loaders[1].plans[0].indices), {}),

@@ -181,3 +181,27 @@ def close(got, expected, what):
     error = (got.detach().double() - expected).abs().max().item()
     size = expected.abs().max().item()
     assert error <= 1e-4 * size + 1e-7, f"{what}: {error} off, of {size}"
+
+
+def test_what_a_checkpoint_holds_is_all_that_a_step_needs():
+    """In fp16, with a scale of the gradients that is not that of the start."""
+    seen = batches()
+
+    def trainer():
+        config = settings_of(Recipe(total_steps=EPOCHS * STEPS, peak=0.02, ema_decay=0.5))
+        config.speed.precision = "fp16"
+        made = Trainer(config, Place(torch.device("cpu")), deit(), None, (seen, seen), list("abcde"), None)
+        made.model.train()
+        return made
+
+    first, second = trainer(), trainer()
+    first.step(seen[0])
+    first.scaler.update(8.0)
+    second.load({"description": first.description() | {"step": 1}, **copy.deepcopy(first.tensors())})
+    assert first.scaler.get_scale() == second.scaler.get_scale() == 8.0
+    for one in (first, second):
+        one.step(seen[1])
+    assert (first.steps_done, first.lr()) == (second.steps_done, second.lr())
+    for kind in ("model", "ema"):
+        left, right = first.tensors()[kind], second.tensors()[kind]
+        assert all(torch.equal(left[key], right[key]) for key in left)
