@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from odd_images import HEIGHT, WIDTH, bad_by_body, bad_by_header, encoded, odd_but_good, picture, write
+from odd_images import HEIGHT, WIDTH, bad_by_body, bad_by_header, bits12, encoded, odd_but_good, picture, write
 from PIL import Image
 
 from fastdeit.pipelines import (
@@ -119,8 +119,9 @@ def test_evaluation_counts_no_image_twice(mixed):
     [
         encoded(picture(), "PNG")[:60],  # the size is there, the header is not complete
         encoded(picture(20, 20), "PNG"),  # another image, smaller than the window that is asked for
+        bits12(encoded(picture())).replace(b"\x0c\0\x3c\0\x50", b"\x88\0\x3c\0\x50"),  # of 136 bits a sample
     ],
-    ids=["cut header", "other image"],
+    ids=["cut header", "other image", "header refused by the decoder alone"],
 )
 def test_what_crashes_the_decoder_in_a_large_batch(tmp_path, instead, device):
     """DALI's decoders alone end in a segmentation fault, in about every second of these epochs."""
