@@ -109,7 +109,7 @@ def _attention_case(name, kernel, constexprs, dtype, architectures, num_warps, n
     types = {"scale": "fp32"} | dict.fromkeys(floats, "*fp32")
     names = [argument for argument in kernel.arg_names if argument not in constexprs]
     signature = {a: types.get(a, f"*{TYPES[dtype]}" if a.endswith("_ptr") else "i32") for a in names}
-    strides = tuple(a for a in names if a[1:] in ("_b", "_n", "_h") or a == "padded")
+    strides = tuple(a for a in names if a[-2:] in ("_b", "_n", "_h") or a == "padded")
     half = dtype != torch.float32
     return CompileCase(name, kernel, signature, constexprs, strides, num_warps, num_stages, half, architectures)
 

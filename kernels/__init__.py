@@ -16,15 +16,18 @@ if __name__ == "fastdeit.kernels":
     from .attention_distillation_loss.api import attention_distillation_loss
     from .bias_gelu.api import bias_gelu
     from .distillation_loss.api import distillation_loss
-    from .integrations.timm_models import apply_to_timm
+    from .integrations.apply import apply_to, apply_to_timm
+    from .integrations.report import attention_calls
     from .integrations.transformers_models import apply_to_transformers, register_with_transformers
     from .mix_normalize.api import mix_normalize
 
     __all__ = [
         "add_layer_norm",
+        "apply_to",
         "apply_to_timm",
         "apply_to_transformers",
         "attention",
+        "attention_calls",
         "attention_distillation_loss",
         "attention_qkvpacked",
         "bias_gelu",

@@ -35,11 +35,25 @@ def use_triton(tensor: Tensor) -> bool:
     """True for CUDA tensors, from Ampere on, and for CPU tensors when TRITON_INTERPRET=1, which raises RuntimeError
     where the interpreter cannot run."""
     if tensor.is_cuda:
-        # Older GPUs have 64 KB of shared memory, of which the kernels ask more, and Triton is not made for them.
-        return compute_capability(tensor.device) >= 80
+        return _has_kernels(tensor.device)
     if _LACKING is not None:
         raise RuntimeError(_LACKING)
     return INTERPRETED
+
+
+def _has_kernels(device: torch.device) -> bool:
+    # AMD's GPUs call themselves CUDA devices, of another capability, and no kernel here was ever compiled for one. GPUs
+    # before Ampere have 64 KB of shared memory, of which the kernels ask more, and Triton is not made for them.
+    return device.type == "cuda" and torch.version.hip is None and compute_capability(device) >= 80
+
+
+@torch.compiler.assume_constant_result
+def left_to_pytorch(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own operators should multiply: where no kernel of ours runs, and in float32 without TF32, which
+    cannot use tensor cores, for which ours are made."""
+    if device.type in ("cpu", "meta"):
+        return False
+    return not _has_kernels(device) or (dtype == torch.float32 and _precision(dtype) == "ieee")
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
@@ -49,8 +63,12 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 def dot_precision(tensor: Tensor) -> str:
     """`input_precision` of tl.dot: float32 follows PyTorch's own switch, half precision has only one way."""
+    return _precision(tensor.dtype)
+
+
+def _precision(dtype: torch.dtype) -> str:
     # Not torch.get_float32_matmul_precision(), which raises once somebody has used the newer switches.
-    tf32 = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable, only_once
 from ..backend import use_triton
 from .reference import add_layer_norm_backward_reference, add_layer_norm_reference
 
@@ -44,7 +45,7 @@ def add_layer_norm(
     Raises: ValueError for shapes, dtypes or devices that do not fit.
     """
     _check(x, residual, weight, bias, layer_scale, drop_path_scale)
-    return _add_layer_norm(x, residual, weight, bias, layer_scale, drop_path_scale, eps)[:2]
+    return _apply(x, residual, weight, bias, layer_scale, drop_path_scale, eps)[:2]
 
 
 @torch.library.custom_op("fastdeit::add_layer_norm", mutates_args=())
@@ -117,14 +118,15 @@ def _backward(ctx, grad_normed, grad_residual, _mean, _rstd):
     if grad_normed is None and grad_residual is None:
         return (None,) * 7
     weight, layer_scale = ctx.saved_tensors[4:6]
-    dx, d_residual, parameters = _add_layer_norm_backward(grad_normed, grad_residual, *ctx.saved_tensors)
+    dx, d_residual, parameters = _backward_once(grad_normed, grad_residual, *ctx.saved_tensors)
     d_weight = None if grad_normed is None else parameters[0].to(weight.dtype)
     d_bias = None if grad_normed is None else parameters[1].to(ctx.bias_dtype)
     d_layer_scale = None if layer_scale is None else parameters[2].to(layer_scale.dtype)
     return dx, d_residual, d_weight, d_bias, d_layer_scale, None, None
 
 
-_add_layer_norm.register_autograd(_backward, setup_context=_setup_context)
+_apply = differentiable("add_layer_norm", torch.ops.fastdeit.add_layer_norm.default, _setup_context, _backward)
+_backward_once = only_once("add_layer_norm", torch.ops.fastdeit.add_layer_norm_backward.default)
 
 
 def _check(x, residual, weight, bias, layer_scale, drop_path_scale) -> None:

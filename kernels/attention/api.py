@@ -1,4 +1,4 @@
-"""Exact softmax attention for vision transformers: no mask, no dropout, the same tokens on both sides.
+"""Exact softmax attention for vision transformers: no mask, no dropout; as many keys as queries, or others.
 
 The kernels read q, k and v where they lie, which for the packed projection means no permute and no copy, and write
 the gradient in the same packed layout.
@@ -8,12 +8,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
-from ..backend import full_precision, use_triton
+from ..autograd import differentiable, only_once
+from ..backend import full_precision, left_to_pytorch, use_triton
 from . import cpu
 
-HEAD_DIMS = (32, 64, 80, 96, 128)
-MAX_TOKENS = 4096
+HEAD_DIMS = tuple(range(16, 129, 8))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -22,15 +24,20 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q kᵀ · scale) v for every batch entry and head (Vaswani et al. 2017, equation 1).
 
-    q, k, v:    (batch, tokens, heads, head_dim), one shape, one dtype of float16, bfloat16 and float32 (on the CPU
-                float64 too), any strides; head_dim 32, 64, 80, 96 or 128; 1 to 4096 tokens. Read in place when the
-                last dimension is contiguous.
+    q:          (batch, queries, heads, head_dim) in float16, bfloat16 or float32 (on the CPU float64 too), any strides;
+                head_dim a multiple of 8 from 16 to 128. Read in place when the last dimension is contiguous.
+    k, v:       (batch, keys, heads, head_dim), as q; there may be more or fewer keys than queries (cross attention,
+                attention pooling, a class token that attends to all).
     scale:      positive; head_dim**-0.5 when None.
-    return_lse: also return the natural log of the sum of exp(logits), (batch, heads, tokens), float32.
+    return_lse: also return the natural log of the sum of exp(logits), (batch, heads, queries), float32.
 
-    Returns the output, (batch, tokens, heads, head_dim), contiguous, in the dtype of q. Accumulates in float32.
+    Returns the output, (batch, queries, heads, head_dim), contiguous, in the dtype of q. Accumulates in float32.
     Gradients flow from both outputs, are deterministic, and cannot be differentiated again. Under autocast the inputs
-    are cast, as scaled_dot_product_attention's are. Float32 on a GPU uses TF32 where PyTorch's matmul may.
+    are cast, as scaled_dot_product_attention's are.
+
+    Where the kernels have nothing to offer, scaled_dot_product_attention is called, unless lse is wanted too: for
+    float32 on a GPU (unless PyTorch's matmul may use TF32, which the kernels then do too), and on GPUs before Ampere or
+    not NVIDIA's.
 
     Raises ValueError for what the kernels cannot take, and says what can be done instead.
     """
@@ -38,18 +45,24 @@ def attention(
     if q.ndim != 4:
         raise ValueError(f"q, k and v must be (batch, tokens, heads, head_dim), but q has the shape {tuple(q.shape)}.")
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != q.shape:
+        if tensor.ndim != 4 or tensor.shape[::2] != q.shape[::2] or tensor.shape[3] != q.shape[3]:
             raise ValueError(
-                f"q, k and v must have one shape, but q is {tuple(q.shape)} and {name} is {tuple(tensor.shape)}. For "
-                "cross attention or grouped heads use torch.nn.functional.scaled_dot_product_attention."
+                f"q, k and v may differ in their tokens only, but q is {tuple(q.shape)} and {name} is "
+                f"{tuple(tensor.shape)}. For grouped heads use torch.nn.functional.scaled_dot_product_attention."
             )
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(
                 f"q, k and v must share dtype and device, but q is {q.dtype} on {q.device} and {name} is "
                 f"{tensor.dtype} on {tensor.device}. Convert them with .to(q)."
             )
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same tokens, but k is {tuple(k.shape)} and v is {tuple(v.shape)}.")
     _check(q)
-    out, lse = torch.ops.fastdeit.attention(q, k, v, _scale(scale, q))
+    _check(k)
+    scale = _scale(scale, q)
+    if not return_lse and left_to_pytorch(q.device, q.dtype):
+        return _pytorch_attention(q, k, v, scale)
+    out, lse = _attend(q, k, v, scale)
     return (out, lse) if return_lse else out
 
 
@@ -68,8 +81,16 @@ def attention_qkvpacked(
             "of width 3 * dim: qkv.view(batch, tokens, 3, heads, dim // heads)."
         )
     _check(qkv)
-    out, lse = torch.ops.fastdeit.attention_qkvpacked(qkv, _scale(scale, qkv))
+    scale = _scale(scale, qkv)
+    if not return_lse and left_to_pytorch(qkv.device, qkv.dtype):
+        return _pytorch_attention(*qkv.unbind(2), scale)
+    out, lse = _attend_packed(qkv, scale)
     return (out, lse) if return_lse else out
+
+
+def _pytorch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -88,25 +109,30 @@ def _scale(scale: float | None, x: Tensor) -> float:
 
 
 def _check(x: Tensor):
-    tokens, head_dim = x.shape[1], x.shape[-1]
+    tokens, heads, head_dim = x.shape[1], *x.shape[-2:]
     if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
         raise ValueError(f"attention takes float16, bfloat16 and float32 on {x.device.type}, not {x.dtype}.")
     if head_dim not in HEAD_DIMS:
         raise ValueError(
-            f"attention supports head_dim {', '.join(map(str, HEAD_DIMS))}, not {head_dim}. Use "
+            f"attention supports head_dim 16 to 128 in steps of 8, not {head_dim}. Use "
             "torch.nn.functional.scaled_dot_product_attention for this model."
         )
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"attention takes 1 to {MAX_TOKENS} tokens, not {tokens}.")
+    if tokens < 1 or not offsets_fit(tokens, heads, head_dim):
+        raise ValueError(f"attention takes 1 to {2**31 // max(1, 3 * heads * head_dim) - 256} tokens, not {tokens}.")
+
+
+def offsets_fit(tokens: int, heads: int, head_dim: int) -> bool:
+    """Whether offsets into one batch entry of a packed gradient, and a tile beyond its end, fit into 32 bits."""
+    return (tokens + 256) * 3 * heads * head_dim <= 2**31
 
 
 # The operators return fresh contiguous tensors and mutate nothing, so that torch.compile may reorder them.
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = q.shape
+    batch, queries, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, tokens), dtype=_lse_dtype(q), device=q.device)
+    lse = torch.empty((batch, heads, queries), dtype=_lse_dtype(q), device=q.device)
     if q.numel() == 0:  # nothing to launch, and PyTorch's own operator dies of no heads
         pass
     elif use_triton(q) and q.dtype in DTYPES:
@@ -144,22 +170,22 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
 
 @_attention.register_fake
 def _(q, k, v, scale):
-    batch, tokens, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=_lse_dtype(q))
+    batch, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=_lse_dtype(q))
 
 
 @torch.library.custom_op("fastdeit::attention_backward", mutates_args=())
 def _attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     _backward(grad_out, q, k, v, out, lse, scale, grad_lse, grads)
     return grads
 
 
 @_attention_backward.register_fake
 def _(grad_out, q, k, v, out, lse, scale, grad_lse):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 @torch.library.custom_op("fastdeit::attention_qkvpacked", mutates_args=())
@@ -198,20 +224,63 @@ def _differentiate(ctx, grad_out, grad_lse):
     *inputs, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    backward = _attention_backward if len(inputs) == 3 else _attention_qkvpacked_backward
+    backward = _backward_once if len(inputs) == 3 else _backward_packed_once
     grads = backward(grad_out, *inputs, out, lse, ctx.scale, grad_lse)
     return *(grads if len(inputs) == 3 else (grads,)), None
 
 
-def _refuse_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "fastdeit.kernels.attention cannot be differentiated twice (a backward pass with create_graph=True, a gradient "
-        "penalty, a Hessian). Use torch.nn.functional.scaled_dot_product_attention under "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) there."
-    )
+_ops = torch.ops.fastdeit
+_attend = differentiable("attention", _ops.attention.default, _save, _differentiate)
+_attend_packed = differentiable("attention_qkvpacked", _ops.attention_qkvpacked.default, _save, _differentiate)
+_backward_once = only_once("attention", _ops.attention_backward.default)
+_backward_packed_once = only_once("attention_qkvpacked", _ops.attention_qkvpacked_backward.default)
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
-_attention_qkvpacked.register_autograd(_differentiate, setup_context=_save)
-_attention_backward.register_autograd(_refuse_second_derivative)
-_attention_qkvpacked_backward.register_autograd(_refuse_second_derivative)
+# Rules for torch.vmap: what is mapped over is part of the batch.
+
+
+def _vmapped(operator):
+    def rule(info, in_dims, *arguments):
+        size = info.batch_size
+
+        def fold(x, dim):
+            return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+        outputs = operator(*(fold(x, dim) if isinstance(x, Tensor) else x for x, dim in zip(arguments, in_dims)))
+        single = isinstance(outputs, Tensor)
+        unfolded = tuple(x.unflatten(0, (size, -1)) for x in ((outputs,) if single else outputs))
+        return (unfolded[0], 0) if single else (unfolded, (0,) * len(unfolded))
+
+    operator.register_vmap(rule)
+
+
+for _operator in (_attention, _attention_backward, _attention_qkvpacked, _attention_qkvpacked_backward):
+    _vmapped(_operator)
+
+
+# FLOP as FlopCounterMode counts those of scaled_dot_product_attention.
+
+
+def _products(count: int, q_shape, k_shape) -> int:
+    batch, queries, heads, head_dim = q_shape
+    return count * 2 * batch * heads * queries * k_shape[1] * head_dim
+
+
+@register_flop_formula(_ops.attention)
+def _(q, k, *_, **__) -> int:
+    return _products(2, q, k)
+
+
+@register_flop_formula(_ops.attention_backward)
+def _(grad_out, q, k, *_, **__) -> int:
+    return _products(5, q, k)
+
+
+@register_flop_formula(_ops.attention_qkvpacked)
+def _(qkv, *_, **__) -> int:
+    return _products(2, *2 * ((*qkv[:2], *qkv[3:]),))
+
+
+@register_flop_formula(_ops.attention_qkvpacked_backward)
+def _(grad_out, *_, **__) -> int:
+    return _products(5, grad_out, grad_out)

@@ -32,15 +32,15 @@ from .configs import backward_config
 
 @triton.jit
 def row_statistics(
-    out_ptr, grad_out, lse_ptr, grad_lse_ptr, rows_ptr, padded, rows, stride, tokens, inverse_scale,
+    out_ptr, grad_out, lse_ptr, grad_lse_ptr, rows_ptr, padded, rows, stride, queries, inverse_scale,
     HEAD_DIM: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """lse and delta, inf and 0 past the last token. Leaves lse / scale and delta in rows_ptr, (2, padded)."""
-    out = load_rows(out_ptr, rows, stride, tokens, HEAD_DIM, COLS, True)
+    """lse and delta, inf and 0 past the last query. Leaves lse / scale and delta in rows_ptr, (2, padded)."""
+    out = load_rows(out_ptr, rows, stride, queries, HEAD_DIM, COLS, True)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + rows, mask=rows < tokens, other=0.0)
-    lse = tl.load(lse_ptr + rows, mask=rows < tokens, other=float("inf"))
+        delta -= tl.load(grad_lse_ptr + rows, mask=rows < queries, other=0.0)
+    lse = tl.load(lse_ptr + rows, mask=rows < queries, other=float("inf"))
     tl.store(rows_ptr + rows, lse * inverse_scale)
     tl.store(rows_ptr + padded + rows, delta)
     return lse, delta
@@ -49,22 +49,22 @@ def row_statistics(
 @triton.jit
 def key_block(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, rows_ptr, dq_sum_ptr, dq_ptr, dk_ptr, dv_ptr,
-    block, scale, heads, tokens, padded, q_n, k_n, v_n, d_n,
+    block, scale, heads, queries, keys, padded, q_n, k_n, v_n, d_n,
     HEAD_DIM: tl.constexpr, COLS: tl.constexpr, KV_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys. With BLOCKS of them in a program dQ too: final after the last one."""
     scale_log2 = scale * LOG2_E
-    keys = block * KV_ROWS + tl.arange(0, KV_ROWS)
-    k = load_rows(k_ptr, keys, k_n, tokens, HEAD_DIM, COLS, True)
-    v = load_rows(v_ptr, keys, v_n, tokens, HEAD_DIM, COLS, True)
-    key_bias = tl.where(keys < tokens, 0.0, float("-inf"))  # else exp(0 - lse), perhaps inf, for keys that do not exist
+    cols = block * KV_ROWS + tl.arange(0, KV_ROWS)
+    k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, True)
+    v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, True)
+    key_bias = tl.where(cols < keys, 0.0, float("-inf"))  # else exp(0 - lse), perhaps inf, for keys that do not exist
     dk = tl.zeros((KV_ROWS, COLS), tl.float32)
     dv = tl.zeros((KV_ROWS, COLS), tl.float32)
-    for start in range(0, tokens, BLOCK_M):
+    for start in range(0, queries, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, rows, q_n, tokens, HEAD_DIM, COLS, True)
-        grad_out = load_rows(grad_out_ptr, rows, heads * HEAD_DIM, tokens, HEAD_DIM, COLS, True)
+        q = load_rows(q_ptr, rows, q_n, queries, HEAD_DIM, COLS, True)
+        grad_out = load_rows(grad_out_ptr, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
         lse = tl.load(rows_ptr + rows)
         delta = tl.load(rows_ptr + padded + rows)
 
@@ -76,63 +76,63 @@ def key_block(
         dk = tl.dot(ds_t, q, dk, input_precision=PRECISION)
         if BLOCKS == 1:
             dq_t = tl.dot(tl.trans(k), ds_t, input_precision=PRECISION)
-            store_rows(dq_ptr, rows, d_n, tl.trans(dq_t * scale), tokens, HEAD_DIM, COLS)
+            store_rows(dq_ptr, rows, d_n, tl.trans(dq_t * scale), queries, HEAD_DIM, COLS)
         elif BLOCKS > 1:
             # A tile of the sum lies as the product leaves it: coalesced, and mostly read by the threads that wrote it.
             sums = dq_sum_ptr + start * COLS + tl.arange(0, COLS)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-            dq_t = tl.load(sums, mask=(block > 0) & (rows < tokens)[None, :], other=0.0)
+            dq_t = tl.load(sums, mask=(block > 0) & (rows < queries)[None, :], other=0.0)
             dq_t = tl.dot(tl.trans(k), ds_t, dq_t, input_precision=PRECISION)
             if block < BLOCKS - 1:
                 tl.store(sums, dq_t)
             else:
-                store_rows(dq_ptr, rows, d_n, tl.trans(dq_t * scale), tokens, HEAD_DIM, COLS)
-    store_rows(dk_ptr, keys, d_n, dk * scale, tokens, HEAD_DIM, COLS)
-    store_rows(dv_ptr, keys, d_n, dv, tokens, HEAD_DIM, COLS)
+                store_rows(dq_ptr, rows, d_n, tl.trans(dq_t * scale), queries, HEAD_DIM, COLS)
+    store_rows(dk_ptr, cols, d_n, dk * scale, keys, HEAD_DIM, COLS)
+    store_rows(dv_ptr, cols, d_n, dv, keys, HEAD_DIM, COLS)
 
 
 @triton.jit
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, rows_ptr, dq_sum_ptr, dq_ptr, dk_ptr, dv_ptr,
-    scale, heads, tokens, padded,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, d_b, d_n, d_h,
+    scale, heads, queries, keys, padded,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, dq_b, dk_b, d_n, d_h,
     HEAD_DIM: tl.constexpr, COLS: tl.constexpr, KV_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All three gradients of one (batch, head) item."""
     item = tl.program_id(0)
     b, h, item = (item // heads).to(tl.int64), item % heads, item.to(tl.int64)
-    token_offset = (b * tokens * heads + h) * HEAD_DIM
+    query_offset = (b * queries * heads + h) * HEAD_DIM
     scale = tl.cast(scale, tl.float32)
-    grad_out_ptr += token_offset
+    grad_out_ptr += query_offset
     rows_ptr += item * 2 * padded
     if grad_lse_ptr is not None:
-        grad_lse_ptr += item * tokens
-    for block in range(BLOCKS):
-        rows = block * KV_ROWS + tl.arange(0, KV_ROWS)
-        grad_out = load_rows(grad_out_ptr, rows, heads * HEAD_DIM, tokens, HEAD_DIM, COLS, True)
+        grad_lse_ptr += item * queries
+    for start in range(0, padded, KV_ROWS):
+        rows = start + tl.arange(0, KV_ROWS)
+        grad_out = load_rows(grad_out_ptr, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
         row_statistics(
-            out_ptr + token_offset, grad_out, lse_ptr + item * tokens, grad_lse_ptr,
-            rows_ptr, padded, rows, heads * HEAD_DIM, tokens, 1.0 / scale, HEAD_DIM, COLS,
+            out_ptr + query_offset, grad_out, lse_ptr + item * queries, grad_lse_ptr,
+            rows_ptr, padded, rows, heads * HEAD_DIM, queries, 1.0 / scale, HEAD_DIM, COLS,
         )  # fmt: skip
     if BLOCKS > 1:
         dq_sum_ptr += item * padded * COLS
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    dq_ptr += b * d_b + h * d_h
-    dk_ptr += b * d_b + h * d_h
-    dv_ptr += b * d_b + h * d_h
+    dq_ptr += b * dq_b + h * d_h
+    dk_ptr += b * dk_b + h * d_h
+    dv_ptr += b * dk_b + h * d_h
     tl.debug_barrier()  # other threads of this program read what these wrote
     if BLOCKS == 1:  # without the loop, for whose counters the 198-token configuration has no register left
         key_block(
             q_ptr, k_ptr, v_ptr, grad_out_ptr, rows_ptr, None, dq_ptr, dk_ptr, dv_ptr,
-            0, scale, heads, tokens, padded, q_n, k_n, v_n, d_n, HEAD_DIM, COLS, KV_ROWS, BLOCK_M, 1, PRECISION,
+            0, scale, heads, queries, keys, padded, q_n, k_n, v_n, d_n, HEAD_DIM, COLS, KV_ROWS, BLOCK_M, 1, PRECISION,
         )  # fmt: skip
     else:
         for block in range(BLOCKS):
             key_block(
                 q_ptr, k_ptr, v_ptr, grad_out_ptr, rows_ptr, dq_sum_ptr, dq_ptr, dk_ptr, dv_ptr,
-                block, scale, heads, tokens, padded, q_n, k_n, v_n, d_n,
+                block, scale, heads, queries, keys, padded, q_n, k_n, v_n, d_n,
                 HEAD_DIM, COLS, KV_ROWS, BLOCK_M, BLOCKS, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
@@ -141,8 +141,8 @@ def backward_kernel(
 @triton.jit
 def backward_kv_kernel(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, rows_ptr, dk_ptr, dv_ptr,
-    scale, heads, tokens, splits, padded,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, d_b, d_n, d_h,
+    scale, heads, queries, keys, splits, padded,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, dq_b, dk_b, d_n, d_h,
     HEAD_DIM: tl.constexpr, COLS: tl.constexpr, KV_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -151,9 +151,9 @@ def backward_kv_kernel(
     b, h, item = (item // heads).to(tl.int64), item % heads, item.to(tl.int64)
     key_block(
         q_ptr + b * q_b + h * q_h, k_ptr + b * k_b + h * k_h, v_ptr + b * v_b + h * v_h,
-        grad_out_ptr + (b * tokens * heads + h) * HEAD_DIM, rows_ptr + item * 2 * padded, None,
-        None, dk_ptr + b * d_b + h * d_h, dv_ptr + b * d_b + h * d_h,
-        tl.program_id(0) % splits, tl.cast(scale, tl.float32), heads, tokens, padded, q_n, k_n, v_n, d_n,
+        grad_out_ptr + (b * queries * heads + h) * HEAD_DIM, rows_ptr + item * 2 * padded, None,
+        None, dk_ptr + b * dk_b + h * d_h, dv_ptr + b * dk_b + h * d_h,
+        tl.program_id(0) % splits, tl.cast(scale, tl.float32), heads, queries, keys, padded, q_n, k_n, v_n, d_n,
         HEAD_DIM, COLS, KV_ROWS, BLOCK_M, 0, PRECISION,
     )  # fmt: skip
 
@@ -161,8 +161,8 @@ def backward_kv_kernel(
 @triton.jit
 def backward_q_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, rows_ptr, dq_ptr,
-    scale, heads, tokens, splits, padded,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, d_b, d_n, d_h,
+    scale, heads, queries, keys, splits, padded,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, dq_b, dk_b, d_n, d_h,
     HEAD_DIM: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -171,48 +171,48 @@ def backward_q_kernel(
     b, h, item = (item // heads).to(tl.int64), item % heads, item.to(tl.int64)
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    token_offset = (b * tokens * heads + h) * HEAD_DIM
+    query_offset = (b * queries * heads + h) * HEAD_DIM
     scale = tl.cast(scale, tl.float32)
 
     rows = tl.program_id(0) % splits * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_n, tokens, HEAD_DIM, COLS, True)
-    grad_out = load_rows(grad_out_ptr + token_offset, rows, heads * HEAD_DIM, tokens, HEAD_DIM, COLS, True)
+    q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
+    grad_out = load_rows(grad_out_ptr + query_offset, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
     if grad_lse_ptr is not None:
-        grad_lse_ptr += item * tokens
+        grad_lse_ptr += item * queries
     lse, delta = row_statistics(
-        out_ptr + token_offset, grad_out, lse_ptr + item * tokens, grad_lse_ptr,
-        rows_ptr + item * 2 * padded, padded, rows, heads * HEAD_DIM, tokens, 1.0 / scale, HEAD_DIM, COLS,
+        out_ptr + query_offset, grad_out, lse_ptr + item * queries, grad_lse_ptr,
+        rows_ptr + item * 2 * padded, padded, rows, heads * HEAD_DIM, queries, 1.0 / scale, HEAD_DIM, COLS,
     )  # fmt: skip
 
     dq = tl.zeros((BLOCK_M, COLS), tl.float32)
-    for start in range(0, tokens, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, keys, k_n, tokens, HEAD_DIM, COLS, True)
-        v = load_rows(v_ptr, keys, v_n, tokens, HEAD_DIM, COLS, True)
+    for start in range(0, keys, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, True)
+        v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, True)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.exp2(s * (scale * LOG2_E) - (lse * LOG2_E)[:, None])
-        p = tl.where(keys[None, :] < tokens, p, 0.0)
+        p = tl.where(cols[None, :] < keys, p, 0.0)
         dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         ds = (p * (dp - delta[:, None])).to(q.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    store_rows(dq_ptr + b * d_b + h * d_h, rows, d_n, dq * scale, tokens, HEAD_DIM, COLS)
+    store_rows(dq_ptr + b * dq_b + h * d_h, rows, d_n, dq * scale, queries, HEAD_DIM, COLS)
 
 
 def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
     grad_lse: Tensor | None, grads: tuple[Tensor, Tensor, Tensor],
 ):  # fmt: skip
-    """Fills grads = (dq, dk, dv), which share their strides: three tensors, or the three parts of a packed gradient."""
+    """Fills grads = (dq, dk, dv): three contiguous tensors, or the three parts of a packed gradient."""
     dq, dk, dv = grads
-    assert dq.stride() == dk.stride() == dv.stride() and dq.stride(-1) == 1
+    assert dq.stride()[1:] == dk.stride()[1:] and dk.stride() == dv.stride() and dq.stride(-1) == 1
     assert out.is_contiguous() and lse.is_contiguous()
     q, k, v, grad_out = readable(q), readable(k), readable(v), grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    batch, tokens, heads, head_dim = q.shape
+    (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
     columns = max(64, padded_columns(head_dim))  # dQᵀ has that many rows, and wgmma needs 64
-    config = backward_config(architecture(q), tokens, columns, q.dtype, batch * heads)
+    config = backward_config(architecture(q), keys, columns, q.dtype, batch * heads)
     one, by_query, by_key = config
-    steps = strides(q, k, v, dq)
+    steps = *strides(q, k, v), dq.stride(0), *dk.stride()[:3]
     shared = {"HEAD_DIM": head_dim, "COLS": columns, "PRECISION": dot_precision(q), "enable_fp_fusion": True}
 
     def scratch(*shape: int) -> Tensor:
@@ -220,26 +220,29 @@ def attention_backward(
 
     with torch.cuda.device_of(q):
         if one is not None:
-            blocks = triton.cdiv(tokens, one.keys)
-            padded = blocks * one.keys
+            blocks = triton.cdiv(keys, one.keys)
+            padded = triton.cdiv(queries, one.keys) * one.keys
+            assert one.keys % one.queries == 0
             backward_kernel[(batch * heads,)](
                 q, k, v, out, grad_out, lse, grad_lse, scratch(2, padded),
-                scratch(padded, columns) if blocks > 1 else None, dq, dk, dv, scale, heads, tokens, padded, *steps,
+                scratch(padded, columns) if blocks > 1 else None, dq, dk, dv,
+                scale, heads, queries, keys, padded, *steps,
                 KV_ROWS=one.keys, BLOCK_M=one.queries, BLOCKS=blocks,
                 num_warps=one.num_warps, num_stages=one.num_stages, **shared,
             )  # fmt: skip
             return
-        query_blocks, key_blocks = triton.cdiv(tokens, by_query.queries), triton.cdiv(tokens, by_key.keys)
+        query_blocks, key_blocks = triton.cdiv(queries, by_query.queries), triton.cdiv(keys, by_key.keys)
         padded = query_blocks * by_query.queries
         assert by_query.queries % by_key.queries == 0  # backward_kv reads no statistics past the padding
         rows = scratch(2, padded)
         backward_q_kernel[(batch * heads * query_blocks,)](
-            q, k, v, out, grad_out, lse, grad_lse, rows, dq, scale, heads, tokens, query_blocks, padded, *steps,
+            q, k, v, out, grad_out, lse, grad_lse, rows, dq,
+            scale, heads, queries, keys, query_blocks, padded, *steps,
             BLOCK_M=by_query.queries, BLOCK_N=by_query.keys,
             num_warps=by_query.num_warps, num_stages=by_query.num_stages, **shared,
         )  # fmt: skip
         backward_kv_kernel[(batch * heads * key_blocks,)](
-            q, k, v, grad_out, rows, dk, dv, scale, heads, tokens, key_blocks, padded, *steps,
+            q, k, v, grad_out, rows, dk, dv, scale, heads, queries, keys, key_blocks, padded, *steps,
             KV_ROWS=by_key.keys, BLOCK_M=by_key.queries,
             num_warps=by_key.num_warps, num_stages=by_key.num_stages, **shared,
         )  # fmt: skip

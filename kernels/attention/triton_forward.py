@@ -11,7 +11,7 @@ in TILES, powers of two chosen so that little is computed for keys that do not e
 the last tile is masked. RESIDENT programs have all keys in TILES, keep K and V on chip and walk over the rows of Q.
 Without TILES the loop takes all keys and masks each tile.
 
-The number of tokens is an ordinary integer: lengths that share TILES share one compiled kernel.
+The numbers of queries and keys are ordinary integers: lengths that share TILES share one compiled kernel.
 """
 
 import torch
@@ -25,11 +25,11 @@ from .configs import forward_config
 
 
 @triton.jit
-def attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, tokens, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, keys, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Adds one tile of keys. row_max is of the unscaled logits, so that scaling is part of the exponent's FMA."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
-        s = tl.where(cols[None, :] < tokens, s, float("-inf"))
+        s = tl.where(cols[None, :] < keys, s, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(s, 1))
     p = tl.exp2(s * scale_log2 - (new_max * scale_log2)[:, None])
     shrink = tl.exp2((row_max - new_max) * scale_log2)
@@ -40,7 +40,7 @@ def attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, tokens, MASKED: tl.
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, scale, heads, tokens, splits,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, scale, heads, queries, keys, splits,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
     HEAD_DIM: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TILES: tl.constexpr, STARTS: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
@@ -53,8 +53,8 @@ def forward_kernel(
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    out_ptr += (b * tokens * heads + h) * HEAD_DIM
-    lse_ptr += item.to(tl.int64) * tokens
+    out_ptr += (b * queries * heads + h) * HEAD_DIM
+    lse_ptr += item.to(tl.int64) * queries
     scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
     MASKED_LOOP: tl.constexpr = len(TILES) == 0
     LAST: tl.constexpr = len(TILES) - 1
@@ -65,24 +65,24 @@ def forward_kernel(
         for i in tl.static_range(len(TILES)):
             cols = STARTS[i] + tl.arange(0, TILES[i])
             # Triton's tuples grow by addition only.
-            K = K + (load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
-            V = V + (load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
+            K = K + (load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
+            V = V + (load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
 
-    for start in range(split * BLOCK_M, tokens, splits * BLOCK_M):
+    for start in range(split * BLOCK_M, queries, splits * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, rows, q_n, tokens, HEAD_DIM, COLS, True)
+        q = load_rows(q_ptr, rows, q_n, queries, HEAD_DIM, COLS, True)
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, COLS), tl.float32)
         streamed = 0
         if not RESIDENT:
-            streamed = tokens if MASKED_LOOP else (tokens - 1) // BLOCK_N * BLOCK_N
-            for key in range(0, streamed, BLOCK_N):
-                cols = key + tl.arange(0, BLOCK_N)
-                k = load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, MASKED_LOOP)
-                v = load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, MASKED_LOOP)
+            streamed = keys if MASKED_LOOP else (keys - 1) // BLOCK_N * BLOCK_N
+            for first in range(0, streamed, BLOCK_N):
+                cols = first + tl.arange(0, BLOCK_N)
+                k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, MASKED_LOOP)
+                v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, MASKED_LOOP)
                 row_max, row_sum, acc = attend(
-                    q, k, v, row_max, row_sum, acc, scale_log2, cols, tokens, MASKED_LOOP, PRECISION
+                    q, k, v, row_max, row_sum, acc, scale_log2, cols, keys, MASKED_LOOP, PRECISION
                 )
         for i in tl.static_range(len(TILES)):
             cols = streamed + STARTS[i] + tl.arange(0, TILES[i])
@@ -90,28 +90,26 @@ def forward_kernel(
                 k = K[i]
                 v = V[i]
             else:
-                k = load_rows(k_ptr, cols, k_n, tokens, HEAD_DIM, COLS, i == LAST)
-                v = load_rows(v_ptr, cols, v_n, tokens, HEAD_DIM, COLS, i == LAST)
-            row_max, row_sum, acc = attend(
-                q, k, v, row_max, row_sum, acc, scale_log2, cols, tokens, i == LAST, PRECISION
-            )
-        store_rows(out_ptr, rows, heads * HEAD_DIM, acc / row_sum[:, None], tokens, HEAD_DIM, COLS)
+                k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, i == LAST)
+                v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, i == LAST)
+            row_max, row_sum, acc = attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, keys, i == LAST, PRECISION)
+        store_rows(out_ptr, rows, heads * HEAD_DIM, acc / row_sum[:, None], queries, HEAD_DIM, COLS)
         lse = (row_max * scale_log2 + tl.log2(row_sum)) * LN_2
-        tl.store(lse_ptr + rows, lse, mask=rows < tokens)
+        tl.store(lse_ptr + rows, lse, mask=rows < queries)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float):
-    """Fills out (batch, tokens, heads, head_dim) and lse (batch, heads, tokens), both contiguous."""
+    """Fills out (batch, queries, heads, head_dim) and lse (batch, heads, queries), both contiguous."""
     assert out.is_contiguous() and lse.is_contiguous()
     q, k, v = readable(q), readable(k), readable(v)
-    batch, tokens, heads, head_dim = q.shape
+    (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
     columns = padded_columns(head_dim)
-    config = forward_config(architecture(q), tokens, columns, q.dtype)
-    tiles = config.tiles(tokens)
-    splits = config.splits(tokens, batch * heads)
+    config = forward_config(architecture(q), keys, columns, q.dtype)
+    tiles = config.tiles(keys)
+    splits = config.splits(queries, batch * heads)
     with torch.cuda.device_of(q):
         forward_kernel[(batch * heads * splits,)](
-            q, k, v, out, lse, scale, heads, tokens, splits,
+            q, k, v, out, lse, scale, heads, queries, keys, splits,
             *strides(q, k, v),
             HEAD_DIM=head_dim, COLS=columns, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             TILES=tiles, STARTS=tuple(sum(tiles[:i]) for i in range(len(tiles))), RESIDENT=config.keys == "resident",

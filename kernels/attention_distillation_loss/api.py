@@ -1,8 +1,12 @@
 """Distance between the attention maps of a student and a teacher, with no map in memory."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from ..autograd import differentiable, only_once
 from ..backend import INTERPRETED, full_precision, use_triton
 
 
@@ -76,7 +80,7 @@ def attention_distillation_loss(
             t.flatten(2).unflatten(2, (heads, -1)) for t in (student_q, student_k, teacher_q, teacher_k)
         )
     objective = "mean_kl" if heads == "mean" else objective
-    return _op(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, objective)[0]
+    return _apply(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, objective)[0]
 
 
 def _match_tokens(student_q, student_k, teacher_q, teacher_k, rows, student_prefix, teacher_prefix):
@@ -170,11 +174,27 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, *_):
-    dq, dk = _backward_op(dloss, *ctx.saved_tensors, ctx.student_scale, ctx.teacher_scale, ctx.objective)
+    dq, dk = _backward_once(dloss, *ctx.saved_tensors, ctx.student_scale, ctx.teacher_scale, ctx.objective)
     return dq, dk, *(None,) * 5
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_ops = torch.ops.fastdeit
+_apply = differentiable(
+    "attention_distillation_loss", _ops.attention_distillation_loss.default, _setup_context, _backward
+)
+_backward_once = only_once("attention_distillation_loss", _ops.attention_distillation_loss_backward.default)
+
+
+@register_flop_formula(_ops.attention_distillation_loss)
+def _(student_q, student_k, teacher_q, *_, **__) -> int:
+    """The scores of both models."""
+    return sum(2 * math.prod(q) * student_k[1] for q in (student_q, teacher_q))
+
+
+@register_flop_formula(_ops.attention_distillation_loss_backward)
+def _(dloss, student_q, student_k, teacher_q, *_, **__) -> int:
+    """The scores of both models again, and two products for the gradients."""
+    return sum(2 * math.prod(q) * student_k[1] for q in (*3 * (student_q,), teacher_q))
 
 
 def _check(student_q, student_k, teacher_q, teacher_k, rows, objective, heads):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable, only_once
 from ..backend import use_triton
 from .reference import bias_gelu_backward_reference, bias_gelu_reference
 
@@ -29,7 +30,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(f"bias must be ({x.shape[-1]},), one number a channel of x, got {tuple(bias.shape)}")
     if bias.device != x.device:
         raise ValueError(f"bias is on {bias.device} and x on {x.device}: move them to one device")
-    return _bias_gelu(x, bias)
+    return _apply(x, bias)
 
 
 @torch.library.custom_op("fastdeit::bias_gelu", mutates_args=())
@@ -65,7 +66,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return _bias_gelu_backward(grad, *ctx.saved_tensors)
+    return _backward_once(grad, *ctx.saved_tensors)
 
 
-_bias_gelu.register_autograd(_backward, setup_context=_setup_context)
+_apply = differentiable("bias_gelu", torch.ops.fastdeit.bias_gelu.default, _setup_context, _backward)
+_backward_once = only_once("bias_gelu", torch.ops.fastdeit.bias_gelu_backward.default)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable, only_once
 from ..backend import use_triton
 from . import checks
 from .reference import reference
@@ -79,7 +80,7 @@ def distillation_loss(
     heads = (cls_logits,) if dist_logits is None else (cls_logits, dist_logits)
     with_grad = torch.is_grad_enabled() and any(head.requires_grad for head in heads)
     numel = soft_reduction == "numel"
-    losses, terms, _, _ = _op(
+    losses, terms, _, _ = _apply(
         cls_logits, dist_logits, target, second, lam, teacher, teacher_probs,
         kind, alpha, tau, smoothing, numel, with_grad,
     )  # fmt: skip
@@ -132,22 +133,25 @@ def _(cls_logits, dist_logits, target, second, lam, teacher, teacher_probs, kind
 def _setup_context(ctx, inputs, output):
     _, terms, dcls, ddist = output
     ctx.mark_non_differentiable(terms, dcls, ddist)
-    ctx.save_for_backward(dcls, ddist)
+    ctx.save_for_backward(dcls, ddist, *inputs[:2])
 
 
 def _backward(ctx, dlosses, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError("distillation_loss cannot be differentiated twice: it keeps no second derivative.")
+    *grads, cls_logits, dist_logits = ctx.saved_tensors
     dcls, ddist = (
-        _scale_rows(grad, dlosses) if needed and grad.numel() else None
-        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
+        _scale_rows(grad, dlosses, logits) if needed and grad.numel() else None
+        for grad, logits, needed in zip(grads, (cls_logits, dist_logits), ctx.needs_input_grad)
     )
     return dcls, ddist, *(None,) * 11
 
 
-def _scale_rows(grad_BC: Tensor, scale_B: Tensor) -> Tensor:
-    # In float32, and one kernel with no float32 copy: a half-precision scale would overflow under loss scaling.
-    return torch.mul(grad_BC, scale_B[:, None], out=torch.empty_like(grad_BC))
+def _scale_rows(grad_BC: Tensor, scale_B: Tensor, logits_BC: Tensor) -> Tensor:
+    """In float32: a half-precision scale would overflow under loss scaling."""
+    if torch.is_grad_enabled():
+        return _scale_once(grad_BC, scale_B, logits_BC)
+    return torch.mul(grad_BC, scale_B[:, None], out=torch.empty_like(grad_BC))  # one kernel, no copy in float32
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_apply = differentiable("distillation_loss", torch.ops.fastdeit.distillation_loss.default, _setup_context, _backward)
+# The logits play no part but to be what the gradient depends on.
+_scale_once = only_once("distillation_loss", lambda grad, scale, logits: (grad * scale[:, None]).to(grad.dtype))

@@ -1,27 +1,30 @@
-"""timm's Attention on the fused kernels. Imports timm: `apply_to_timm` imports this file when it is called."""
+"""timm's Attention on the fused kernels. Imports timm: `apply_to` imports this file for a model of timm's."""
 
 from timm.layers import Attention
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..attention.api import attention, attention_qkvpacked
-from .report import fits
+from .report import note_call, why_not_call, why_not_tensors
 
 
 @register_notrace_module  # a leaf for timm's feature extraction by torch.fx
 class FusedAttention(Attention):
     """The parameters and the results of timm.layers.Attention, with q, k and v read in place from the projection.
 
-    Only forward differs, so that a layer becomes one by its __class__. A mask, causality, dropout that somebody turned
-    on later, and more tokens than the kernels take go to timm's own forward.
+    Only forward differs, so that a layer becomes one by its __class__. A mask, causality and dropout that somebody
+    turned on later go to timm's own forward.
     """
 
+    runs_fastdeit_attention = True
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        batch, tokens, _ = x.shape
-        dropped = self.training and self.attn_drop.p > 0
-        if attn_mask is not None or is_causal or dropped or not fits(x, tokens):
+        reason = why_not_call(attn_mask is not None, self.attn_drop.p if self.training else 0.0, is_causal)
+        if not reason:
+            qkv = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
+            reason = why_not_tensors(*qkv.unbind(2))
+        if note_call(reason):
             return super().forward(x, attn_mask, is_causal)
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
         if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
             out = attention_qkvpacked(qkv)
         else:

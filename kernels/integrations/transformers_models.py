@@ -13,14 +13,14 @@ import logging
 
 from torch import Tensor, nn
 
-from ..attention.api import HEAD_DIMS, attention
-from .report import SwapReport, fits, why_not
+from ..attention.api import attention
+from .report import SwapReport, note_call, why_not_call, why_not_layer, why_not_tensors
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("fastdeit.kernels")
 
 NAME = "fastdeit"
 # What other models hand to their attention function and the kernels do not know.
-FOREIGN_ARGUMENTS = ("position_bias", "softcap", "cache")
+FOREIGN_ARGUMENTS = ("position_bias", "softcap", "cache", "output_attentions")  # SDPA's function warns of the last
 
 
 def register_with_transformers() -> None:
@@ -50,10 +50,10 @@ def register_with_transformers() -> None:
         **kwargs,
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        foreign = causal or dropout > 0 or any(kwargs.get(name) is not None for name in FOREIGN_ARGUMENTS)
-        wants_maps = kwargs.get("output_attentions", False)  # SDPA's function warns that it has none
-        if attention_mask is None and not (foreign or wants_maps) and _fits(query_BHND, key_BHND, value_BHND):
-            q, k, v = (x.transpose(1, 2) for x in (query_BHND, key_BHND, value_BHND))
+        foreign = [name for name in FOREIGN_ARGUMENTS if kwargs.get(name) is not None and kwargs[name] is not False]
+        q, k, v = (x.transpose(1, 2) for x in (query_BHND, key_BHND, value_BHND))
+        reason = why_not_call(attention_mask is not None, dropout, causal) or ", ".join(foreign)
+        if not note_call(reason or why_not_tensors(q, k, v)):
             return attention(q, k, v, scale=scaling), None
         return sdpa_attention_forward(
             module,
@@ -106,11 +106,6 @@ def apply_to_transformers(model: nn.Module) -> SwapReport:
     return report
 
 
-def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    same = query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype
-    return same and query.shape[-1] in HEAD_DIMS and fits(query, query.shape[2])
-
-
 def _uses_interface(layer: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
@@ -135,11 +130,11 @@ def _why_not_layer(layer: nn.Module) -> str:
     if getattr(layer, "num_key_value_groups", 1) > 1:
         return f"{kind} groups its key and value heads: SDPA"
     head_dim = getattr(layer, "head_dim", getattr(layer, "attention_head_size", None))
-    reason = why_not(head_dim, dropout=0.0)
+    reason = why_not_layer(head_dim)
     if reason:
         return f"{reason}: SDPA"
     if dropout := _dropout(layer):
-        return f"{why_not(head_dim, dropout)}: SDPA in training, the kernels in evaluation"
+        return f"{why_not_layer(head_dim, dropout)}: SDPA in training, the kernels in evaluation"
     return ""
 
 

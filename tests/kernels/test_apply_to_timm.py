@@ -124,7 +124,7 @@ def test_more_tokens_than_the_kernels_take(monkeypatch):
     model, images = tiny().eval(), torch.randn(1, 3, 32, 32)
     apply_to_timm(model)
     assert attention_ops(lambda: model(images))
-    monkeypatch.setattr("fastdeit.kernels.integrations.report.MAX_TOKENS", 16)
+    monkeypatch.setattr("fastdeit.kernels.integrations.report.offsets_fit", lambda *shape: False)
     assert not attention_ops(lambda: model(images))
 
 
@@ -147,13 +147,19 @@ def test_feature_extraction_still_traces():
     assert features.shape == (1, 17, 64)
 
 
+def unfused(model):
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    return model
+
+
 LEFT_ALONE = {
     "attention dropout 0.1": lambda: tiny(attn_drop_rate=0.1),
-    "head_dim 16": lambda: tiny(num_heads=4),
-    "head_dim 72": lambda: tiny(embed_dim=144),
-    "timm.layers.diff_attention.DiffAttention": lambda: tiny(attn_layer="diff"),
+    "head_dim 8": lambda: tiny(num_heads=8),
+    "head_dim 136": lambda: tiny(embed_dim=272),
     "relative position bias": lambda: timm.create_model("beit_base_patch16_224", embed_dim=64, depth=2, num_heads=2),
-    "timm.models.eva.EvaAttention": lambda: timm.create_model("eva02_tiny_patch14_224", depth=2),
+    "GPSA does not call": lambda: timm.create_model("convit_tiny", depth=2, local_up_to_layer=2),
+    "fused_attn turned off": lambda: unfused(timm.create_model("eva02_tiny_patch14_224", depth=2)),
 }
 
 
@@ -178,7 +184,7 @@ def test_only_what_can_be_replaced_is():
     assert len(report.replaced) == 2
     report = apply_to_timm(model)
     assert set(report.kept) == {"blocks.0.attn", "blocks.1.attn"} and "somebody else" in report.kept["blocks.1.attn"]
-    assert str(apply_to_timm(nn.Linear(1, 1))) == "fastdeit attention: the model has no attention layers"
+    assert str(apply_to_timm(nn.Linear(1, 1))) == "fastdeit attention: found no attention layers"
 
 
 def test_works_without_timm_until_called():

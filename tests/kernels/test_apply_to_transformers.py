@@ -111,7 +111,7 @@ def test_dropout_in_training_goes_to_sdpa():
 
 
 LEFT_ALONE = {
-    "head_dim 16": lambda: tiny("vit", num_attention_heads=4),
+    "head_dim 8": lambda: tiny("vit", num_attention_heads=8),
     "relative position bias": lambda: transformers.BeitModel(
         transformers.BeitConfig(**TINY, intermediate_size=64, use_relative_position_bias=True)
     ),

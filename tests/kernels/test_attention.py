@@ -8,7 +8,7 @@ import torch
 from attention_oracle import check, definition
 
 from fastdeit.kernels import attention, attention_qkvpacked
-from fastdeit.kernels.attention import configs
+from fastdeit.kernels.attention import api, configs
 from fastdeit.kernels.backend import INTERPRETED
 
 # These are about the plain PyTorch path; the interpreter replaces it.
@@ -59,6 +59,8 @@ def test_default_scale():
 def test_gradcheck():
     q, k, v = (make(2, 5, 2, 32, dtype=torch.float64, seed=i).requires_grad_() for i in range(3))
     assert torch.autograd.gradcheck(lambda *x: attention(*x, scale=0.3, return_lse=True), (q, k, v))
+    q, k, v = (make(1, n, 2, 16, dtype=torch.float64, seed=n).requires_grad_() for n in (2, 5, 5))
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, return_lse=True), (q, k, v))
     qkv = make(1, 4, 3, 1, 32, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: attention_qkvpacked(x, return_lse=True), (qkv,))
 
@@ -72,15 +74,27 @@ def test_gradient_of_lse_alone():
 
 
 def test_opcheck():
-    q, k, v = (make(2, 5, 2, 32, seed=i).requires_grad_() for i in range(3))
-    qkv = make(2, 5, 3, 2, 32).requires_grad_()
-    out, lse = (x.detach() for x in attention(q, k, v, return_lse=True))
-    q_, k_, v_ = (x.detach() for x in (q, k, v))
+    q, k, v = (make(2, 5, 2, 32, seed=i) for i in range(3))
+    qkv = make(2, 5, 3, 2, 32)
+    out, lse = attention(q, k, v, return_lse=True)
     ops = torch.ops.fastdeit
     torch.library.opcheck(ops.attention, (q, k, v, 0.3))
+    torch.library.opcheck(ops.attention, (q[:, :2], k, v, 0.3))
     torch.library.opcheck(ops.attention_qkvpacked, (qkv, 0.3))
-    torch.library.opcheck(ops.attention_backward, (out, q_, k_, v_, out, lse, 0.3, lse))
-    torch.library.opcheck(ops.attention_qkvpacked_backward, (out, qkv.detach(), out, lse, 0.3, None))
+    torch.library.opcheck(ops.attention_backward, (out, q, k, v, out, lse, 0.3, lse))
+    torch.library.opcheck(ops.attention_backward, (out, q, k[:, :2], v[:, :2], out, lse, 0.3, lse))
+    torch.library.opcheck(ops.attention_qkvpacked_backward, (out, qkv, out, lse, 0.3, None))
+
+
+def test_compiles_where_it_is_left_to_pytorch(monkeypatch):
+    """What decides is a constant to torch.compile, however it decides."""
+    decide = torch.compiler.assume_constant_result(lambda device, dtype: dtype == torch.float32)
+    monkeypatch.setattr(api, "left_to_pytorch", decide)
+    torch._dynamo.reset()
+    compiled = torch.compile(attention_qkvpacked, fullgraph=True, backend="aot_eager")
+    for dtype in (torch.float32, torch.float64):
+        qkv = make(2, 5, 3, 2, 32, dtype=dtype)
+        torch.testing.assert_close(compiled(qkv), attention_qkvpacked(qkv))
 
 
 def test_compiles_without_a_graph_break():
@@ -153,12 +167,14 @@ assert dot_precision(x) == "tf32"
     "tensors, message",
     [
         ([make(5, 1, 32)] * 3, "batch, tokens, heads, head_dim"),
-        ([make(1, 5, 1, 32), make(1, 6, 1, 32), make(1, 5, 1, 32)], "cross attention"),
+        ([make(1, 5, 1, 32), make(1, 6, 1, 32), make(1, 5, 1, 32)], "k and v must have the same tokens"),
+        ([make(1, 5, 4, 32), *2 * [make(1, 5, 2, 32)]], "may differ in their tokens only.*grouped heads"),
         ([make(1, 5, 1, 32), make(1, 5, 1, 32), make(1, 5, 1, 32, dtype=torch.float16)], "share dtype and device"),
         ([make(1, 5, 1, 32), make(1, 5, 1, 32).to("meta"), make(1, 5, 1, 32)], "share dtype and device"),
-        ([make(1, 5, 1, 48)] * 3, "head_dim 32, 64, 80, 96, 128, not 48"),
-        ([make(1, 4097, 1, 32)] * 3, "1 to 4096 tokens"),
-        ([make(1, 0, 1, 32)] * 3, "1 to 4096 tokens"),
+        ([make(1, 5, 1, 20)] * 3, "head_dim 16 to 128 in steps of 8, not 20"),
+        ([make(1, 5, 1, 136)] * 3, "not 136"),
+        ([make(1, 1, 1, 128).expand(1, 2**24, 1, 128)] * 3, "1 to 5592149 tokens, not 16777216"),
+        ([make(1, 0, 1, 32)] * 3, "tokens, not 0"),
         ([make(1, 5, 1, 32).int()] * 3, "not torch.int32"),
     ],
 )
@@ -171,6 +187,23 @@ def test_refuses(tensors, message):
 def test_refuses_packed(shape):
     with pytest.raises(ValueError, match=r"qkv must be \(batch, tokens, 3, heads, head_dim\)"):
         attention_qkvpacked(make(*shape))
+
+
+def test_left_to_pytorch(monkeypatch):
+    """Where PyTorch's own function is better, it is called, unless lse is wanted; the result has our layout."""
+    q, k, v = (make(2, n, 2, 32, seed=n).requires_grad_() for n in (3, 5, 5))
+    expected = torch.autograd.grad(attention(q, k, v, scale=0.3).sin().sum(), (q, k, v))
+    qkv = make(2, 5, 3, 2, 32)
+    packed = attention_qkvpacked(qkv, scale=0.3)
+    monkeypatch.setattr(api, "left_to_pytorch", lambda device, dtype: True)
+    monkeypatch.setattr(api, "_attend", None)
+    monkeypatch.setattr(api, "_attend_packed", None)
+    out = attention(q, k, v, scale=0.3)
+    assert out.is_contiguous()
+    torch.testing.assert_close(torch.autograd.grad(out.sin().sum(), (q, k, v)), expected)
+    torch.testing.assert_close(attention_qkvpacked(qkv, scale=0.3), packed)
+    with pytest.raises(TypeError):
+        attention(q, k, v, return_lse=True)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])

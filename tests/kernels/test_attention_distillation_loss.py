@@ -283,14 +283,13 @@ def test_second_derivative_is_refused():
     student.requires_grad_()
     loss = attention_distillation_loss(*pairs(case, student, teacher))
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="attention_distillation_loss_backward"):
+    with pytest.raises(RuntimeError, match="attention_distillation_loss cannot be differentiated twice"):
         grad.nansum().backward()
 
 
 @pytest.mark.parametrize("objective", ["kl", "mse", "mean_kl"])
 def test_opcheck(objective):
     student, teacher = (t.clone() for t in make(Case(5, batch=2, heads=2), torch.float32))
-    student.requires_grad_()
     inputs = (student[:, :, 0], student[:, :, 1], teacher[:, :, 0], teacher[:, :, 1])
     torch.library.opcheck(_op, (*inputs, 0.2, 0.3, objective))
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """The Triton attention kernels against float64: in the interpreter here, compiled on a GPU.
 
 Sizes: 1 (a softmax of one), 5, 16 and 17 (around the smallest tile), 63 and 65 (around a matrix instruction's rows),
-197 and 198 (DeiT), 257 (ViT-H; from here on few heads take two backward launches), 577 (384 pixels). head_dim 32 is
-padded in the backward pass only, 80 and 96 in both.
+197 and 198 (DeiT), 257 (ViT-H; from here on few heads take two backward launches), 577 (384 pixels). head_dim 16 and 32
+are padded in the backward pass only, what is no power of two in both.
 """
 
 import pytest
@@ -23,6 +23,13 @@ SHAPES = [  # batch, tokens, heads, head_dim
     (3, 198, 1, 64),
     (1, 257, 1, 80),
     (1, 577, 1, 64),
+]
+CROSS = [  # queries, keys, head_dim
+    (1, 197, 64),  # attention pooling, a class token
+    (2, 198, 32),
+    (70, 3, 72),
+    (33, 300, 64),  # two backward launches, fewer queries than one of their blocks
+    (300, 17, 16),
 ]
 interpreter = pytest.param("cpu", marks=pytest.mark.interpreter)
 gpu = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -70,6 +77,31 @@ def test_matches_float64(batch, tokens, heads, head_dim, device, dtype):
     q, k, v = poisoned(batch, tokens, heads, head_dim, device, dtype).unbind(2)
     check(lambda *x: attention(*x, return_lse=True), q, k, v, head_dim**-0.5)
     check(packed, q, k, v, head_dim**-0.5, through_lse=False)
+
+
+@DEVICES_AND_DTYPES
+@pytest.mark.parametrize("queries, keys, head_dim", CROSS)
+@pytest.mark.parametrize("full_gpu", [False, True])
+def test_other_keys_than_queries(queries, keys, head_dim, full_gpu, device, dtype, monkeypatch):
+    monkeypatch.setattr(configs, "FULL_GPU", 1 if full_gpu else 264)
+    q, _, _ = poisoned(2, queries, 1, head_dim, device, dtype).unbind(2)
+    _, k, v = poisoned(2, keys, 1, head_dim, device, dtype).unbind(2)
+    check(lambda *x: attention(*x, return_lse=True), q, k, v, head_dim**-0.5)
+
+
+@DEVICES
+@pytest.mark.parametrize("head_dim", [16, 24, 40, 48, 56, 72, 88, 104, 112, 120])
+def test_every_head_dim(head_dim, device):
+    q, k, v = poisoned(1, 37, 2, head_dim, device, torch.float16).unbind(2)
+    check(lambda *x: attention(*x, return_lse=True), q, k, v, head_dim**-0.5)
+    check(packed, q, k, v, head_dim**-0.5, through_lse=False)
+
+
+@DEVICES
+def test_more_tokens_than_a_picture_has(device):
+    """Their number is not limited: the blocks of a loop become more."""
+    q, k, v = poisoned(1, 4133, 1, 32, device, torch.float16).unbind(2)
+    check(lambda *x: attention(*x, return_lse=True), q, k, v, 32**-0.5)
 
 
 @DEVICES

@@ -17,6 +17,38 @@ def test_gpus_before_ampere_take_plain_pytorch(capability, expected, monkeypatch
     backend.compute_capability.cache_clear()
 
 
+def test_amd_gpus_take_plain_pytorch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    backend.compute_capability.cache_clear()
+    assert not backend.use_triton(SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0)))
+    assert backend.left_to_pytorch(torch.device("cuda", 0), torch.bfloat16)
+    backend.compute_capability.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "device, dtype, tf32, expected",
+    [
+        ("cuda", torch.float32, False, True),
+        ("cuda", torch.float32, True, False),
+        ("cuda", torch.bfloat16, False, False),
+        ("mps", torch.float16, False, True),
+        ("cpu", torch.float32, False, False),
+        ("meta", torch.float32, False, False),
+    ],
+)
+def test_what_is_left_to_pytorch(device, dtype, tf32, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    backend.compute_capability.cache_clear()
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        assert backend.left_to_pytorch(torch.device(device), dtype) is expected
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+        backend.compute_capability.cache_clear()
+
+
 def test_cpu_tensors_take_triton_in_the_interpreter_alone(monkeypatch):
     for interpreted in (False, True):
         monkeypatch.setattr(backend, "INTERPRETED", interpreted)

@@ -113,7 +113,7 @@ def test_gradcheck():
 
 def test_opcheck():
     x, bias, grad = random_inputs((2, 3, 8), torch.float32)
-    torch.library.opcheck(_bias_gelu, (x.requires_grad_(), bias.requires_grad_()))
+    torch.library.opcheck(_bias_gelu, (x, bias))
     torch.library.opcheck(_bias_gelu_backward, (grad, x.detach(), bias.detach()))
 
 
@@ -132,7 +132,7 @@ def test_no_rows():
 def test_second_derivative_is_refused():
     x = torch.randn(2, 4, requires_grad=True)
     (dx,) = torch.autograd.grad(bias_gelu(x, torch.zeros(4)).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no autograd formula|does not require grad"):
+    with pytest.raises(RuntimeError, match="bias_gelu cannot be differentiated twice"):
         dx.sum().backward()
 
 

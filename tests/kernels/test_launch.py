@@ -94,7 +94,16 @@ def test_attention_of_one_token_and_head(dtype):
     with compiled_for(90) as launches:
         attention(torch.empty(1, 1, 3, 1, 64, dtype=dtype), through_lse=False)
     for _, types in launches:
-        assert types["heads"] == types["tokens"] == "constexpr"
+        assert types["heads"] == types["queries"] == types["keys"] == "constexpr"
+
+
+@pytest.mark.parametrize("full_gpu", [False, True])
+@pytest.mark.parametrize("queries, keys", [(1, 197), (300, 1)])
+def test_attention_of_one_query_or_key(queries, keys, full_gpu):
+    q, k = torch.empty(2, queries, 1, 88, dtype=HALF), torch.empty(2, keys, 1, 88, dtype=HALF)
+    with compiled_for(90, full_gpu):
+        out, lse = torch.ops.fastdeit.attention(q, k, k, 0.1)
+        torch.ops.fastdeit.attention_backward(out, q, k, k, out, lse, 0.1, None)
 
 
 def test_attention_of_pointers_and_strides_that_are_multiples_of_nothing():

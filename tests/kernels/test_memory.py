@@ -79,6 +79,10 @@ def test_attention(tokens, head_dim, dtype, arch, full_gpu, monkeypatch):
     qkv = between_nan(2, tokens, 3, 2, head_dim, dtype=dtype)
     run([qkv], kernels.attention_qkvpacked, qkv, return_lse=True)
     run([qkv], lambda x: kernels.attention(*x.unbind(2)), qkv)
+    few = between_nan(2, 3, 2, head_dim, dtype=dtype)
+    _, k, v = qkv.unbind(2)
+    run([few, qkv], lambda *x: kernels.attention(*x), few, k, v)
+    run([few, qkv], lambda *x: kernels.attention(*x), k, few, few)
 
 
 @pytest.mark.parametrize("case, dtype", [*((c, FLOAT) for c in SMALL), *((c, HALF) for c in LARGE)], ids=str)

@@ -1,0 +1,69 @@
+"""Any layer whose forward calls `F.scaled_dot_product_attention`, with that call served by the kernels.
+
+A subclass holds the layer's own forward, its code unchanged, in which the name F stands for a torch.nn.functional that
+has another scaled_dot_product_attention. So rotary embeddings, norms, gates and pooling are computed by whoever wrote
+them, and a new version of the library needs nothing new here.
+"""
+
+import sys
+import types
+from functools import cache
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.api import attention
+from .report import note_call, why_not_call, why_not_tensors
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """PyTorch's function, by the kernels where they can: (batch, heads, tokens, head_dim)."""
+    q, k, v = (x.transpose(-3, -2) if x.ndim == 4 else x for x in (query, key, value))
+    if note_call(why_not_call(attn_mask is not None, dropout_p, is_causal) or why_not_tensors(q, k, v)):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+functional = types.ModuleType("functional", F.__doc__)
+functional.__dict__.update({**vars(F), "scaled_dot_product_attention": scaled_dot_product_attention})
+
+
+def calls_sdpa(kind: type[nn.Module]) -> bool:
+    forward = kind.forward
+    if not isinstance(forward, types.FunctionType) or forward.__globals__.get("F") is not F:
+        return False
+    return {"F", "scaled_dot_product_attention"} <= set(forward.__code__.co_names)
+
+
+@cache
+def with_fused_sdpa(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `kind`; one for each, whose instances copy, pickle and trace as those of `kind` do."""
+    original = kind.forward
+    names = {name: value for name, value in original.__globals__.items() if name != "__name__"}
+    forward = types.FunctionType(
+        original.__code__, names | {"F": functional}, original.__name__, original.__defaults__, original.__closure__
+    )
+    forward.__kwdefaults__ = original.__kwdefaults__
+    reduce = lambda layer: (_remake, (kind,), layer.__dict__)  # noqa: E731
+    body = {"forward": forward, "__reduce__": reduce, "__module__": kind.__module__, "runs_fastdeit_attention": True}
+    fused = type(f"Fused{kind.__name__}", (kind,), body)
+    if kind.__module__.startswith("timm.") and "timm.models" in sys.modules:
+        from timm.models import register_notrace_module
+
+        register_notrace_module(fused)  # a leaf for timm's feature extraction by torch.fx
+    return fused
+
+
+def _remake(kind: type[nn.Module]) -> nn.Module:
+    return (fused := with_fused_sdpa(kind)).__new__(fused)
