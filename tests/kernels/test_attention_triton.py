@@ -101,7 +101,7 @@ def test_every_head_dim(head_dim, device):
 def test_more_tokens_than_a_picture_has(device):
     """Their number is not limited: the blocks of a loop become more."""
     q, k, v = poisoned(1, 4133, 1, 32, device, torch.float16).unbind(2)
-    check(lambda *x: attention(*x, return_lse=True), q, k, v, 32**-0.5)
+    check(lambda *x: attention(*x, return_lse=True), q[:, :70], k, v, 32**-0.5)
 
 
 @DEVICES
