@@ -9,6 +9,7 @@ any gradient, relative to the largest number of that tensor. What is not install
 """
 
 import argparse
+import copy
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -98,12 +99,12 @@ def row(make: Callable[[], nn.Module], size: int) -> tuple[str, str, str]:
     model, images = make().double().eval(), torch.randn(1, 3, size, size, dtype=torch.float64)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
-    before = run(model, images)
+    before = run(copy.deepcopy(model), images)  # some keep a bias made in evaluation, with its graph
     report = apply_to(model)
     with attention_calls() as calls:
         after = run(model, images)
     served, others = calls.pop("fused", 0), [f"{count} x {reason}" for reason, count in calls.items()]
-    left = [f"{count} layers: {reason}" for reason, count in Counter(report.kept.values()).items()]
+    left = [f"{count} layer{'s' * (count > 1)}: {reason}" for reason, count in Counter(report.kept.values()).items()]
     difference = max(((a - b).abs().max() / a.abs().max().clamp(min=1e-300)).item() for a, b in zip(before, after))
     return str(served), "; ".join(others + left) or "-", f"{difference:.0e}"
 

@@ -83,7 +83,7 @@ def why_not_call(masked: bool, dropout: float, causal: bool) -> str:
 def why_not_tensors(q: Tensor, k: Tensor, v: Tensor) -> str:
     """Likewise for q, k and v, (batch, tokens, heads, head_dim)."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
-        return "shapes: grouped heads, or not (batch, heads, tokens, head_dim)"
+        return "shapes: grouped heads, or v of another width than k"
     if q.dtype != k.dtype or q.dtype != v.dtype:
         return "q, k and v differ in dtype"
     if q.dtype not in DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):

@@ -26,13 +26,13 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """PyTorch's function, by the kernels where they can: (batch, heads, tokens, head_dim)."""
-    q, k, v = (x.transpose(-3, -2) if x.ndim == 4 else x for x in (query, key, value))
+    """PyTorch's function, by the kernels where they can: (..., heads, tokens, head_dim)."""
+    q, k, v = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) if x.ndim > 2 else x for x in (query, key, value))
     if note_call(why_not_call(attn_mask is not None, dropout_p, is_causal) or why_not_tensors(q, k, v)):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    return attention(q, k, v, scale=scale).transpose(1, 2)
+    return attention(q, k, v, scale=scale).transpose(1, 2).reshape(query.shape)
 
 
 functional = types.ModuleType("functional", F.__doc__)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeit.kernels import apply_to_transformers, register_with_transformers
+from fastdeit.kernels import apply_to_transformers, attention_calls, register_with_transformers
 
 transformers = pytest.importorskip("transformers")
 TINY = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
@@ -56,6 +56,25 @@ def test_results_and_gradients_stay(kind):
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert fused_calls(lambda: model(pixel_values=images)) == 2
+
+
+def test_fewer_keys_than_queries():
+    """Segformer's attention looks at a picture of fewer tokens; each of its calls is served, and counted."""
+    sizes = dict(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[32, 64], num_attention_heads=[1, 2]
+    )
+    lists = dict(patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2], decoder_hidden_size=32)
+    torch.manual_seed(0)
+    model = transformers.SegformerModel(transformers.SegformerConfig(**sizes, **lists)).eval().double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    before = outputs_and_gradients(model, images)
+    report = apply_to_transformers(model)
+    assert len(report.replaced) == 2 and not report.kept, report
+    with attention_calls() as calls:
+        after = outputs_and_gradients(model, images)
+    assert calls == {"fused": 2}
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
 def test_attn_implementation_by_name():
