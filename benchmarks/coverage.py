@@ -23,30 +23,30 @@ from fastdeit.kernels import apply_to, attention_calls
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 BEGIN, END = "<!-- table: coverage -->\n", "<!-- end -->\n"
 SIZE = 64
-TIMM = {  # family: model, changes
-    "DeiT, ViT": ("deit_small_distilled_patch16_224", {"depth": 2}),
-    "DeiT III": ("deit3_small_patch16_224", {"depth": 2}),
-    "DINOv2 with registers": ("vit_small_patch14_reg4_dinov2", {"depth": 2, "img_size": 56}),
-    "DINOv3": ("vit_small_patch16_dinov3", {"depth": 2}),
-    "EVA-02": ("eva02_tiny_patch14_224", {"depth": 2, "img_size": 56}),
-    "Perception Encoder": ("vit_pe_core_tiny_patch16_384", {"depth": 2}),
-    "SigLIP so400m": ("vit_so400m_patch14_siglip_224", {"depth": 1, "img_size": 56}),
-    "NaFlexViT": ("naflexvit_base_patch16_gap", {"depth": 1}),
-    "CaiT": ("cait_xxs24_224", {"depth": 2}),
-    "XCiT": ("xcit_nano_12_p16_224", {"depth": 2}),
-    "BEiT": ("beit_base_patch16_224", {"depth": 1}),
-    "SAM": ("samvit_base_patch16", {"depth": 1, "img_size": 64}),
-    "Swin": ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
-    "Hiera": ("hiera_tiny_224", {"img_size": 224}),
-    "PVT v2": ("pvt_v2_b0", {}),
-    "Twins": ("twins_svt_small", {}),
-    "LeViT": ("levit_128s", {"img_size": 224}),
-    "TinyViT": ("tiny_vit_5m_224", {"img_size": 224}),
-    "MaxViT": ("maxvit_tiny_tf_224", {"img_size": 224}),
-    "ConViT": ("convit_tiny", {"depth": 2}),
-    "EfficientViT": ("efficientvit_b0", {}),
-    "MViT v2": ("mvitv2_tiny", {"img_size": 224}),
-    "VOLO": ("volo_d1_224", {}),
+SHALLOW = {"img_size": SIZE, "depth": 2}
+TIMM = {  # family: model, changes, side of the images
+    "DeiT, ViT": ("deit_small_distilled_patch16_224", SHALLOW, SIZE),
+    "DeiT III": ("deit3_small_patch16_224", SHALLOW, SIZE),
+    "DINOv2 with registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 2}, 56),
+    "DINOv3": ("vit_small_patch16_dinov3", SHALLOW, SIZE),
+    "EVA-02": ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2}, 56),
+    "Perception Encoder": ("vit_pe_core_tiny_patch16_384", SHALLOW, SIZE),
+    "SigLIP so400m": ("vit_so400m_patch14_siglip_224", {"img_size": 56, "depth": 1}, 56),
+    "NaFlexViT": ("naflexvit_base_patch16_gap", {"depth": 1}, SIZE),
+    "CaiT": ("cait_xxs24_224", SHALLOW, SIZE),
+    "XCiT": ("xcit_nano_12_p16_224", {"depth": 2}, SIZE),
+    "BEiT": ("beit_base_patch16_224", {"img_size": SIZE, "depth": 1}, SIZE),
+    "SAM": ("samvit_base_patch16", {"img_size": SIZE, "depth": 1}, SIZE),
+    "Swin": ("swin_tiny_patch4_window7_224", {"img_size": SIZE, "depths": (1, 1, 1, 1)}, SIZE),
+    "Hiera": ("hiera_tiny_224", {}, 224),
+    "PVT v2": ("pvt_v2_b0", {}, SIZE),
+    "Twins": ("twins_svt_small", {}, SIZE),
+    "LeViT": ("levit_128s", {}, 224),
+    "TinyViT": ("tiny_vit_5m_224", {}, 224),
+    "ConViT": ("convit_tiny", SHALLOW, SIZE),
+    "EfficientViT": ("efficientvit_b0", {}, SIZE),
+    "MViT v2": ("mvitv2_tiny", {}, 224),
+    "VOLO": ("volo_d1_224", {}, 224),
 }
 HF = {  # family: configuration, changes
     "ViT": ("ViTConfig", {}),
@@ -70,11 +70,8 @@ def models() -> Iterator[tuple[str, str, Callable[[], nn.Module], int]]:
     if importlib.util.find_spec("timm"):
         import timm
 
-        for family, (name, changes) in TIMM.items():
-            options = changes if name.startswith(("pvt", "twins", "efficientvit", "xcit", "volo")) else {
-                "img_size": SIZE, **changes
-            }  # fmt: skip
-            yield "timm", family, lambda n=name, o=options: timm.create_model(n, **o), options.get("img_size", SIZE)
+        for family, (name, changes, size) in TIMM.items():
+            yield "timm", family, lambda n=name, c=changes: timm.create_model(n, **c), size
     if importlib.util.find_spec("torchvision"):
         from torchvision.models import VisionTransformer
 
