@@ -1,7 +1,7 @@
 """How the operations meet autograd, torch.func and torch.compile: one derivative, backwards, and words for others.
 
-An autograd.Function around each operator, rather than `register_autograd`: that one's operators return zeros for a
-forward derivative, cannot be differentiated by torch.func.grad, and cost three times as much on the host.
+An autograd.Function around each operator, rather than `register_autograd`, whose operators return zeros for a forward
+derivative and cannot be differentiated by torch.func.grad.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,29 @@ def differentiable(name: str, operator: Callable, setup_context: Callable, backw
             "(torch.func.vjp, jacrev), or PyTorch's own operators."
         )
 
-    functions = {
-        "generate_vmap_rule": True,
-        "forward": staticmethod(lambda *inputs: operator(*inputs)),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(backward),
-    }
-    compiled = type(name, (torch.autograd.Function,), functions)
-    eager = type(name, (torch.autograd.Function,), functions | {"jvp": staticmethod(jvp)})  # Dynamo takes no jvp
+    def forward_and_setup(ctx, *inputs):
+        output = operator(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    def make(**functions):
+        functions = {key: f if isinstance(f, bool) else staticmethod(f) for key, f in functions.items()}
+        return type(name, (torch.autograd.Function,), functions | {"backward": staticmethod(backward)})
+
+    # torch.func wants setup_context apart, which costs 50 us a call; Dynamo takes no jvp.
+    apart = {"forward": lambda *inputs: operator(*inputs), "setup_context": setup_context, "generate_vmap_rule": True}
+    eager, transformed, compiled = make(forward=forward_and_setup, jvp=jvp), make(**apart, jvp=jvp), make(**apart)
 
     def apply(*inputs):
-        return (compiled if torch.compiler.is_compiling() else eager).apply(*inputs)
+        if torch.compiler.is_compiling():
+            return compiled.apply(*inputs)
+        return (transformed if _transforms_active() else eager).apply(*inputs)
 
     return apply
+
+
+# Of torch.func. Without this function of torch's, every call is made as if one were.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def only_once(name: str, operator: Callable) -> Callable:
