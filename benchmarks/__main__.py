@@ -31,7 +31,7 @@ def main() -> int:
     names = [word for word in sys.argv[1:] if not word.startswith("-")]
     if len(names) == 1 and names[0] in BENCHMARKS and {"-h", "--help"} & set(sys.argv):
         return run(names[0], ["--help"], quick=False, device="cpu")
-    from fastdeit.command import FoldedHelp
+    from fastdeit.cli import FoldedHelp
 
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=FoldedHelp)
     parser.add_argument("names", nargs="+", choices=[*BENCHMARKS, "all"], metavar="NAME", help=", ".join(BENCHMARKS))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import triton
 
-from fastdeit.command import FoldedHelp
+from fastdeit.cli import FoldedHelp
 
 from .compile_case import ARCHITECTURES, Resources, compile_case, problems
 from .compile_cases import all_cases

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from fastdeit.command import FoldedHelp
+from fastdeit.cli import FoldedHelp
 
 RECORDS = Path(__file__).parent / "records" / "cpu"
 HEADS = {"cls": "class head", "dist": "distillation head", "both": "both, averaged"}

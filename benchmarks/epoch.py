@@ -33,11 +33,11 @@ import torch
 from timm.data import FastCollateMixup
 
 from fastdeit.data import loaders
-from fastdeit.distributed import Place
+from fastdeit.distill.cached_teacher import StoredTeacher, TaughtLoader
+from fastdeit.distributed.world import World
 from fastdeit.pipelines import Loader, SyntheticIndex, open_index
-from fastdeit.pipelines.sampler import epoch_order
-from fastdeit.stored_teacher import StoredTeacher, TaughtLoader
-from fastdeit.trainer import Trainer
+from fastdeit.pipelines.index.sampler import epoch_order
+from fastdeit.training.trainer import Trainer
 
 from . import charts, peers
 from .pipeline import CORES, Epoch, make_images, measure, needs_dali, timm_loader
@@ -72,7 +72,7 @@ def our_epochs(trainer: Trainer, loader: TaughtLoader) -> Epoch:
     return epoch
 
 
-def ours(arguments: argparse.Namespace, root: Path, place: Place, folder: Path) -> dict[str, Epoch]:
+def ours(arguments: argparse.Namespace, root: Path, world: World, folder: Path) -> dict[str, Epoch]:
     config = configuration(
         arguments.student, batch_size=arguments.batch_size, pixels=arguments.pixels, compile=arguments.compile,
         attention="sdpa" if arguments.device == "cpu" else "fused",
@@ -80,9 +80,9 @@ def ours(arguments: argparse.Namespace, root: Path, place: Place, folder: Path) 
     index = open_index(root)
     sources = {}
     for name, source in zip(SOURCES, (index, SyntheticIndex(len(index), CLASSES))):
-        loader, _ = loaders(config, (source, source), place, None)
+        loader, _ = loaders(config, (source, source), world, None)
         sources[name] = taught(loader, folder / name)
-    trainer = trainer_on(config, place, sources["from disk"])
+    trainer = trainer_on(config, world, sources["from disk"])
     trainer.teacher = StoredTeacher(sources["from disk"].store, config)
     return {f"fastdeit, {name}": our_epochs(trainer, loader) for name, loader in sources.items()}
 
@@ -151,7 +151,7 @@ def headline(arguments: argparse.Namespace, speeds: dict[str, float], device: to
 def main() -> None:
     arguments = settings()
     needs_dali()
-    record, place = Record("epoch", arguments, COLUMNS), pick_place(arguments.device)
+    record, world = Record("epoch", arguments, COLUMNS), pick_place(arguments.device)
     record.conditions |= {name: getattr(arguments, name) for name in ("student", "teacher", "batch_size", "rounds")}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -159,7 +159,7 @@ def main() -> None:
         if arguments.data_path is None:
             make_images(root, arguments.images)
             multiply(root, arguments.names)
-        contestants = ours(arguments, root, place, folder) | theirs(arguments, root, place.device)
+        contestants = ours(arguments, root, world, folder) | theirs(arguments, root, world.device)
         images = len(open_index(root)) // arguments.batch_size * arguments.batch_size
         measured = measure(contestants, arguments.rounds, warm_up=not arguments.quick)
     gc.unfreeze()  # what the trainer's loop has frozen
@@ -171,7 +171,7 @@ def main() -> None:
         figures = f"{wall:10.1f} images/s{cpu:10.1f} per CPU-second{100 * share:7.1f} % of the speed on noise"
         print(f"{name:24}{' runs' if arguments.quick else figures}")
     if "timm, from disk" in speeds:
-        record.headlines.append(headline(arguments, speeds, place.device))
+        record.headlines.append(headline(arguments, speeds, world.device))
     record.write()
     if (chart := record.path("epoch.png")) is not None:
         titles = (f"images/s, {CORES} cores", "images per CPU-second")

@@ -232,7 +232,7 @@ def check(minutes: float, only: list[str], benchmarks: list[str], log: Path) -> 
 
 
 def main() -> int:
-    from fastdeit.command import FoldedHelp
+    from fastdeit.cli import FoldedHelp
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=FoldedHelp)
     kinds = ["tests", "sanitizer", "benchmarks"]

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastdeit.command import FoldedHelp
-from fastdeit.pipelines.index import open_index
+from fastdeit.cli import FoldedHelp
+from fastdeit.pipelines.index.index import open_index
 
 CLASSES = 100
 SHARDS = 20

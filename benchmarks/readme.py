@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastdeit.command import FoldedHelp
+from fastdeit.cli import FoldedHelp
 
 from .record import RECORDS, Headline
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fastdeit.command import FoldedHelp
+from fastdeit.cli import FoldedHelp
 
 RECORDS = Path(__file__).parent / "records"
 PACKAGES = (

@@ -35,10 +35,9 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fastdeit.command import FoldedHelp
-from fastdeit.fold_batchnorm import fold_batchnorm
-from fastdeit.memory_format import laid_out
-from fastdeit.model import create_model
+from fastdeit.cli import FoldedHelp
+from fastdeit.distill.inference import fold_batchnorm, laid_out
+from fastdeit.models.deit import create_model
 
 RECORD = Path(__file__).parent / "records" / "compile" / "step_traffic.csv"
 KINDS = (
@@ -71,7 +70,7 @@ def planned(student: str, batch_size: int) -> dict[str, list[Kernel]]:
 
 
 def planned_teacher(name: str, batch_size: int, *, joined: bool) -> list[Kernel]:
-    """The kernels of a forward pass of a timm model as fastdeit.teacher lays it out in channels_last memory."""
+    """The kernels of a forward pass of a timm model as fastdeit.distill.teacher lays it out in channels_last memory."""
     model, pixels = timm.create_model(name, num_classes=1000).eval().requires_grad_(False), 224
     example = torch.randn(2, 3, pixels, pixels)
     model, _ = fold_batchnorm(model, example)

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdeit import teacher_store
 from fastdeit.config import Config
 from fastdeit.data import loaders, open_images
-from fastdeit.distributed import Place, pick_device
+from fastdeit.distill import logit_cache
+from fastdeit.distill.cached_teacher import answers_of
+from fastdeit.distributed.world import World, pick_device
+from fastdeit.models.build import build_student
 from fastdeit.pipelines import Batch, Loader
-from fastdeit.stored_teacher import answers_of
-from fastdeit.student import build_student
-from fastdeit.trainer import Trainer
+from fastdeit.training.trainer import Trainer
 
 from .timing import Timing
 
@@ -45,10 +45,10 @@ def speed(images_per_s: float, device: torch.device) -> str:
     return f"{images_per_s:,.{1 if images_per_s < 100 else 0}f} images/{'CPU-s' if device.type == 'cpu' else 's'}"
 
 
-def pick_place(device: str) -> Place:
+def pick_place(device: str) -> World:
     if device == "cpu":
         torch.set_num_threads(1)
-    return Place(pick_device(device))
+    return World(pick_device(device))
 
 
 def configuration(student: str, *, batch_size: int, pixels: int, compile: bool, attention: str = "sdpa") -> Config:
@@ -60,16 +60,16 @@ def configuration(student: str, *, batch_size: int, pixels: int, compile: bool, 
     return config
 
 
-def noise(config: Config, place: Place) -> Loader:
+def noise(config: Config, world: World) -> Loader:
     """The training loader of `--data-path synthetic`: noise on the device, with what to mix and to erase drawn as for
     real images."""
-    return loaders(config, open_images(config, place), place, None)[0]
+    return loaders(config, open_images(config, world), world, None)[0]
 
 
-def trainer_on(config: Config, place: Place, loader) -> Trainer:
+def trainer_on(config: Config, world: World, loader) -> Trainer:
     """The trainer, without a teacher yet, silent, writing nothing."""
     trainer = Trainer(
-        config, place, build_student(config, CLASSES)[0], None, (loader, None), [str(i) for i in range(CLASSES)], None
+        config, world, build_student(config, CLASSES)[0], None, (loader, None), [str(i) for i in range(CLASSES)], None
     )  # fmt: skip
     trainer.log.close()
     trainer.log.console.quiet = True
@@ -91,22 +91,22 @@ def our_step(trainer: Trainer, teacher, batches: list[Batch]) -> Step:
     return step
 
 
-def random_store(folder: Path, indices: np.ndarray, batch_size: int) -> teacher_store.Store:
+def random_store(folder: Path, indices: np.ndarray, batch_size: int) -> logit_cache.Store:
     """A store with a random decision for each position. indices: (views, positions), the images they are of."""
     views, positions = indices.shape
     steps = positions // batch_size
     header = {
-        "format": teacher_store.FORMAT, "kind": "hard", "classes": CLASSES, "views": views, "positions": positions,
+        "format": logit_cache.FORMAT, "kind": "hard", "classes": CLASSES, "views": views, "positions": positions,
         "global_batch": batch_size, "piece_steps": steps,
     }  # fmt: skip
-    teacher_store.create(folder, header, np.zeros(1))
-    writer = teacher_store.Writer(folder, header, 0, 1)
+    logit_cache.create(folder, header, np.zeros(1))
+    writer = logit_cache.Writer(folder, header, 0, 1)
     labels = np.random.default_rng(0).integers(CLASSES, size=indices.shape)
     for view in range(views):
         rows = {"indices": indices[view], "labels": labels[view]}
         writer.write((view, 0, steps), {name: row.reshape(steps, batch_size) for name, row in rows.items()})
     writer.close()
-    return teacher_store.Store(folder)
+    return logit_cache.Store(folder)
 
 
 def stored_answers(folder: Path, batch_size: int, device: torch.device) -> Callable:

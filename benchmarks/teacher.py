@@ -24,9 +24,9 @@ import timm
 import torch
 from torch import nn
 
-from fastdeit.loading import LoadedModel, mean_std
-from fastdeit.teacher import Teacher
-from fastdeit.trainer import Trainer
+from fastdeit.distill.teacher import Teacher
+from fastdeit.models.loading import LoadedModel, mean_std
+from fastdeit.training.trainer import Trainer
 
 from . import charts, peers, steps
 from .record import Headline, Record, parser
@@ -41,25 +41,25 @@ def make_teacher(
     compiled: bool = False,
 ) -> Teacher:  # fmt: skip
     """A timm model in the trainer's service, in a state between published and best."""
-    data, place = trainer.config.data, trainer.place
+    data, world = trainer.config.data, trainer.world
     mean, std = mean_std(network)
     loaded = LoadedModel(name="teacher", model=network.eval(), input_size=data.input_size, mean=mean, std=std)
     teacher = Teacher(
-        loaded, student_mean=trainer.mean, student_std=trainer.std, device=place.device, dtype=dtype
+        loaded, student_mean=trainer.mean, student_std=trainer.std, device=world.device, dtype=dtype
     )  # fmt: skip
     teacher.plain = None
     if not folded:
-        teacher.network.model = copy.deepcopy(network).to(place.device, dtype).requires_grad_(False)
+        teacher.network.model = copy.deepcopy(network).to(world.device, dtype).requires_grad_(False)
     if laid_out:
-        teacher.choose_memory_format(data.batch_size, place)
+        teacher.choose_memory_format(data.batch_size, world)
     if compiled:
         teacher.compile()
     return teacher
 
 
 def best_teacher(network: nn.Module, trainer: Trainer, *, compiled: bool) -> Teacher:
-    """As fastdeit.teacher.load_teacher makes it by default."""
-    gpu = trainer.place.device.type == "cuda"
+    """As fastdeit.distill.teacher.load_teacher makes it by default."""
+    gpu = trainer.world.device.type == "cuda"
     return make_teacher(
         network, trainer, torch.float16 if gpu else torch.float32, laid_out=gpu, compiled=compiled
     )  # fmt: skip
@@ -71,7 +71,7 @@ def states(network: nn.Module, trainer: Trainer, *, compiled: bool) -> dict[str,
         "fp32, as published": make_teacher(network, trainer, torch.float32, folded=False),
         "fp32, folded": make_teacher(network, trainer, torch.float32),
     }
-    if trainer.place.device.type == "cuda":
+    if trainer.world.device.type == "cuda":
         made["fp16, folded"] = make_teacher(network, trainer, torch.float16)
         made["fp16, folded, laid out"] = make_teacher(network, trainer, torch.float16, laid_out=True)
         if compiled:
@@ -84,7 +84,7 @@ def states(network: nn.Module, trainer: Trainer, *, compiled: bool) -> dict[str,
 
 
 def compare_steps(arguments, network: nn.Module, trainer: Trainer) -> dict[str, Timing]:
-    device, batches = trainer.place.device, list(islice(trainer.train_loader, steps.RESIDENT))
+    device, batches = trainer.world.device, list(islice(trainer.train_loader, steps.RESIDENT))
     with tempfile.TemporaryDirectory() as folder:
         teachers = states(network, trainer, compiled=arguments.compile)
         teachers["stored answers"] = steps.stored_answers(Path(folder), arguments.batch_size, device)
@@ -98,7 +98,7 @@ def compare_steps(arguments, network: nn.Module, trainer: Trainer) -> dict[str, 
 
 @torch.no_grad()
 def compare_forwards(arguments, network: nn.Module, trainer: Trainer) -> dict[str, Timing]:
-    device, dtype = trainer.place.device, trainer.precision
+    device, dtype = trainer.world.device, trainer.precision
     images = trainer.prepare(next(iter(trainer.train_loader)))
     ours = best_teacher(network, trainer, compiled=arguments.compile)
     calls = {"fastdeit": lambda: ours(images)}
@@ -159,12 +159,12 @@ def main() -> None:
     record = Record("teacher", arguments, COLUMNS)
     names = ("student", "teacher", "batch_size", "rounds", "compile")
     record.conditions |= {name: getattr(arguments, name) for name in names}
-    place = steps.pick_place(arguments.device)
+    world = steps.pick_place(arguments.device)
     torch._dynamo.config.recompile_limit = 64  # of states that in training have a process each
     config = steps.configuration(
         arguments.student, batch_size=arguments.batch_size, pixels=arguments.pixels, compile=arguments.compile
     )
-    trainer = steps.trainer_on(config, place, steps.noise(config, place))
+    trainer = steps.trainer_on(config, world, steps.noise(config, world))
     network = timm.create_model(arguments.teacher, num_classes=steps.CLASSES)
     whole = compare_steps(arguments, network, trainer)
     report(record, "step", whole, arguments.batch_size)
@@ -172,7 +172,7 @@ def main() -> None:
     forwards = compare_forwards(arguments, network, trainer)
     report(record, "forward", forwards, arguments.batch_size)
     if len(forwards) > 1:
-        record.headlines.append(headline(arguments, forwards, place.device))
+        record.headlines.append(headline(arguments, forwards, world.device))
     record.write()
     if (chart := record.path("teacher.png")) is not None:
         title = f"a step of {arguments.student}, teacher {arguments.teacher}, batch {arguments.batch_size}"

@@ -42,7 +42,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdeit.model import create_model
+from fastdeit.models.deit import create_model
 
 from . import charts, peers, steps
 from .gpu_work import Work, work_of
@@ -84,11 +84,11 @@ class Case:
 
     def __init__(self, arguments: argparse.Namespace, student: str, folder: Path):
         self.arguments, self.student, self.folder = arguments, student, folder
-        self.place = steps.pick_place(arguments.device)
-        self.device, self.gpu = self.place.device, arguments.device != "cpu"
+        self.world = steps.pick_place(arguments.device)
+        self.device, self.gpu = self.world.device, arguments.device != "cpu"
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         self.network = timm.create_model(arguments.teacher, num_classes=CLASSES)
-        self.noise = steps.noise(self._configuration(), self.place)
+        self.noise = steps.noise(self._configuration(), self.world)
         self.batches = list(islice(self.noise, steps.RESIDENT))
 
     def contenders(self, waterfall: bool) -> dict[str, Callable[[], Step]]:
@@ -120,7 +120,7 @@ class Case:
 
     def ours(self, make: Callable | None, *, attention: str = "sdpa", compile: bool | None = None) -> Step:
         """make: of the timm model and the trainer its teacher; None for stored answers."""
-        trainer = steps.trainer_on(self._configuration(attention, compile), self.place, self.noise)
+        trainer = steps.trainer_on(self._configuration(attention, compile), self.world, self.noise)
         if make is None:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             teacher = steps.stored_answers(folder, self.arguments.batch_size, self.device)

@@ -6,13 +6,11 @@ A recipe (fastdeit/recipes) is a function that returns a filled `Config`; the co
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from . import command
-from .command import UserError
+from fastdeit.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -103,7 +101,7 @@ class Model:
     """The student."""
 
     model: str = "deit_small_distilled_patch16_224"
-    """deit_*, deit3_* (fastdeit.model.model_names()), or any other timm model name."""
+    """deit_*, deit3_* (fastdeit.models.deit.model_names()), or any other timm model name."""
     patch_size: int | None = None
     """Pixels on a side of a patch. Default: the model's."""
     drop_path: float = 0.1
@@ -246,57 +244,3 @@ class Config:
                     value = Path(value)
                 setattr(target, key, value)
         return config
-
-
-def parse(
-    arguments: list[str] | None = None,
-    *,
-    recipe: str | None = None,
-    prog: str = "python -m fastdeit.train",
-    kind: type[Config] = Config,
-    description: str | None = None,
-) -> Config:
-    """The command line over a recipe's defaults, checked.
-
-    recipe: the one taken when --recipe is not given. kind: Config, with further groups of a command's own perhaps.
-    description: of the command; the recipe's if None.
-    """
-    from . import config_check, deit_flags, recipes, resume, sources
-
-    arguments = deit_flags.translate(sys.argv[1:] if arguments is None else arguments, kind)
-    resumed = _flag(arguments, "resume")
-    default = resume.defaults(_flag(arguments, "output-dir") if resumed == "auto" else resumed)
-    begins = default is None
-    if begins:
-        chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
-        default = recipes.load(chosen)
-        default.run.recipe = chosen
-    config = command.parse(
-        kind, description=description or recipes.describe(default.run.recipe), prog=prog, args=arguments,
-        default=kind(**vars(default)),
-    )  # fmt: skip
-    config.typed = command.typed_flags(arguments)
-    if begins:
-        sources.adopt(config, config.typed)
-    config_check.check(config)
-    if begins and kind is Config:
-        config_check.check_start(config)
-    if config.run.resume not in (None, "auto") and not config.run.eval:
-        resume.saved_settings(Path(config.run.resume))  # refused now, not when the data have been read
-    given = {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
-    for sentence in config_check.unread(config, given):
-        command.tell(sentence)
-    if begins and default.run.recipe == "demo" and "--recipe" not in given and given - {"--print-config"}:
-        command.tell("without --data-path: the recipe demo, on scikit-learn's digits")
-    return config
-
-
-def _flag(arguments: list[str], name: str) -> str | None:
-    """The value of --name in the raw arguments, the last if there are several: the recipe must be known before the
-    parser is built."""
-    found = None
-    for position, argument in enumerate(arguments):
-        key, equals, value = argument.partition("=")
-        if key.replace("_", "-") == f"--{name}":
-            found = value if equals else (arguments[position + 1] if position + 1 < len(arguments) else None)
-    return found

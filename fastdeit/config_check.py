@@ -4,8 +4,9 @@ remedy."""
 import math
 from pathlib import Path
 
-from . import recipes, trackers
-from .command import UserError
+from fastdeit import recipes
+from fastdeit.errors import UserError
+from fastdeit.training import trackers
 
 
 def check(config) -> None:

@@ -1,12 +1,22 @@
 """From settings to the two loaders of a run."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from fastdeit.config import Config
+from fastdeit.distributed.world import World
+from fastdeit.errors import UserError
+from fastdeit.kernels import mix_normalize
 from fastdeit.pipelines import (
     Augmentation,
     BadFiles,
+    Batch,
+    Mix,
     SyntheticIndex,
     WithUnlabelled,
     eval_loader,
@@ -14,19 +24,65 @@ from fastdeit.pipelines import (
     open_index,
     train_loader,
 )
-from fastdeit.pipelines.labels import natural_order
-from fastdeit.pipelines.layout import read_class_names
-from fastdeit.pipelines.names import printable
+from fastdeit.pipelines.index.layout import read_class_names
+from fastdeit.pipelines.index.records import natural_order, printable
 
-from .command import UserError
-from .config import Config
-from .distributed import Place
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+FIRST = 512  # views on which a teacher is looked at before a run
+
+
+def precision_of(config: Config, device: torch.device) -> torch.dtype:
+    """The student's autocast type, and the type of its images."""
+    return PRECISIONS[config.speed.precision or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def prepare(batch, mean, std, dtype: torch.dtype) -> Tensor:
+    """The batch's images normalised, erased, mixed: (batch, 3, height, width)."""
+    mix = {} if batch.mix is None else batch.mix._asdict()
+    return mix_normalize(batch.images, mean, std, dtype=dtype, **mix)
+
+
+def first_views(loader, prepare: Callable, *, parts: int = 1) -> Iterator[Tensor]:
+    """The first training images as models see them, in batches, or in the parts of batches that --accumulate makes.
+
+    prepare: of one batch. The loader stands at its beginning afterwards.
+    """
+    loader.set_epoch(0)
+    for batch in islice(loader, -(-FIRST // loader.plans.batch_size)):
+        yield from map(prepare, split(batch, parts))
+    loader.set_epoch(0)
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """`parts` batches of equal size. Mixing pairs neighbours, so a part of even size holds its samples' partners."""
+    if parts == 1:
+        return [batch]
+    size = len(batch.labels) // parts
+    return [_part(batch, start, start + size) for start in range(0, parts * size, size)]
+
+
+def _part(batch: Batch, start: int, end: int) -> Batch:
+    mix = batch.mix
+    if mix is not None:
+        mix = Mix(*(tensor[start:end] for tensor in mix))
+        mix = mix._replace(partner=mix.partner - start)
+    part = Batch(batch.images[start:end], batch.labels[start:end], batch.indices[start:end], mix)
+    if not hasattr(batch, "answers"):
+        return part
+    answers = batch.answers  # a stored teacher's
+    several = isinstance(answers, tuple)
+    return type(batch)(*part, tuple(a[start:end] for a in answers) if several else answers[start:end])
+
 
 REPEATS = 3  # repeated augmentation, as in the DeiT recipe
+
+
 SYNTHETIC_VALIDATION = 2048  # images; the training set counts as many as ImageNet-1k
 
 
-def open_images(config: Config, place: Place):
+def open_images(config: Config, world: World):
     """(training index, validation index) of --data-path; the validation images carry the training classes' labels.
 
     The list of files with their sizes is kept beside the runs, in index-cache, and read again while the files stay.
@@ -35,8 +91,8 @@ def open_images(config: Config, place: Place):
         return SyntheticIndex(), SyntheticIndex(SYNTHETIC_VALIDATION)
     runs = config.run.output_dir.parent if config.run.output_dir is not None else Path("runs")
     cache = None if config.run.dry_run else runs / "index-cache"
-    if not place.is_main:
-        place.barrier()  # rank 0 reads the headers and writes the cache, the others read that
+    if not world.is_main:
+        world.barrier()  # rank 0 reads the headers and writes the cache, the others read that
     path, classes = config.data.data_path, config.data.classes and read_class_names(config.data.classes)
     shared = {"label_column": config.data.label_column, "cache_dir": cache}
     training = open_index(path, "train", classes=classes, **shared)
@@ -44,8 +100,8 @@ def open_images(config: Config, place: Place):
     validation = open_index(path, "val", classes=training.classes, **shared)
     if config.distillation.unlabelled_path is not None:
         training = WithUnlabelled(training, open_folder(config.distillation.unlabelled_path, cache_dir=cache))
-    if place.is_main:
-        place.barrier()
+    if world.is_main:
+        world.barrier()
     return training, validation
 
 
@@ -81,7 +137,7 @@ def threads(config: Config) -> int:
     return config.data.num_workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def loaders(config: Config, indices, place: Place, folder: Path | None):
+def loaders(config: Config, indices, world: World, folder: Path | None):
     """(training loader, validation loader) for this process. `folder`: the run's, for bad_files.txt, or None."""
     data, (training, validation) = config.data, indices
     augmentation = Augmentation(
@@ -91,8 +147,8 @@ def loaders(config: Config, indices, place: Place, folder: Path | None):
         repeats=REPEATS if data.repeated_aug else 1,
     )  # fmt: skip
     shared = {
-        "input_size": data.input_size, "device": str(place.device), "rank": place.rank,
-        "world_size": place.world_size, "num_threads": threads(config),
+        "input_size": data.input_size, "device": str(world.device), "rank": world.rank,
+        "world_size": world.world_size, "num_threads": threads(config),
     }  # fmt: skip
     bad_files = [
         BadFiles.of(index, limit=data.max_bad, path=folder and folder / "bad_files.txt")

@@ -8,7 +8,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from .command import UserError, tell
+from fastdeit.errors import UserError, tell
 
 ANY = None
 

@@ -34,16 +34,16 @@ def digits_folder(root: Path = Path("data/digits")) -> Path:
     return root
 
 
-def with_digits(config, place):
+def with_digits(config, world):
     """The settings of a run: without --data-path with the digits as data and, where a teacher is asked for, with one
     fitted on them, which is kept for the next run."""
-    from . import recipes
-    from .train import train
+    from fastdeit import recipes
+    from fastdeit.train import train
 
     if config.data.data_path is not None:
         return config
     config = type(config).from_dict(config.to_dict())
-    config.data.data_path = place.broadcast(digits_folder() if place.is_main else None)
+    config.data.data_path = world.broadcast(digits_folder() if world.is_main else None)
     asked = config.distillation
     if asked.distillation_type == "none" or asked.teacher_path is not None or asked.teacher_store is not None:
         return config
@@ -52,16 +52,16 @@ def with_digits(config, place):
     settings.data.data_path, settings.data.input_size = config.data.data_path, config.data.input_size
     settings.run.device, settings.run.tracker = config.run.device, config.run.tracker
     target = Path("runs") / f"digits-teacher-{settings.model.model}-{settings.data.input_size}px"
-    if not place.broadcast(target.is_dir()):
+    if not world.broadcast(target.is_dir()):
         # Fitted under another name, so that a folder of this name is always a finished fit.
         settings.run.output_dir = target.with_name(target.name + ".unfinished")
-        if place.is_main:
+        if world.is_main:
             shutil.rmtree(settings.run.output_dir, ignore_errors=True)
             print(f"fitting the teacher {settings.model.model} on the digits, kept in {target} for the next run")
-        train(settings, place)
-        if place.is_main:
+        train(settings, world)
+        if world.is_main:
             settings.run.output_dir.rename(target)
             print(f"the teacher is finished: {settings.run.output_dir} is now {target}")
-        place.barrier()
+        world.barrier()
     config.distillation.teacher_path = str(target)
     return config

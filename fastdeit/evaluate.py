@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .command import UserError, parse, run
+from fastdeit.cli import parse
+from fastdeit.errors import UserError, run
 
 
 def main() -> None:
     import tyro
 
-    from .distributed import join
-    from .inference import load
-    from .loading import has_moving_average
-    from .tables import accuracy_table
+    from fastdeit.distributed.world import join
+    from fastdeit.evaluation.tables import accuracy_table
+    from fastdeit.models.inference import load
+    from fastdeit.models.loading import has_moving_average
 
     @dataclass(kw_only=True)
     class Evaluate:
@@ -64,21 +65,21 @@ def main() -> None:
     sources = ["model"]
     if has_moving_average(arguments.checkpoint, pretrained=arguments.pretrained):
         sources.append("ema")
-    with join(arguments.device) as place:
+    with join(arguments.device) as world:
         classifiers = {
             source: load(
-                arguments.checkpoint, device=place.device, weights=source, input_size=arguments.input_size,
+                arguments.checkpoint, device=world.device, weights=source, input_size=arguments.input_size,
                 name=arguments.model, pretrained=arguments.pretrained, precision=arguments.precision,
                 crop_pct=arguments.eval_crop_ratio,
             )
             for source in sources
         }  # fmt: skip
         loader = classifiers["model"].evaluation_loader(
-            arguments.data_path, arguments.batch_size, place, max_bad=arguments.max_bad,
+            arguments.data_path, arguments.batch_size, world, max_bad=arguments.max_bad,
             order=arguments.classes, label_column=arguments.label_column,
         )  # fmt: skip
-        result = evaluate(classifiers, loader, place, arguments.output)
-    if not place.is_main:
+        result = evaluate(classifiers, loader, world, arguments.output)
+    if not world.is_main:
         return
     if arguments.json:
         print(json.dumps(result, indent=2))
@@ -87,7 +88,7 @@ def main() -> None:
         print(about(classifiers["model"], result["data"]))
 
 
-def evaluate(classifiers: dict, loader, place, output: Path | None = None) -> dict:
+def evaluate(classifiers: dict, loader, world, output: Path | None = None) -> dict:
     """{"model": {head: {"top1", "top5", "loss", "ece"}}, "ema": ..., "data": {...}}
 
     "data" tells the number of "images" that count, of "classes", the "input_size", and the "unreadable" images with the
@@ -95,40 +96,40 @@ def evaluate(classifiers: dict, loader, place, output: Path | None = None) -> di
     classifiers: "model" and perhaps "ema", which take the same input: every image is decoded once. output: the folder
     for the files that the head of this page names, or None.
     """
-    from .accuracy import Tally
-    from .confusion import Answers
+    from fastdeit.evaluation.confusion import Answers
+    from fastdeit.evaluation.metrics import Tally
 
-    if output is not None and place.is_main:
+    if output is not None and world.is_main:
         output.mkdir(parents=True, exist_ok=True)  # refused now, not when all images have been seen
     tallies = {source: Tally() for source in classifiers}
-    answers = {source: Answers(len(loader.index), place.device) for source in classifiers}
-    for batch in _with_progress(loader, place):
+    answers = {source: Answers(len(loader.index), world.device) for source in classifiers}
+    for batch in _with_progress(loader, world):
         images = classifiers["model"].prepare(batch)
         for source, classifier in classifiers.items():
             logits = classifier.answers(images)
             tallies[source].add(logits, batch.labels)
             if output is not None:
                 answers[source].add(logits, batch.indices)
-    result = {source: tally.result(place) for source, tally in tallies.items()}
+    result = {source: tally.result(world) for source, tally in tallies.items()}
     unreadable = {}
-    for causes in place.gather(loader.bad_files.causes):  # each process has met its own
+    for causes in world.gather(loader.bad_files.causes):  # each process has met its own
         unreadable |= causes
     result["data"] = {
         "images": len(loader.index) + len(loader.index.bad) - len(unreadable), "classes": len(loader.index.classes),
         "unreadable": unreadable, "input_size": classifiers["model"].input_size,
     }  # fmt: skip
     if output is not None:
-        answers = {source: kept.result(place) for source, kept in answers.items()}
-        if place.is_main:
+        answers = {source: kept.result(world) for source, kept in answers.items()}
+        if world.is_main:
             _write(output, result, tallies, answers, loader.index)
     return result
 
 
 def _write(output: Path, result: dict, tallies: dict, answers: dict, index) -> None:
-    from .calibration import draw_calibration
-    from .confusion import draw_confusion, write_classes
-    from .durable import replace_json
-    from .tables import NAMES
+    from fastdeit.checkpoint.atomic import replace_json
+    from fastdeit.evaluation.calibration import draw_calibration
+    from fastdeit.evaluation.confusion import draw_confusion, write_classes
+    from fastdeit.evaluation.tables import NAMES
 
     replace_json(output / "accuracy.json", result)
     prefixes = {"model": "", "ema": "ema_"}
@@ -145,13 +146,13 @@ def _write(output: Path, result: dict, tallies: dict, answers: dict, index) -> N
     draw_calibration(diagrams, output / "calibration.png")
 
 
-def _with_progress(loader, place):
+def _with_progress(loader, world):
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     return track(
-        loader, "evaluating", console=console, transient=True, disable=not (console.is_terminal and place.is_main)
+        loader, "evaluating", console=console, transient=True, disable=not (console.is_terminal and world.is_main)
     )
 
 

@@ -10,6 +10,10 @@ read is named on stderr, and the rest goes on: the exit code is 2 only if nothin
 rotation is not applied.
 """
 
+import csv
+import glob
+import io
+import json
 import logging
 import os
 import shutil
@@ -20,10 +24,113 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-from .command import UserError, parse, run
-from .prediction import ON_ONE_LINE, Prediction, as_csv, as_json, as_line, csv_header
+from fastdeit.cli import parse
+from fastdeit.errors import UserError, run
+from fastdeit.pipelines.index.folder import EXTENSIONS, list_files
+
+IMAGE_WIDTH, CLASS_WIDTH = 60, 16  # columns of the plain form; a longer name pushes the rest of its line to the right
+
+
+ON_ONE_LINE = str.maketrans({"\n": "\\n", "\r": "\\r"})  # a file's name may hold anything
+
+
+class Prediction(NamedTuple):
+    image: str  # as it was named or found
+    classes: list[tuple[str, float]]  # (name, probability), the most probable first; none if it could not be read
+    error: str | None = None  # why it could not be read
+
+
+# Each form gives a line, or None where it has none for an image that could not be read.
+
+
+def as_line(
+    images: Sequence[str], classes: Sequence[str], width: int | None = None
+) -> Callable[[Prediction], str | None]:
+    """The plain form, its columns as wide as these names of images and classes ask for.
+
+    width: the longest line that is wanted; classes behind the first give way to it
+    """
+    image_width = min(max(map(len, images)), IMAGE_WIDTH)
+    class_width = min(max(map(len, classes)), CLASS_WIDTH)
+
+    def form(answer: Prediction) -> str | None:
+        if answer.error is not None:
+            return None
+        cells = [f"{name:<{class_width}} {100 * p:5.1f} %" for name, p in answer.classes]
+        line, *others = [f"{answer.image.translate(ON_ONE_LINE):<{image_width}}  {cells[0]}", *cells[1:]]
+        for cell in others:
+            if width is not None and len(line) + 2 + len(cell) > width:
+                break
+            line += f"  {cell}"
+        return line
+
+    return form
+
+
+def as_json(answer: Prediction) -> str:
+    """{"image": ..., "classes": [{"class": ..., "probability": ...}, ...]} or {"image": ..., "error": ...}"""
+    if answer.error is not None:
+        return json.dumps({"image": answer.image, "error": answer.error})
+    classes = [{"class": name, "probability": _rounded(p)} for name, p in answer.classes]
+    return json.dumps({"image": answer.image, "classes": classes})
+
+
+def csv_header(top: int) -> str:
+    return _csv_line(["image", *(f"{column}_{i}" for i in range(1, top + 1) for column in ("class", "probability"))])
+
+
+def as_csv(answer: Prediction) -> str | None:
+    if answer.error is not None:
+        return None
+    return _csv_line([answer.image, *(cell for name, p in answer.classes for cell in (name, _rounded(p)))])
+
+
+def _csv_line(cells: Sequence) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    return line.getvalue()
+
+
+def _rounded(probability: float) -> float:
+    """To six significant digits, which is about what float32 knows."""
+    return float(f"{probability:.6g}")
+
+
+def image_files(arguments: Sequence[str]) -> list[str]:
+    """The files that are meant, in the order of the arguments, each once, where it comes first.
+
+    A folder, or a pattern such as "photos/**/*.jpg" that no shell has expanded, gives the files with an image's
+    extension, sorted; a pattern those below the folders it matches too. Any other name is taken as it is, whatever its
+    extension, and whether or not there is such a file.
+
+    Raises UserError for no arguments, and for a folder or a pattern without images.
+    """
+    if not arguments:
+        raise UserError("give at least one image: a file, a folder or a pattern")
+    files: dict[str, str] = {}  # by absolute path
+    for argument in arguments:
+        for file in _meant_by(argument):
+            files.setdefault(os.path.abspath(file), file)
+    return list(files.values())
+
+
+def _meant_by(argument: str) -> list[str]:
+    if os.path.isdir(argument):
+        found, otherwise = list_files([argument]).files, "the folder holds no images"
+    elif glob.has_magic(argument) and not os.path.lexists(argument):
+        matches = sorted(glob.glob(os.path.expanduser(argument), recursive=True))
+        folders = [match for match in matches if os.path.isdir(match)]
+        others = [match for match in matches if os.path.splitext(match)[1].lower() in EXTENSIONS]
+        found = sorted({*others, *list_files(folders).files} - {*folders})
+        otherwise = "the pattern matches " + ("no images" if matches else "nothing")
+    else:
+        return [argument]
+    if not found:
+        raise UserError(f"{argument}: {otherwise}; looked for {', '.join(sorted(EXTENSIONS))}")
+    return found
+
 
 TOP = 5  # classes
 
@@ -31,10 +138,9 @@ TOP = 5  # classes
 def main() -> None:
     import tyro
 
-    from .distributed import join
-    from .image_files import image_files
-    from .inference import class_names, load
-    from .loading import has_moving_average
+    from fastdeit.distributed.world import join
+    from fastdeit.models.inference import class_names, load
+    from fastdeit.models.loading import has_moving_average
 
     @dataclass(kw_only=True)
     class Predict:
@@ -85,14 +191,14 @@ def main() -> None:
     pictures = None if arguments.attention is None else _picture_paths(files, arguments.attention)
     if arguments.ema and not has_moving_average(arguments.checkpoint, pretrained=arguments.pretrained):
         raise UserError(f"{arguments.checkpoint} holds no moving average of the weights: leave --ema away")
-    with join(arguments.device) as place:
+    with join(arguments.device) as world:
         classifier = load(
-            arguments.checkpoint, device=place.device, weights="ema" if arguments.ema else "model",
+            arguments.checkpoint, device=world.device, weights="ema" if arguments.ema else "model",
             input_size=arguments.input_size, name=arguments.model, pretrained=arguments.pretrained,
             precision=arguments.precision, crop_pct=arguments.eval_crop_ratio,
         )  # fmt: skip
         answers = predict(
-            classifier, files, place, top=arguments.top or TOP, head=arguments.head,
+            classifier, files, world, top=arguments.top or TOP, head=arguments.head,
             batch_size=arguments.batch_size, pictures=pictures,
         )  # fmt: skip
         form, header = _form(arguments, files, class_names(classifier))
@@ -116,7 +222,7 @@ def _form(arguments, files: Sequence[str], classes: Sequence[str]) -> tuple[Call
 def predict(
     classifier,
     files: Sequence[str],
-    place,
+    world,
     *,
     top: int = TOP,
     head: str = "both",
@@ -130,13 +236,13 @@ def predict(
 
     Raises UserError for a head the model does not have, and for pictures of a model whose attention is not known.
     """
-    from .inference import class_names
+    from fastdeit.models.inference import class_names
 
     if pictures is not None:
         _refuse_other_models(classifier.model)
     classes = class_names(classifier)
     missing = {file: "there is no such file" for file in files if not os.path.exists(file)}
-    loader, errors = _loader(classifier, [file for file in files if file not in missing], batch_size, place)
+    loader, errors = _loader(classifier, [file for file in files if file not in missing], batch_size, world)
     errors, waiting = ChainMap(missing, errors), deque(files)
     for step, batch in enumerate(_batches(loader)):
         images = classifier.prepare(batch)
@@ -156,7 +262,7 @@ def predict(
     yield [Prediction(name, [], errors[name]) for name in waiting]
 
 
-def _loader(classifier, files: list[str], batch_size: int, place) -> tuple:
+def _loader(classifier, files: list[str], batch_size: int, world) -> tuple:
     """(batches of the files, causes by name of those that cannot be read, to which decoding adds); no batches, None,
     where no file looks like an image."""
     from fastdeit.pipelines import NoImages
@@ -164,7 +270,7 @@ def _loader(classifier, files: list[str], batch_size: int, place) -> tuple:
     if not files:
         return None, {}
     try:
-        loader = classifier.files_loader(files, batch_size, place)
+        loader = classifier.files_loader(files, batch_size, world)
     except NoImages as none:
         return None, {bad.name: bad.cause for bad in none.bad}
     return loader, loader.bad_files.causes
@@ -205,7 +311,7 @@ def _picture_paths(files: Sequence[str], folder: Path) -> dict[str, Path]:
 
 
 def _refuse_other_models(model) -> None:
-    from .model import DeiT
+    from fastdeit.models.deit import DeiT
 
     if not isinstance(model, DeiT):
         raise UserError(
@@ -215,7 +321,7 @@ def _refuse_other_models(model) -> None:
 
 
 def _draw(classifier, images, answers: dict[str, list], pictures: dict[str, Path]) -> None:
-    from .attention_maps import draw_attention
+    from fastdeit.models.attention_maps import draw_attention
 
     paths = [pictures[name] for name in answers]
     for path in paths:

@@ -9,11 +9,12 @@ Each of them has a --help of its own.
 
 import sys
 
-from .command import UserError, fold, run
+from fastdeit.cli import fold
+from fastdeit.errors import UserError, run
 
 
 def main() -> int | None:
-    from .teach_store import store, verify
+    from fastdeit.distill.cache_writer import store, verify
 
     arguments = sys.argv[1:]
     commands = {"fit": fit, "store": store, "verify": verify}
@@ -27,16 +28,16 @@ def main() -> int | None:
 
 def fit(arguments: list[str]) -> None:
     """Train a classifier to teach with: any timm model, by default from its published weights with a fresh head."""
-    from .config import parse
-    from .distributed import join
-    from .train import train
+    from fastdeit.cli import parse_config
+    from fastdeit.distributed.world import join
+    from fastdeit.train import train
 
-    config = parse(arguments, recipe="teacher", prog="python -m fastdeit.teach fit")
+    config = parse_config(arguments, recipe="teacher", prog="python -m fastdeit.teach fit")
     if config.distillation.distillation_type != "none":
         raise UserError("a teacher is fitted on the labels alone: leave --distillation-type away")
-    with join(config.run.device) as place:
-        train(config, place)
-        if place.is_main:
+    with join(config.run.device) as world:
+        train(config, world)
+        if world.is_main:
             data = "" if config.data.data_path is None else f" --data-path {config.data.data_path}"
             folder, what = config.run.output_dir or "RUN", "" if config.run.output_dir else " (RUN: the folder above)"
             command = f"python -m fastdeit.train{data} --distillation-type hard --teacher-path {folder}"

@@ -8,43 +8,44 @@ torchrun --nproc-per-node 8 -m fastdeit.train --data-path DIR
 import json
 from pathlib import Path
 
-from .command import UserError, run
+from fastdeit.errors import UserError, run
 
 
 def main() -> None:
-    from .config import parse
-    from .distributed import join
+    from fastdeit.cli import parse_config
+    from fastdeit.distributed.world import join
 
-    config = parse()
+    config = parse_config()
     if config.run.print_config:
         print(json.dumps(config.to_dict(), indent=2))
         return
-    with join(config.run.device) as place:
-        train(config, place)
+    with join(config.run.device) as world:
+        train(config, world)
 
 
-def train(config, place, on_micro_batch=None) -> dict:
+def train(config, world, on_micro_batch=None) -> dict:
     """One run, from settings to the closing table. Returns the table: top-1 as fractions, see tables.NAMES.
     on_micro_batch: see Trainer."""
-    from . import run_directory, tables
-    from .data import open_images
-    from .digits import with_digits
-    from .dry_run import dry_run
-    from .trainer import deterministic
+    from fastdeit.checkpoint import run_dir
+    from fastdeit.data import open_images
+    from fastdeit.digits import with_digits
+    from fastdeit.evaluation import tables
+    from fastdeit.training.dry_run import dry_run
+    from fastdeit.training.trainer import deterministic
 
-    if config.speed.attention == "xformers" and place.device.type != "cuda":
+    if config.speed.attention == "xformers" and world.device.type != "cuda":
         raise UserError("--attention xformers runs on CUDA devices only: leave --attention away on this one")
     if config.speed.deterministic:
         deterministic()
     if config.run.eval:
-        return evaluate_only(config, place)
-    config = with_digits(config, place)
-    if (summary := run_directory.summary_of_finished(config)) is not None:
-        if place.is_main:
-            print(f"{tables.summary_table(summary)}\n{run_directory.to_resume(config)} is finished")
+        return evaluate_only(config, world)
+    config = with_digits(config, world)
+    if (summary := run_dir.summary_of_finished(config)) is not None:
+        if world.is_main:
+            print(f"{tables.summary_table(summary)}\n{run_dir.to_resume(config)} is finished")
         return summary
-    indices = open_images(config, place)
-    trainer, folder, saved = build(config, place, indices, on_micro_batch)
+    indices = open_images(config, world)
+    trainer, folder, saved = build(config, world, indices, on_micro_batch)
     if config.run.dry_run:
         return dry_run(trainer)
     _begin(trainer, indices, folder)
@@ -55,24 +56,24 @@ def train(config, place, on_micro_batch=None) -> dict:
     if trainer.teacher is not None and config.distillation.teacher_store is None:
         summary["teacher"] = trainer.accuracy_of(lambda images: (trainer.teacher(images), None))["cls"]["top1"]
     if config.distillation.compare_undistilled and config.distillation.distillation_type != "none":
-        summary["undistilled"] = train_undistilled(config, place, indices, folder, on_micro_batch)
+        summary["undistilled"] = train_undistilled(config, world, indices, folder, on_micro_batch)
     _end(trainer, summary, folder)
     return summary
 
 
-def build(config, place, indices, on_micro_batch=None):
+def build(config, world, indices, on_micro_batch=None):
     """(trainer, the run's folder, what of the run is saved): the latter two None for a dry run.
 
     All that can be refused without the folder is refused before it is claimed.
     """
-    from . import resume, run_directory, stored_teacher
-    from .data import loaders
-    from .loading import mean_std
-    from .preparation import first_views
-    from .student import build_student, normalise
-    from .teacher import load_teacher
-    from .teacher_store import Store
-    from .trainer import Trainer
+    from fastdeit.checkpoint import resume, run_dir
+    from fastdeit.data import first_views, loaders
+    from fastdeit.distill import cached_teacher
+    from fastdeit.distill.logit_cache import Store
+    from fastdeit.distill.teacher import load_teacher
+    from fastdeit.models.build import build_student, normalise
+    from fastdeit.models.loading import mean_std
+    from fastdeit.training.trainer import Trainer
 
     classes = indices[0].classes
     model, notes = build_student(resume.without_start(config), len(classes), classes)
@@ -83,18 +84,18 @@ def build(config, place, indices, on_micro_batch=None):
     if config.distillation.teacher_store is not None:
         store = Store(config.distillation.teacher_store)
     elif config.distillation.distillation_type != "none":
-        teacher = load_teacher(config, classes, student_mean=mean, student_std=std, place=place)
+        teacher = load_teacher(config, classes, student_mean=mean, student_std=std, world=world)
 
     folder = saved = None
     if not config.run.dry_run:
-        folder = place.broadcast(run_directory.open_folder(config, place) if place.is_main else None)
-        saved = resume.start(folder, place)
-    own_folder = folder if place.is_main else None
-    both_loaders = loaders(config, indices, place, own_folder)
+        folder = world.broadcast(run_dir.open_folder(config, world) if world.is_main else None)
+        saved = resume.start(folder, world)
+    own_folder = folder if world.is_main else None
+    both_loaders = loaders(config, indices, world, own_folder)
     if store is not None:
-        teacher, both_loaders = stored_teacher.take(store, config, place, both_loaders, mean, std)
+        teacher, both_loaders = cached_teacher.take(store, config, world, both_loaders, mean, std)
     trainer = Trainer(
-        config, place, model, teacher, both_loaders, classes, own_folder, title="student", on_micro_batch=on_micro_batch
+        config, world, model, teacher, both_loaders, classes, own_folder, title="student", on_micro_batch=on_micro_batch
     )
     for sentence in notes:
         trainer.log.say(sentence)
@@ -107,25 +108,26 @@ def build(config, place, indices, on_micro_batch=None):
 
 def _begin(trainer, indices, folder: Path) -> None:
     """What is drawn and said before the first step."""
-    from . import pictures
+    from fastdeit.evaluation import plots
 
-    if not trainer.place.is_main:
+    if not trainer.world.is_main:
         return
     if not (folder / "first_batch.png").exists():
-        pictures.first_batch(trainer, folder / "first_batch.png")
+        plots.first_batch(trainer, folder / "first_batch.png")
     said = [_sizes(trainer, indices), *_about_the_data(trainer.config, indices), *_pace(trainer)]
     trainer.log.say("\n".join([*said, f"writing to {folder}"]))
 
 
 def _end(trainer, summary: dict, folder: Path) -> None:
     """What is written, drawn and said after the last one."""
-    from . import durable, pictures, tables
+    from fastdeit.checkpoint import atomic
+    from fastdeit.evaluation import plots, tables
 
-    if not trainer.place.is_main:
+    if not trainer.world.is_main:
         return
-    durable.replace_json(folder / "summary.json", summary)
-    pictures.curves(folder)
-    similarity = pictures.token_similarity(trainer, folder)
+    atomic.replace_json(folder / "summary.json", summary)
+    plots.curves(folder)
+    similarity = plots.token_similarity(trainer, folder)
     print(tables.summary_table(summary))
     if similarity:
         values = " ".join(map(str, similarity))
@@ -133,13 +135,13 @@ def _end(trainer, summary: dict, folder: Path) -> None:
     trainer.log.say(f"curves.png, summary.json and the checkpoints last and best are in {folder}")
 
 
-def evaluate_only(config, place) -> dict:
+def evaluate_only(config, world) -> dict:
     """--eval: the accuracies of --resume or --finetune on the validation images, as a table. See fastdeit.evaluate."""
-    from .digits import with_digits
-    from .evaluate import about, evaluate
-    from .inference import load
-    from .loading import has_moving_average
-    from .tables import accuracy_table
+    from fastdeit.digits import with_digits
+    from fastdeit.evaluate import about, evaluate
+    from fastdeit.evaluation.tables import accuracy_table
+    from fastdeit.models.inference import load
+    from fastdeit.models.loading import has_moving_average
 
     source = config.model.finetune if config.run.resume is None else config.run.resume
     if source == "auto":
@@ -150,7 +152,7 @@ def evaluate_only(config, place) -> dict:
     typed = config.typed
     classifiers = {
         weights: load(
-            source, device=place.device, weights=weights, precision=config.speed.precision,
+            source, device=world.device, weights=weights, precision=config.speed.precision,
             input_size=config.data.input_size if "--input-size" in typed else None,
             crop_pct=config.data.eval_crop_ratio if "--eval-crop-ratio" in typed else None,
             name=config.model.model if "--model" in typed else None, default_name=config.model.model,
@@ -158,36 +160,36 @@ def evaluate_only(config, place) -> dict:
         for weights in sources
     }  # fmt: skip
     config.distillation.distillation_type = "none"  # no teacher is needed
-    data = with_digits(config, place).data
+    data = with_digits(config, world).data
     loader = classifiers["model"].evaluation_loader(
-        data.data_path, data.batch_size, place, max_bad=data.max_bad, order=data.classes, label_column=data.label_column
+        data.data_path, data.batch_size, world, max_bad=data.max_bad, order=data.classes, label_column=data.label_column
     )
-    result = evaluate(classifiers, loader, place)
-    if place.is_main:
+    result = evaluate(classifiers, loader, world)
+    if world.is_main:
         print(accuracy_table({weights: result[weights] for weights in sources}))
         print(about(classifiers["model"], result["data"]))
     return result
 
 
-def train_undistilled(config, place, indices, folder: Path, on_micro_batch=None) -> float:
+def train_undistilled(config, world, indices, folder: Path, on_micro_batch=None) -> float:
     """The same student without teacher and distillation token, for the same number of steps. Returns its top-1."""
-    from . import resume
-    from .data import loaders
-    from .student import build_student
-    from .trainer import Trainer
+    from fastdeit.checkpoint import resume
+    from fastdeit.data import loaders
+    from fastdeit.models.build import build_student
+    from fastdeit.training.trainer import Trainer
 
     settings = type(config).from_dict(config.to_dict())
     settings.distillation.distillation_type = "none"
     settings.model.model = config.model.model.replace("_distilled", "")
     classes = indices[0].classes
     folder = folder / "undistilled"
-    own_folder = folder if place.is_main else None
+    own_folder = folder if world.is_main else None
     if own_folder is not None:
         own_folder.mkdir(exist_ok=True)
-    saved = resume.start(folder, place)
+    saved = resume.start(folder, world)
     model, _ = build_student(settings, len(classes), classes)
     trainer = Trainer(
-        settings, place, model, None, loaders(settings, indices, place, own_folder), classes, own_folder,
+        settings, world, model, None, loaders(settings, indices, world, own_folder), classes, own_folder,
         title="undistilled", on_micro_batch=on_micro_batch,
     )  # fmt: skip
     trainer.load(saved)
@@ -202,12 +204,12 @@ def _sizes(trainer, indices) -> str:
     return (
         f"{config.model.model}: {parameters / 1e6:.2f} M parameters, {len(training):,} training and "
         f"{len(validation):,} validation images of {len(training.classes)} classes, {steps} of "
-        f"{trainer.global_batch} images, {trainer.place.device}"
+        f"{trainer.global_batch} images, {trainer.world.device}"
     )
 
 
 def _about_the_data(config, indices) -> list[str]:
-    from .data import order_of_numbers
+    from fastdeit.data import order_of_numbers
 
     training, validation = indices
     said = []
@@ -223,7 +225,7 @@ def _about_the_data(config, indices) -> list[str]:
 
 
 def _pace(trainer) -> list[str]:
-    from .schedule import average_in_words, rates_in_words
+    from fastdeit.training.optimizer import average_in_words, rates_in_words
 
     config, steps = trainer.config, trainer.total_steps
     sentences = rates_in_words(

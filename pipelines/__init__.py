@@ -1,12 +1,11 @@
 """From image files to batches on the device. Knows images only: nothing of models, losses or the trainer."""
 
-from .augmentation import Augmentation
+from .augment.augmentation import Augmentation
+from .augment.mixing import Mix
 from .bad_files import BadFiles, NoImages, TooManyBadFiles
-from .batch import Batch
-from .concatenation import WithUnlabelled
-from .index import Index, open_files, open_folder, open_index
-from .loader import Loader, eval_loader, train_loader
-from .mixing import Mix
+from .index.index import Index, open_files, open_folder, open_index
+from .index.unlabelled import WithUnlabelled
+from .loader import Batch, Loader, eval_loader, train_loader
 from .synthetic import SyntheticIndex
 
 __all__ = [

@@ -13,7 +13,7 @@ import re
 import threading
 from pathlib import Path
 
-from .names import printable
+from .index.records import printable
 
 log = logging.getLogger(__name__)
 

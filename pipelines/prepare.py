@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import command
+from . import cli
 from .bad_files import BadFiles
-from .index import Index, open_index
-from .layout import list_split, splits
-from .progress import show_progress
+from .cli import show_progress
+from .index.index import Index, open_index
+from .index.layout import list_split, splits
 
 SETTINGS = "prepare.json"
 FORMAT = 2  # raise it when the same settings give other shards
@@ -199,7 +199,7 @@ def _report(root: Path, indexes: dict[str, Index]) -> None:
 
 def main() -> None:
     logging.basicConfig(format="%(message)s")
-    command.run(
+    cli.run(
         prepare, "python -m fastdeit.pipelines.prepare", {"dir": "DIR", "out": "OUT"},
         stopped="stopped; the same command goes on from here",
     )  # fmt: skip

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from .decode_one import decode_one
-from .index import Index
-from .records import BadFile
+from .decode.decode_one import decode_one
+from .index.index import Index
+from .index.records import BadFile
 
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as that leaves this many times the size asked for;
 # Pillow's own thumbnail() uses the same margin. Measured on noisy photos, 1200 x 1600 and 3000 x 4000 to 288: 2.0 and

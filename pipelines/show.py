@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from . import command
-from .augmentation import Augmentation
-from .index import open_index
+from . import cli
+from .augment.augmentation import Augmentation
+from .augment.operations import Operation
+from .augment.rand_augment import OPERATIONS, RandAugment
+from .index.index import open_index
 from .loader import eval_loader, train_loader
-from .operations import Operation
-from .rand_augment import OPERATIONS, RandAugment
 
 COLUMNS, SIZE = 8, 224
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])  # ImageNet's
@@ -23,7 +23,7 @@ MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375
 
 def operations(image: np.ndarray, fill) -> list[tuple[str, np.ndarray]]:
     """The image, then each operation of RandAugment at magnitude 9, the signed ones in the positive direction."""
-    from . import pillow  # Pillow, which command.run names where it is missing
+    from .decode import pillow  # Pillow, which command.run names where it is missing
 
     ops = np.array(OPERATIONS)
     args = RandAugment.parse("rand-m9-inc1").arguments(ops, np.full(len(ops), 9.0), np.ones(len(ops)))
@@ -118,7 +118,7 @@ def show(
 
 
 def main() -> None:
-    command.run(show, "python -m fastdeit.pipelines.show", {"dir": "DIR", "out": "OUT.png"})
+    cli.run(show, "python -m fastdeit.pipelines.show", {"dir": "DIR", "out": "OUT.png"})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from .plan import Plan
+from .augment.plan import Plan
 
 
 class SyntheticIndex:

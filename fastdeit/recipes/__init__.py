@@ -3,8 +3,8 @@
 import importlib
 import pkgutil
 
-from ..command import UserError
-from ..config import Config
+from fastdeit.config import Config
+from fastdeit.errors import UserError
 
 
 def names() -> list[str]:

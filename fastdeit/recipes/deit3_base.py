@@ -7,7 +7,8 @@ GPUs): LAMB, binary cross entropy, 3-Augment. The paper then fine-tunes 20 epoch
 deit3_finetune. Top-1 at 224 pixels that the original's README_revenge.md reports, not measured here: 83.8 %.
 """
 
-from ..config import Config
+from fastdeit.config import Config
+
 from .deit3_small import deit3
 
 

@@ -6,7 +6,7 @@ AdamW at 1e-5, RandAugment and cross entropy in place of LAMB, 3-Augment and bin
 (facebookresearch/deit README_revenge.md, which reports 83.8 % for ViT-B on ImageNet-1k after it; not measured here).
 """
 
-from ..config import Config, Data, Model, Optimization
+from fastdeit.config import Config, Data, Model, Optimization
 
 FINETUNES = True  # refused without weights to begin with
 

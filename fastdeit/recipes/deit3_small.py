@@ -7,7 +7,7 @@ GPUs): LAMB, binary cross entropy, 3-Augment. Top-1 that facebookresearch/deit R
 measured here: 81.4 %.
 """
 
-from ..config import Config, Data, Model, Optimization
+from fastdeit.config import Config, Data, Model, Optimization
 
 
 def config() -> Config:

@@ -7,7 +7,7 @@ process: 128 on eight GPUs) and reports 53 hours on 8 V100 for DeiT-B. Top-1 on 
 not measured here: 81.8 %.
 """
 
-from ..config import Config, Model
+from fastdeit.config import Config, Model
 
 
 def config() -> Config:

@@ -7,7 +7,7 @@ interpolated. The original fine-tunes with the model in evaluation mode, which f
 Top-1 on ImageNet-1k that the paper reports, not measured here: 83.1 %.
 """
 
-from ..config import Config, Data, Model, Optimization
+from fastdeit.config import Config, Data, Model, Optimization
 
 FINETUNES = True  # refused without weights to begin with
 

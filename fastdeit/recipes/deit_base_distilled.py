@@ -8,7 +8,7 @@ paper reports, not measured here: 83.4 % with both heads averaged; the same mode
 classes of your own, fit a teacher first: `python -m fastdeit.teach fit`.
 """
 
-from ..config import Config, Distillation, Model
+from fastdeit.config import Config, Distillation, Model
 
 
 def config() -> Config:

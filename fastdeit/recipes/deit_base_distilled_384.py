@@ -7,7 +7,8 @@ As deit_base_384, and distilled, the teacher at 384 pixels too: the original cod
 used it and found labels alone to be worse. Top-1 on ImageNet-1k that the paper reports, not measured here: 84.5 %.
 """
 
-from ..config import Config, Distillation
+from fastdeit.config import Config, Distillation
+
 from .deit_base_384 import config as from_labels
 
 FINETUNES = True  # refused without weights to begin with

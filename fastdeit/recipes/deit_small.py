@@ -6,7 +6,7 @@
 process: 128 on eight GPUs). Top-1 on ImageNet-1k that the paper reports, not measured here: 79.8 %.
 """
 
-from ..config import Config, Model
+from fastdeit.config import Config, Model
 
 
 def config() -> Config:

@@ -8,7 +8,7 @@ paper reports, not measured here: 74.5 % with both heads averaged (74.6 by the d
 model from labels alone: 72.2 %. For classes of your own, fit a teacher first: `python -m fastdeit.teach fit`.
 """
 
-from ..config import Config, Distillation, Model
+from fastdeit.config import Config, Distillation, Model
 
 
 def config() -> Config:

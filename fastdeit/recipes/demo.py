@@ -5,7 +5,7 @@
 Minutes on two CPU cores; the README quotes the accuracies measured over five seeds.
 """
 
-from ..config import Config, Data, Distillation, Model, Optimization
+from fastdeit.config import Config, Data, Distillation, Model, Optimization
 
 
 def config() -> Config:

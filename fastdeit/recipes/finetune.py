@@ -8,7 +8,7 @@ of at least 35 %, no erasing, weak mixing, no repeated augmentation, a moving av
 two. No accuracy is claimed: it depends on the folder.
 """
 
-from ..config import Config, Data, Model, Optimization
+from fastdeit.config import Config, Data, Model, Optimization
 
 FINETUNES = True  # refused without weights to begin with
 

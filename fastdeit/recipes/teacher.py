@@ -6,7 +6,7 @@ Mild augmentation, as the student's images are augmented harder anyway; label sm
 probabilities stay informative.
 """
 
-from ..config import Config, Data, Model, Optimization
+from fastdeit.config import Config, Data, Model, Optimization
 
 
 def config() -> Config:

@@ -5,7 +5,7 @@
 About half a minute on two CPU cores.
 """
 
-from ..config import Config, Data, Model, Optimization
+from fastdeit.config import Config, Data, Model, Optimization
 
 
 def config() -> Config:

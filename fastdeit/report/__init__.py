@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from ..command import UserError, parse
+from fastdeit.cli import parse
+from fastdeit.errors import UserError
 
 
 def main() -> None:
@@ -31,7 +32,8 @@ def main() -> None:
 
 def write(folder: Path, file: Path | None = None) -> Path:
     """Write the page about the run in `folder`; returns its file. Raises UserError."""
-    from .. import durable
+    from fastdeit.checkpoint import atomic
+
     from .page import page
     from .record import Record
 
@@ -41,7 +43,7 @@ def write(folder: Path, file: Path | None = None) -> Path:
     content = page(Record.read(folder)).encode("utf-8", "replace")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        durable.replace(file, content)
+        atomic.replace(file, content)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{file} cannot be written ({error.strerror}): give another file by --output") from error
     return file

@@ -1,4 +1,5 @@
-from ..command import run
+from fastdeit.errors import run
+
 from . import main
 
 run(main)

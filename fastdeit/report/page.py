@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import jinja2
 
-from .. import charts, recipes, tables
-from ..command import in_words
-from ..schedule import scaled_peak
+from fastdeit import recipes
+from fastdeit.errors import in_words
+from fastdeit.evaluation import charts, tables
+from fastdeit.training.optimizer import scaled_peak
+
 from . import pictures, settings
 from .record import Record
 

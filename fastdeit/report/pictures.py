@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from fastdeit.models import attention_maps, inference
+from fastdeit.models.deit import DeiT, token_cosine_similarity
 from fastdeit.pipelines import BadFiles, Index, eval_loader, open_index
-
-from .. import attention_maps, inference
-from ..model import DeiT, token_cosine_similarity
 
 SHOWN = 8  # validation images, evenly spaced over the split
 SIDE = 160  # pixels of a drawn image

@@ -7,8 +7,8 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
-from .. import log
-from ..command import UserError
+from fastdeit.errors import UserError
+from fastdeit.training import log
 
 STANDSTILL = 60  # seconds between two lines of the log beyond the time measured in them: the run was not at work
 

@@ -2,8 +2,8 @@
 
 import shlex
 
-from .. import recipes
-from ..command import UserError
+from fastdeit import recipes
+from fastdeit.errors import UserError
 
 NOT_ASKED = {"recipe", "resume", "eval", "dry_run", "print_config"}  # how the command was used, not what was trained
 WIDTH = 118  # of the command's lines

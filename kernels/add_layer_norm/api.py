@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable, only_once
-from ..backend import use_triton
+from fastdeit.kernels.autograd import differentiable, only_once
+from fastdeit.kernels.backend import use_triton
+
 from .reference import add_layer_norm_backward_reference, add_layer_norm_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

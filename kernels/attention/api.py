@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from ..autograd import differentiable, only_once
-from ..backend import full_precision, left_to_pytorch, use_triton
+from fastdeit.kernels.autograd import differentiable, only_once
+from fastdeit.kernels.backend import full_precision, left_to_pytorch, use_triton
+
 from . import cpu
 
 HEAD_DIMS = tuple(range(16, 129, 8))

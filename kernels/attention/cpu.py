@@ -8,7 +8,8 @@ and a gradient of lse. Both keep lse as a natural log, so either backward fits e
 import torch
 from torch import Tensor
 
-from ..backend import readable
+from fastdeit.kernels.backend import readable
+
 from . import reference
 
 

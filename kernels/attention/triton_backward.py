@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import architecture, dot_precision, padded_columns, readable, strides
-from ..tiles import LOG2_E, load_rows, store_rows
+from fastdeit.kernels.backend import architecture, dot_precision, padded_columns, readable, strides
+from fastdeit.kernels.tiles import LOG2_E, load_rows, store_rows
+
 from .configs import backward_config
 
 

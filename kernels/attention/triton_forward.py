@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import architecture, dot_precision, padded_columns, readable, strides
-from ..tiles import LN_2, LOG2_E, load_rows, store_rows
+from fastdeit.kernels.backend import architecture, dot_precision, padded_columns, readable, strides
+from fastdeit.kernels.tiles import LN_2, LOG2_E, load_rows, store_rows
+
 from .configs import forward_config
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..autograd import differentiable, only_once
-from ..backend import INTERPRETED, full_precision, use_triton
+from fastdeit.kernels.autograd import differentiable, only_once
+from fastdeit.kernels.backend import INTERPRETED, full_precision, use_triton
 
 
 def attention_distillation_loss(

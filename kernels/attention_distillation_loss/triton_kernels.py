@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import dot_precision, padded_columns, readable, strides
-from ..tiles import LN_2, LOG2_E, load_rows, store_rows
+from fastdeit.kernels.backend import dot_precision, padded_columns, readable, strides
+from fastdeit.kernels.tiles import LN_2, LOG2_E, load_rows, store_rows
 
 STAGES = 2
 

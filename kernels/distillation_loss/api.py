@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable, only_once
-from ..backend import use_triton
+from fastdeit.kernels.autograd import differentiable, only_once
+from fastdeit.kernels.backend import use_triton
+
 from . import checks
 from .reference import reference
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from ..backend import INTERPRETED
+from fastdeit.kernels.backend import INTERPRETED
+
 from .reference import IGNORE
 
 KINDS = ("none", "hard", "soft")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..attention.api import DTYPES, HEAD_DIMS, offsets_fit
+from fastdeit.kernels.attention.api import DTYPES, HEAD_DIMS, offsets_fit
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from functools import cache
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.api import attention
+from fastdeit.kernels.attention.api import attention
+
 from .report import note_call, why_not_call, why_not_tensors
 
 

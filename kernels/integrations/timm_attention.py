@@ -4,7 +4,8 @@ from timm.layers import Attention
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..attention.api import attention, attention_qkvpacked
+from fastdeit.kernels.attention.api import attention, attention_qkvpacked
+
 from .report import note_call, why_not_call, why_not_tensors
 
 

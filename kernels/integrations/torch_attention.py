@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.api import attention, attention_qkvpacked
+from fastdeit.kernels.attention.api import attention, attention_qkvpacked
+
 from .report import note_call, why_not_call, why_not_tensors
 
 

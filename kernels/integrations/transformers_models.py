@@ -13,7 +13,8 @@ import logging
 
 from torch import Tensor, nn
 
-from ..attention.api import attention
+from fastdeit.kernels.attention.api import attention
+
 from .report import SwapReport, note_call, why_not_call, why_not_layer, why_not_tensors
 
 logger = logging.getLogger("fastdeit.kernels")

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backend import use_triton
+from fastdeit.kernels.backend import use_triton
+
 from .reference import empty_output, mix_normalize_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from fastdeit.command import fold
+from fastdeit.cli import fold
 
 FILES = [
     file for file in sorted(Path(benchmarks.__file__).parent.glob("*.py")) if "FoldedHelp" in file.read_text()

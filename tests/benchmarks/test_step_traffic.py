@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdeit.model import create_model
+from fastdeit.models.deit import create_model
 
 NANO = "deit_nano_distilled_patch4_16"
 BATCH = 4

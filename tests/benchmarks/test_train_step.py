@@ -14,7 +14,7 @@ from benchmarks.gpu_work import work_in
 from benchmarks.steps import configuration, noise, our_step, trainer_on
 from benchmarks.teacher import best_teacher
 from benchmarks.timing import Timing
-from fastdeit.distributed import Place
+from fastdeit.distributed.world import World
 
 STUDENT, PIXELS, BATCH, CLASSES, LR = "deit_tiny_distilled_patch16_224", 32, 8, 1000, 1e-3
 CPU = torch.device("cpu")
@@ -31,8 +31,8 @@ def trainer():
     config = configuration(STUDENT, batch_size=BATCH, pixels=PIXELS, compile=False)
     config.model.drop_path, config.optimization.warmup_epochs = 0.0, 0
     config.optimization.unscale_lr, config.optimization.lr = True, LR
-    place = Place(CPU)
-    trainer = trainer_on(config, place, noise(config, place))
+    world = World(CPU)
+    trainer = trainer_on(config, world, noise(config, world))
     with torch.no_grad():  # so that the loss depends on the images, which at the start it hardly does
         for head in (trainer.model.head, trainer.model.head_dist):
             head.weight.mul_(30)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdeit import command
+from fastdeit import errors
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for published weights should not wait for a network
 
@@ -47,7 +47,7 @@ def cli(monkeypatch, capfd):
     def call(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            command.run(main)
+            errors.run(main)
         captured = capfd.readouterr()
         return stop.value.code or 0, captured.out, captured.err
 
@@ -66,13 +66,13 @@ def run(colors, tmp_path_factory):
     """A finished run on the colours: its folder. Not to be written to."""
     pytest.importorskip("tyro")
     from fastdeit import train
-    from fastdeit.config import parse
-    from fastdeit.distributed import join
+    from fastdeit.cli import parse_config
+    from fastdeit.distributed.world import join
 
     folder = tmp_path_factory.mktemp("runs") / "colors"
-    config = parse([*SMALL, "--data-path", str(colors), "--output-dir", str(folder), "--epochs", "3"])
-    with join("cpu") as place:
-        train.train(config, place)
+    config = parse_config([*SMALL, "--data-path", str(colors), "--output-dir", str(folder), "--epochs", "3"])
+    with join("cpu") as world:
+        train.train(config, world)
     return folder
 
 

@@ -3,11 +3,11 @@
 import os
 import sys
 
-from fastdeit import command
+from fastdeit import errors
 
 from . import runs
 from .processes import At, die
 
 if __name__ == "__main__":
     fails = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    command.run(lambda: runs.run(*sys.argv[1:], on_micro_batch=At(3, die) if fails else None) and None)
+    errors.run(lambda: runs.run(*sys.argv[1:], on_micro_batch=At(3, die) if fails else None) and None)

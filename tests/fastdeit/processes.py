@@ -13,8 +13,8 @@ import time
 import pytest
 import torch
 
-from fastdeit import command
-from fastdeit.pipelines import supply  # noqa: F401  DALI, for the server to import
+from fastdeit import errors
+from fastdeit.pipelines.decode import prefetch  # noqa: F401  DALI, for the server to import
 
 from . import runs
 
@@ -59,7 +59,7 @@ def _run(arguments, log, first, on_micro_batch, environment) -> None:
     torch.set_num_threads(1)
     if first is not None:
         first()
-    command.run(lambda: runs.run(*arguments, on_micro_batch=on_micro_batch) and None)
+    errors.run(lambda: runs.run(*arguments, on_micro_batch=on_micro_batch) and None)
 
 
 def start_ranks(world_size, *arguments, logs, first=None, on_micro_batch=None, **environment):
@@ -97,7 +97,7 @@ class At:
 
 
 class Within:
-    """first: do `action` when a function is called; `owner`: its module or class, as "fastdeit.trainer:Trainer"."""
+    """first: do `action` when a function is called; `owner`: a module or class, as "fastdeit.train:Class"."""
 
     def __init__(self, owner, name, action):
         self.owner, self.name, self.action = owner, name, action

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdeit import signals, train
-from fastdeit.config import parse
-from fastdeit.distributed import join
+from fastdeit import train
+from fastdeit.cli import parse_config
+from fastdeit.distributed import signals
+from fastdeit.distributed.world import join
 
 # Everything random is on: views, mixing, erasing, dropped paths. Three steps an epoch on the colours.
 RANDOM = (
@@ -23,10 +24,10 @@ def run(*arguments, on_micro_batch=None):
     """A whole run in this process, as the command makes it, without the pictures. Returns the closing table."""
     pytest.importorskip("tyro")
     pytest.importorskip("nvidia.dali")
-    config = parse([str(argument) for argument in arguments])
+    config = parse_config([str(argument) for argument in arguments])
     no_pictures = {name: lambda *_: None for name in ("first_batch", "curves", "token_similarity")}
-    with mock.patch.multiple("fastdeit.pictures", **no_pictures), join(config.run.device) as place:
-        return train.train(config, place, on_micro_batch)
+    with mock.patch.multiple("fastdeit.evaluation.plots", **no_pictures), join(config.run.device) as world:
+        return train.train(config, world, on_micro_batch)
 
 
 def run_until(monkeypatch, step, *arguments, part=0, signal=signals.signal.SIGTERM, late=0):
@@ -37,7 +38,7 @@ def run_until(monkeypatch, step, *arguments, part=0, signal=signals.signal.SIGTE
     def be_told(trainer):
         parts_seen.append(trainer.steps_done)
         if trainer.steps_done == step and parts_seen.count(step) == part + 1:
-            trainer.place.stop.received = signal
+            trainer.world.stop.received = signal
 
     with monkeypatch.context() as patch:
         patch.setattr(signals.Stop, "leave", leave)

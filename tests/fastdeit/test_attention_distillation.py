@@ -8,10 +8,10 @@ import timm
 import torch
 
 from fastdeit import train
-from fastdeit.attention_distillation import AttentionDistillation, Tap, layer_pairs, listen
-from fastdeit.command import UserError
 from fastdeit.config import Config
-from fastdeit.model import create_model
+from fastdeit.distill.attention import AttentionDistillation, Tap, layer_pairs, listen
+from fastdeit.errors import UserError
+from fastdeit.models.deit import create_model
 
 from .conftest import SMALL
 

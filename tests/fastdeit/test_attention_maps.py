@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastdeit.attention_maps import attention_maps, attention_rollout, draw_attention
-from fastdeit.model import create_model
+from fastdeit.models.attention_maps import attention_maps, attention_rollout, draw_attention
+from fastdeit.models.deit import create_model
 
 
 def model_of(kind, size=(16, 24)):

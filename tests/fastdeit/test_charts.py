@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdeit import log, pictures
-from fastdeit.charts import COLORS, POINTS, Chart, Line, of_tokens, of_training, short, svg, thin
+from fastdeit.evaluation import plots
+from fastdeit.evaluation.charts import COLORS, POINTS, Chart, Line, of_tokens, of_training, short, svg, thin
+from fastdeit.training import log
 
 NUMBER = r"-?[\d.]+(?:e-?\d+)?"
 COLOR = {color: name for name, color in COLORS.items()}
@@ -138,7 +139,7 @@ def test_curves_png(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [train_line(i, loss=math.nan if i == 3 else 9.0 - i) for i in range(1, 6)] + [eval_line(5, 0.3)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"kind": "tr')
-    pictures.curves(tmp_path)
+    plots.curves(tmp_path)
     with Image.open(tmp_path / "curves.png") as image:
         colors = {f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b, *_) in image.getcolors(1 << 20)}
     assert {COLORS["c1"], COLORS["c2"], COLORS["c3"]} <= colors

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdeit import checkpoint, durable
-from fastdeit.command import UserError
-from fastdeit.log import Log
-from fastdeit.saver import Saver, Snapshot
+from fastdeit.checkpoint import atomic, files
+from fastdeit.checkpoint.async_writer import Saver, Snapshot
+from fastdeit.errors import UserError
+from fastdeit.training.log import Log
 
 from .processes import At, Child
 from .runs import RANDOM, assert_same, run, step_of
@@ -25,14 +25,14 @@ from .runs import RANDOM, assert_same, run, step_of
 def write(run, step, **options):
     """A small checkpoint whose every part tells the step."""
     weights = {"weight": torch.full((64,), float(step))}
-    return checkpoint.save(
+    return files.save(
         run, {"progress": {"step": step}}, step=step, model=weights, ema=weights, training={"step": step}, **options
     )
 
 
 def check(run) -> int:
     """`last` leads to a whole checkpoint; its step."""
-    saved = checkpoint.read(run / "last")
+    saved = files.read(run / "last")
     step = saved["description"]["step"]
     assert saved["training"] == {"step": step}
     for part in ("model", "ema"):
@@ -103,11 +103,11 @@ def test_a_kill_at_any_instant(tmp_path, power_cut):
         reached = check(tmp_path)
         assert reached in (step, step - 1)
         seen.add(reached - step)
-        checkpoint.read(tmp_path / "best")
+        files.read(tmp_path / "best")
         # As a resumed run does: clear up, go on from there.
-        checkpoint.sweep(tmp_path)
-        folder, _ = checkpoint.read_newest(tmp_path, pytest.fail)
-        durable.point(tmp_path / "last", folder)
+        files.sweep(tmp_path)
+        folder, _ = files.read_newest(tmp_path, pytest.fail)
+        atomic.point(tmp_path / "last", folder)
         flushed |= {path.stat().st_ino for path in tmp_path.rglob("*") if path.is_file()}
         step, instant = check(tmp_path) + 1, instant + 1
         assert not list(tmp_path.rglob("*.unfinished"))
@@ -179,8 +179,8 @@ def test_retention_of_a_run(colors, tmp_path):
 def test_an_addition_to_the_description(tmp_path):
     write(tmp_path, 1, best=True)
     write(tmp_path, 2)
-    checkpoint.note(tmp_path, 2, {"accuracy": 0.5}, best=True)
-    assert checkpoint.description(tmp_path / "best") == {
+    files.note(tmp_path, 2, {"accuracy": 0.5}, best=True)
+    assert files.description(tmp_path / "best") == {
         "progress": {"step": 2},
         "step": 2,
         "keep": False,
@@ -205,11 +205,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, file):
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: len(content) // 2])
     said = []
-    found, saved = checkpoint.read_newest(tmp_path, said.append)
+    found, saved = files.read_newest(tmp_path, said.append)
     assert saved["description"]["step"] == 1 and "step-00000002" in said[0] and "the one before" in said[0]
     (found / file).write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint"):
-        checkpoint.read_newest(tmp_path, said.append)
+        files.read_newest(tmp_path, said.append)
 
 
 class Forged:
@@ -223,10 +223,10 @@ def test_a_pickle_with_code_is_refused(tmp_path, monkeypatch):
     folder = write(tmp_path, 1)
     torch.save({"optimizer": Forged()}, folder / "training.pt")
     with pytest.raises(UserError, match="holds code"):
-        checkpoint.read(folder)
+        files.read(folder)
     (folder / "training.pt").write_bytes(pickle.dumps(Forged()))
     with pytest.raises(UserError, match="refused"):
-        checkpoint.read(folder)
+        files.read(folder)
     assert not (tmp_path / "forged").exists()
 
 
@@ -246,8 +246,8 @@ def test_a_snapshot_is_of_its_moment():
 
 
 def test_writing_does_not_hold_up_the_caller(tmp_path, monkeypatch):
-    written = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *args, **kwargs: (time.sleep(0.5), written(*args, **kwargs)))
+    written = files.save
+    monkeypatch.setattr(files, "save", lambda *args, **kwargs: (time.sleep(0.5), written(*args, **kwargs)))
     saver = Saver(tmp_path, pytest.fail)
     weights = {"weight": torch.zeros(64)}
     since = time.monotonic()
@@ -290,7 +290,7 @@ def test_a_full_disk(tiny, colors, tmp_path):
     error = child.text.splitlines()[-1]
     assert error.startswith("error: ") and "make room" in error and "--resume" in error
     assert step_of(tiny / "run") == 3 and not list(tiny.rglob("*.unfinished"))
-    checkpoint.read(tiny / "run" / "last")
+    files.read(tiny / "run" / "last")
     (tiny / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,size=100m", tiny], check=True)
     run("--resume", tiny / "run")
@@ -329,7 +329,7 @@ def test_kills_at_random_instants(colors, tmp_path, kills):
         assert child.wait() == 128 + 9, child.text
         killed_after.append(reached(folder))
         if killed_after[-1]:
-            checkpoint.read(folder / "last")
+            files.read(folder / "last")
     child = Child(*command, "--output-dir", folder, "--resume", "auto", log=tmp_path / "log.txt")
     assert child.wait() == 0, child.text
     print(f"seed {seed}: killed after the checkpoints of steps {killed_after}")

@@ -7,15 +7,15 @@ from dataclasses import dataclass, make_dataclass
 
 import pytest
 
-from fastdeit import command
-from fastdeit.command import UserError
-from fastdeit.model import create_model
+from fastdeit import cli, errors
+from fastdeit.errors import UserError
+from fastdeit.models.deit import create_model
 from fastdeit.pipelines import TooManyBadFiles
 
 
 def stop(capfd, action):
     with pytest.raises(SystemExit) as exit:
-        command.run(action)
+        errors.run(action)
     return exit.value.code, capfd.readouterr().err
 
 
@@ -60,18 +60,18 @@ def test_a_full_gpu_is_told_what_takes_less(capfd):
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), ModuleNotFoundError("x", name="left_pad")])
 def test_a_defect_keeps_its_traceback(error):
     with pytest.raises(type(error)):
-        command.run(raising(error))
+        errors.run(raising(error))
 
 
 def test_a_value_error_of_another_package_is_a_defect():
     with pytest.raises(ValueError):
-        command.run(lambda: json.loads("{"))
+        errors.run(lambda: json.loads("{"))
 
 
 def test_the_traceback_on_request(monkeypatch):
     monkeypatch.setenv("FASTDEIT_TRACEBACK", "1")
     with pytest.raises(UserError):
-        command.run(raising(UserError("x")))
+        errors.run(raising(UserError("x")))
 
 
 @dataclass
@@ -89,7 +89,7 @@ def help_of(monkeypatch, capsys, columns):
     pytest.importorskip("tyro")
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
-        command.parse(Some, prog="some", args=["--help"], description=f"One.\n\n    some --size 4\n\n{'two ' * 40}")
+        cli.parse(Some, prog="some", args=["--help"], description=f"One.\n\n    some --size 4\n\n{'two ' * 40}")
     return capsys.readouterr().out
 
 
@@ -106,7 +106,7 @@ def test_help_is_in_paragraphs(monkeypatch, capsys):
 def test_a_long_command_line_goes_on_behind_a_backslash(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     command_line = "    python -m fastdeit.predict runs/RUN holidays/ --csv | sort"
-    first, second = command.fold(f"One.\n\n{command_line}").splitlines()[2:]
+    first, second = cli.fold(f"One.\n\n{command_line}").splitlines()[2:]
     assert first.startswith("    python -m") and first.endswith(" \\") and second.startswith(" " * 8)
     assert first.removesuffix("\\").split() + second.split() == command_line.split() and len(first) < 60
 
@@ -115,7 +115,7 @@ def test_the_text_of_a_table_goes_on_below_itself(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     first = "    mfu         FLOP of the forward pass and of the backward pass,\n                counted"
     table = f"{first}\n    idle_share  rest"
-    assert command.fold(table).splitlines() == [
+    assert cli.fold(table).splitlines() == [
         "    mfu         FLOP of the forward pass and of the",
         "                backward pass, counted",
         "    idle_share  rest",
@@ -125,7 +125,7 @@ def test_the_text_of_a_table_goes_on_below_itself(monkeypatch):
 def test_settings_without_their_source():
     pytest.importorskip("tyro")
     made = make_dataclass("Made", [("size", int, 3)])
-    assert command.parse(made, args=["--size", "4"], description="").size == 4
+    assert cli.parse(made, args=["--size", "4"], description="").size == 4
 
 
 @pytest.mark.parametrize("columns", [60, 100])

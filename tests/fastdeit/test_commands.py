@@ -36,7 +36,7 @@ def test_a_run_leaves_what_the_readme_says(run):
 def test_timm_loads_the_checkpoint(run):
     import timm
 
-    from fastdeit.inference import load
+    from fastdeit.models.inference import load
 
     theirs = timm.create_model(
         "deit_tiny_distilled_patch16_224", img_size=16, patch_size=4, embed_dim=128, depth=6, num_heads=4, num_classes=3

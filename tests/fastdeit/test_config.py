@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 
 from fastdeit import recipes
-from fastdeit.command import UserError
-from fastdeit.config import Config, parse
+from fastdeit.cli import parse_config
+from fastdeit.config import Config
+from fastdeit.errors import UserError
 from fastdeit.train import main
 
 pytest.importorskip("tyro")
@@ -32,7 +33,7 @@ def test_names_and_defaults_are_those_of_the_original():
 
 
 def test_an_existing_command_line_carries_over():
-    config = parse(
+    config = parse_config(
         "--model deit_tiny_patch16_224 --batch-size 256 --data-path /imagenet --output_dir /out --no-repeated-aug "
         "--distillation-type hard --teacher-path t.pth --lr 1e-3".split()
     )
@@ -55,8 +56,8 @@ def test_settings_of_another_version_are_refused_by_name():
 
 # What may start a command line of a recipe, and what it does with the flags behind.
 STARTS = {
-    "python -m fastdeit.train": parse,
-    "python -m fastdeit.teach fit": partial(parse, recipe="teacher"),
+    "python -m fastdeit.train": parse_config,
+    "python -m fastdeit.teach fit": partial(parse_config, recipe="teacher"),
 }
 
 
@@ -131,10 +132,10 @@ def test_impossible_values_are_refused_in_a_sentence(cli, arguments, words):
 def test_fine_tuning_needs_weights(recipe):
     given = ["--recipe", recipe, "--data-path", "x"]
     with pytest.raises(UserError, match="--finetune CHECKPOINT"):
-        parse(given)
-    assert parse([*given, "--finetune", "y"]).run.recipe == recipe
-    assert parse([*given, "--pretrained", "--model", "vit_tiny_patch16_224"]).run.recipe == recipe
-    assert parse([*given, "--eval", "--resume", "y"]).run.recipe == recipe
+        parse_config(given)
+    assert parse_config([*given, "--finetune", "y"]).run.recipe == recipe
+    assert parse_config([*given, "--pretrained", "--model", "vit_tiny_patch16_224"]).run.recipe == recipe
+    assert parse_config([*given, "--eval", "--resume", "y"]).run.recipe == recipe
 
 
 def test_the_recipes_of_fine_tuning_are_those_whose_command_says_so():
@@ -166,7 +167,7 @@ def test_the_recipes_of_fine_tuning_are_those_whose_command_says_so():
     ],
 )
 def test_a_flag_that_changes_nothing_is_named(capsys, line, flags, reason):
-    parse(["--data-path", "x", *line.split()])
+    parse_config(["--data-path", "x", *line.split()])
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith(f"warning: {flags} changes nothing: ") and reason in told
 
@@ -182,12 +183,12 @@ def test_a_flag_that_changes_nothing_is_named(capsys, line, flags, reason):
     ],
 )
 def test_of_flags_that_are_used_nothing_is_said(capsys, line):
-    parse(["--data-path", "x", *line.split()])
+    parse_config(["--data-path", "x", *line.split()])
     assert capsys.readouterr().err == ""
 
 
 def test_the_digits_are_not_taken_without_a_word(capsys):
-    assert parse(["--model", "deit_tiny_patch16_224"]).run.recipe == "demo"
+    assert parse_config(["--model", "deit_tiny_patch16_224"]).run.recipe == "demo"
     assert "without --data-path" in capsys.readouterr().err
-    parse(["--recipe", "demo", "--epochs", "3"])
+    parse_config(["--recipe", "demo", "--epochs", "3"])
     assert capsys.readouterr().err == ""

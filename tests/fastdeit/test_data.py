@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdeit import evaluate, pictures, train
-from fastdeit.config import parse
+from fastdeit import evaluate, train
+from fastdeit.cli import parse_config
 from fastdeit.data import open_images, order_of_numbers
-from fastdeit.distributed import join
+from fastdeit.distributed.world import join
+from fastdeit.evaluation import plots
 from fastdeit.train import _about_the_data
 
 from .conftest import COLORS, refused, write_folder
@@ -19,9 +20,9 @@ FLAGS = ["--recipe", "demo", "--device", "cpu", "--dry-run"]
 
 
 def opened(path, *flags):
-    config = parse([*FLAGS, "--data-path", str(path), *map(str, flags)])
-    with join("cpu") as place:
-        return config, open_images(config, place)
+    config = parse_config([*FLAGS, "--data-path", str(path), *map(str, flags)])
+    with join("cpu") as world:
+        return config, open_images(config, world)
 
 
 @pytest.fixture
@@ -100,6 +101,6 @@ def test_class_names_that_are_formulas_to_matplotlib(tmp_path):
         train_loader=Loader([batch]), prepare=lambda batch: torch.zeros(3, 3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3,
         classes=("$a_{$", "$x^{$"),
     )  # fmt: skip
-    pictures.first_batch(trainer, tmp_path / "first_batch.png")
+    plots.first_batch(trainer, tmp_path / "first_batch.png")
     with Image.open(tmp_path / "first_batch.png") as drawn:
         assert np.asarray(drawn).std() > 0

@@ -3,8 +3,9 @@
 import pytest
 
 from fastdeit import deit_flags
-from fastdeit.command import UserError
-from fastdeit.config import Config, parse
+from fastdeit.cli import parse_config
+from fastdeit.config import Config
+from fastdeit.errors import UserError
 from fastdeit.train import main
 
 from .conftest import refused
@@ -90,7 +91,7 @@ README = {
 def test_the_commands_of_the_original_carry_over(name, monkeypatch, capsys):
     processes, line, expected = README[name]
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    config = parse(line.split())
+    config = parse_config(line.split())
     values = {key: value for group in config.to_dict().values() for key, value in group.items()}
     assert {key: values[key] for key in expected} == expected
     err = capsys.readouterr().err
@@ -136,8 +137,8 @@ def test_what_is_done_anyway_leaves_no_flag(line):
 
 def test_a_translated_flag_outranks_what_stands_behind_it():
     assert read("--ThreeAugment --aa none --reprob 0.25").arguments[-4:] == ["--aa", "3aug", "--reprob", "0"]
-    assert parse("--ThreeAugment --reprob 0.25 --data-path x".split()).data.reprob == 0
-    assert parse("--no-train-mode --drop-path 0.1 --data-path x".split()).model.drop_path == 0
+    assert parse_config("--ThreeAugment --reprob 0.25 --data-path x".split()).data.reprob == 0
+    assert parse_config("--no-train-mode --drop-path 0.1 --data-path x".split()).model.drop_path == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from fastdeit import checkpoint
+from fastdeit.checkpoint import files
 
 from .conftest import write_folder
 from .processes import At, die, fail, start_ranks, terminate
@@ -60,7 +60,7 @@ def test_the_numbers_of_one_process(alone, data, tmp_path, processes, options):
         run(*COMMAND, "--data-path", data, "--output-dir", alone, "--mixup", 0, "--cutmix", 0)
     finish(start_ranks(processes, *COMMAND, "--data-path", data, "--output-dir", folder, *options, logs=tmp_path))
     assert_same(alone, folder, exact=False)
-    counted = [checkpoint.description(run / "last")["accuracy"] for run in (alone, folder)]
+    counted = [files.description(run / "last")["accuracy"] for run in (alone, folder)]
     for source in ("model", "ema"):
         for head, values in counted[0][source].items():  # shares of 26 images, to the last one
             assert counted[1][source][head]["top1"] == values["top1"]
@@ -73,9 +73,9 @@ def test_a_sharded_run_goes_on_alone(alone, data, tmp_path):
     ranks = start_ranks(2, *command, logs=tmp_path, on_micro_batch={1: At(2, terminate)})
     assert [rank.wait() for rank in ranks] == [128 + signal.SIGTERM] * 2, ranks[0].text
     assert step_of(folder) == 3 and "saved at step 3" in ranks[0].text
-    saved = checkpoint.read(folder / "last")
+    saved = files.read(folder / "last")
     assert {name: value.shape for name, value in saved["model"].items()} == {
-        name: value.shape for name, value in checkpoint.read(alone / "last")["model"].items()
+        name: value.shape for name, value in files.read(alone / "last")["model"].items()
     }
     run("--resume", folder, "--batch-size", 12)
     assert_same(alone, folder, exact=False)
@@ -109,7 +109,7 @@ def test_a_rank_that_ends_ends_the_job(data, tmp_path, action, cause):
     assert re.search(r"rank \d of 2 on \S+ \(cpu\) ends", witness) and cause in witness
     assert ("Traceback" in witness) == (action is fail)  # whoever has lost another only says so
     assert step_of(tmp_path / "run") == 2  # the end of the first epoch
-    checkpoint.read(tmp_path / "run" / "last")
+    files.read(tmp_path / "run" / "last")
 
 
 def spoil_the_loss(trainer):
@@ -128,7 +128,7 @@ def test_a_bad_loss_of_one_rank_holds_all(data, tmp_path):
     assert step_of(folder) == 3
     record = json.loads((folder / "nonfinite.jsonl").read_text())
     assert [len(rank["files"]) for rank in record["ranks"]] == [6, 6]
-    assert all(value.isfinite().all() for value in checkpoint.read(folder / "last")["model"].values())
+    assert all(value.isfinite().all() for value in files.read(folder / "last")["model"].values())
 
 
 @pytest.mark.soak
@@ -171,7 +171,7 @@ def test_a_signal_to_torchrun_reaches_all_ranks(data, tmp_path, number):
     text = log.read_text()
     assert f"{number.name}: finishing this step" in text or f"{number.name}: ending" in text, text
     assert "Traceback" not in text.split(number.name)[1].split("SignalException")[0], text
-    checkpoint.read(folder / "last")
+    files.read(folder / "last")
 
 
 @pytest.mark.soak

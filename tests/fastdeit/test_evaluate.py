@@ -17,17 +17,18 @@ from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import confusion_matrix
 
-from fastdeit import command, confusion, evaluate
-from fastdeit.calibration import BINS, calibration_counts, draw_calibration, expected_calibration_error
-from fastdeit.confusion import Answers, by_class, confusions, draw_confusion
-from fastdeit.distributed import Place
-from fastdeit.inference import load
+from fastdeit import errors, evaluate
+from fastdeit.distributed.world import World
+from fastdeit.evaluation import confusion
+from fastdeit.evaluation.calibration import BINS, calibration_counts, draw_calibration, expected_calibration_error
+from fastdeit.evaluation.confusion import Answers, by_class, confusions, draw_confusion
+from fastdeit.models.inference import load
 
 from .conftest import COLORS, refused, write_folder
 from .processes import start_ranks
 
 MODEL = "deit_nano_distilled_patch4_16"
-HERE = Place(torch.device("cpu"))
+HERE = World(torch.device("cpu"))
 HEADS = ("cls", "dist", "both")
 VAL = {"blue": 17, "green": 13, "red": 9}
 
@@ -232,7 +233,7 @@ class Evaluate:
 
     def __call__(self):
         sys.argv = ["evaluate", *self.arguments]
-        command.run(evaluate.main)
+        errors.run(evaluate.main)
 
 
 def test_two_processes_count_as_one(run, mixed, evaluated, tmp_path):

@@ -11,10 +11,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from fastdeit import export as export_module
-from fastdeit.architectures import Architecture
-from fastdeit.command import UserError
+from fastdeit.errors import UserError
 from fastdeit.export import Trained, export
-from fastdeit.model import DeiT, create_model
+from fastdeit.models.architectures import Architecture
+from fastdeit.models.deit import DeiT, create_model
 
 pytest.importorskip("timm", minversion="1.0.31")  # older ones do not read what is written for timm
 
@@ -224,16 +224,14 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 
 def checkpoint_folder(run):
     """A checkpoint as the trainer writes it, with a moving average that differs from the weights."""
-    from fastdeit import checkpoint
+    from fastdeit.checkpoint import files
     from fastdeit.config import Config
 
     config = Config()
     config.model.model, config.data.input_size = "deit_nano_distilled_patch4_16", 16
     model, average = (create_model(config.model.model, num_classes=3, drop_path=0.1) for _ in range(2))
-    description = checkpoint.describe(model, config, CLASSES, MEAN, STD)
-    checkpoint.save(
-        run, description, step=3, model=model.state_dict(), ema=average.state_dict(), training={}, best=True
-    )
+    description = files.describe(model, config, CLASSES, MEAN, STD)
+    files.save(run, description, step=3, model=model.state_dict(), ema=average.state_dict(), training={}, best=True)
     return model.eval(), average.eval()
 
 

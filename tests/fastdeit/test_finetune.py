@@ -6,7 +6,7 @@ import pytest
 
 from fastdeit import train
 from fastdeit.export import Trained, export
-from fastdeit.loading import load_model
+from fastdeit.models.loading import load_model
 
 from .conftest import SMALL
 

@@ -5,7 +5,7 @@ import torch
 from timm.optim import Lamb as TimmLamb
 from torch import nn
 
-from fastdeit.lamb import Lamb
+from fastdeit.training.lamb import Lamb
 
 
 def models():

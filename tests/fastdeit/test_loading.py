@@ -11,14 +11,16 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fastdeit import checkpoint, sources, weights
-from fastdeit.command import UserError, typed_flags
-from fastdeit.config import Config, Distillation, parse
+from fastdeit.checkpoint import files
+from fastdeit.cli import parse_config, typed_flags
+from fastdeit.config import Config, Distillation
+from fastdeit.distill.teacher import load as load_teacher
+from fastdeit.errors import UserError
 from fastdeit.export import Trained, export
-from fastdeit.loading import create_model, has_moving_average, load_model
-from fastdeit.model import create_model as create_ours
-from fastdeit.student import build_student
-from fastdeit.teacher import load as load_teacher
+from fastdeit.models import sources, weights
+from fastdeit.models.build import build_student
+from fastdeit.models.deit import create_model as create_ours
+from fastdeit.models.loading import create_model, has_moving_average, load_model
 
 NANO, PLAIN = "deit_nano_distilled_patch4_16", "deit_nano_patch4_16"
 CLASSES, MEAN, STD = ("ant", "bee", "cow"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -46,8 +48,8 @@ def write_run(folder, model=NANO, size=16, classes=CLASSES, crop=0.8, **fields):
     config = settings(model, size, **fields)
     config.data.eval_crop_ratio = crop
     made = lively(build_student(config, len(classes))[0])
-    described = checkpoint.describe(made, config, classes, MEAN, STD)
-    checkpoint.save(folder, described, step=1, model=made.state_dict(), ema=None, training={})
+    described = files.describe(made, config, classes, MEAN, STD)
+    files.save(folder, described, step=1, model=made.state_dict(), ema=None, training={})
     return made
 
 
@@ -420,7 +422,7 @@ HEADS = ("head", "head_dist")
 
 def parse_flags(*arguments) -> Config:
     pytest.importorskip("tyro")
-    return parse([str(argument) for argument in ("--recipe", "finetune", "--data-path", "d", *arguments)])
+    return parse_config([str(argument) for argument in ("--recipe", "finetune", "--data-path", "d", *arguments)])
 
 
 def test_typed_flags():

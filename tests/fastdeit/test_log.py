@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from fastdeit.log import Log, bar_text
+from fastdeit.training.log import Log, bar_text
 
 FIGURES = {
     "loss": 0.146, "class_loss": 0.291, "teacher_loss": 0.001, "attention_loss": 0.001, "lr": 1.5e-3,
@@ -20,7 +20,7 @@ def terminal(monkeypatch):
     def made(columns):
         written = io.StringIO()
         monkeypatch.setattr(
-            "fastdeit.log.Console",
+            "fastdeit.training.log.Console",
             lambda **options: Console(
                 **options, file=written, force_terminal=True, width=columns, legacy_windows=False
             ),

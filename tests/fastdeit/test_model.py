@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdeit import model as fastdeit_model
-from fastdeit.model import create_model, model_names, token_cosine_similarity
+from fastdeit.models import deit as fastdeit_model
+from fastdeit.models.deit import create_model, model_names, token_cosine_similarity
 
 NANO = "deit_nano_distilled_patch4_16"
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastdeit.config import Config
-from fastdeit.nonfinite import TERMS, Guard, NonFinite
-from fastdeit.optimizer import build_optimizer
-from fastdeit.update import Update
+from fastdeit.training.nonfinite import TERMS, Guard, NonFinite
+from fastdeit.training.optimizer import build_optimizer
+from fastdeit.training.update import Update
 
 from .runs import RANDOM, assert_same, lines, run, step_of
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeit.command import UserError
 from fastdeit.config import Config
-from fastdeit.objective import Objective
+from fastdeit.distill.loss import Objective
+from fastdeit.errors import UserError
 from fastdeit.pipelines import Mix
 
 BATCH, CLASSES = 6, 11

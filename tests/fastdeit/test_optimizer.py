@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeit.command import UserError
 from fastdeit.config import Config
-from fastdeit.model import create_model
-from fastdeit.nonfinite import Guard
-from fastdeit.optimizer import build_optimizer, parameter_groups
-from fastdeit.update import Update
+from fastdeit.errors import UserError
+from fastdeit.models.deit import create_model
+from fastdeit.training.nonfinite import Guard
+from fastdeit.training.optimizer import build_optimizer, parameter_groups
+from fastdeit.training.update import Update
 
 
 def test_biases_norms_tokens_and_positions_are_not_decayed():

@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeit.fold_batchnorm import fold_batchnorm
-from fastdeit.pointwise import PointwiseReLU, join_pointwise
+from fastdeit.distill.inference import PointwiseReLU, fold_batchnorm, join_pointwise
 from tests.fastdeit.test_teacher import pixels, with_statistics
 
 

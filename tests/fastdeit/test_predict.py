@@ -14,18 +14,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastdeit import command, predict
-from fastdeit.distributed import Place
-from fastdeit.image_files import image_files
-from fastdeit.inference import class_names, load
-from fastdeit.model import IMAGENET_MEAN, IMAGENET_STD, create_model
+from fastdeit import errors, predict
+from fastdeit.distributed.world import World
+from fastdeit.models.deit import IMAGENET_MEAN, IMAGENET_STD, create_model
+from fastdeit.models.inference import class_names, load
 from fastdeit.pipelines import eval_loader
-from fastdeit.prediction import Prediction, as_line
+from fastdeit.predict import Prediction, as_line, image_files
 
 from .conftest import COLORS, refused
 
 MODEL = "deit_nano_distilled_patch4_16"
-HERE = Place(torch.device("cpu"))
+HERE = World(torch.device("cpu"))
 
 
 def picture(path, seed, height=16, width=16):
@@ -166,7 +165,7 @@ def test_the_answers_are_those_of_the_model(answers, run, images, options, of):
 def test_the_answers_are_those_that_evaluate_counts(answers, run, colors):
     """Resized and cropped as there: the images of val, which are larger than the model's input."""
     classifier = load(run, device="cpu", crop_pct=0.7)
-    index = classifier.evaluation_loader(colors, 64, place=HERE).index
+    index = classifier.evaluation_loader(colors, 64, world=HERE).index
     (batch,) = eval_loader(index, batch_size=len(index), input_size=16, crop_pct=0.7)
     expected = classifier.answers(classifier.prepare(batch))["both"].double().softmax(1).numpy()
     lines = answers(colors / "val", "--eval-crop-ratio", "0.7")
@@ -359,7 +358,7 @@ def test_a_reader_that_has_enough(run, images, monkeypatch):
         monkeypatch.setattr(sys, "stdout", closed)
         monkeypatch.setattr(sys, "argv", ["predict", str(run), *images, "--batch-size", "1", "--device", "cpu"])
         with pytest.raises(SystemExit) as stop:
-            command.run(predict.main)
+            errors.run(predict.main)
     assert not stop.value.code
 
 

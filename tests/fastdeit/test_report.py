@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from fastdeit import charts, report, teach, train
-from fastdeit.command import UserError
-from fastdeit.config import parse
-from fastdeit.distributed import join
+from fastdeit import report, teach, train
+from fastdeit.cli import parse_config
+from fastdeit.distributed.world import join
+from fastdeit.errors import UserError
+from fastdeit.evaluation import charts
 from fastdeit.report import pictures
 from fastdeit.report.page import duration
 from fastdeit.report.record import Record
@@ -103,7 +104,7 @@ def teacher(data, tmp_path_factory):
 def run(data, teacher):
     """A finished run with all there is: teacher, distillation token, moving average, comparison."""
     folder = teacher.parent / "student"
-    config = parse([
+    config = parse_config([
         *SMALL, "--data-path", str(data), "--output-dir", str(folder), "--distillation-type", "hard", "--teacher-path",
         str(teacher), "--compare-undistilled", "--tracker", "none", "--device", "cpu", "--lr", "1e-3",
     ])  # fmt: skip
@@ -268,7 +269,7 @@ def test_settings_and_the_command(page, run):
     assert changed["optimization", "epochs"] == 30 and ("optimization", "opt") not in changed
     words = shlex.split(command(settings, changed, 1).replace("\\\n", ""))
     assert words[:3] == ["python", "-m", "fastdeit.train"]
-    assert parse(words[3:]).to_dict() == settings
+    assert parse_config(words[3:]).to_dict() == settings
     rows = {row[0]: row[1:] for row in page.rows("setting") if len(row) == 3}
     assert rows["epochs"] == ["2", "30"] and rows["opt"] == ["adamw", ""]
     assert len(rows) == sum(len(group) for group in settings.values())

@@ -9,8 +9,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fastdeit import checkpoint, resume, run_directory, train
-from fastdeit.command import UserError
+from fastdeit import train
+from fastdeit.checkpoint import files, resume, run_dir
+from fastdeit.errors import UserError
 
 from .conftest import write_folder
 from .runs import RANDOM, assert_same, lines, run, run_until, step_of
@@ -75,7 +76,7 @@ def test_resume_is_exact_on_a_gpu(colors, tmp_path, monkeypatch, options):
 def test_a_kill_during_evaluation_repeats_only_that(straight, colors, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("fastdeit.trainer.Trainer.evaluate", lambda self: 1 / 0)
+        patch.setattr("fastdeit.training.trainer.Trainer.evaluate", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(*RANDOM, "--data-path", colors, "--output-dir", folder)
     assert step_of(folder) == 3 and "accuracy" not in json.loads((folder / "last" / "config.json").read_text())
@@ -97,7 +98,7 @@ def test_half_precision(colors, tmp_path, monkeypatch, precision):
     command = [*RANDOM, "--data-path", colors, "--epochs", 1, "--precision", precision]
     run(*command, "--output-dir", tmp_path / "straight")
     run_until(monkeypatch, 1, *command, "--output-dir", tmp_path / "stopped")
-    state = checkpoint.training_state(tmp_path / "stopped" / "last")["scaler"]
+    state = files.training_state(tmp_path / "stopped" / "last")["scaler"]
     assert bool(state) == (precision == "fp16")
     run("--resume", tmp_path / "stopped")
     assert_same(tmp_path / "straight", tmp_path / "stopped")
@@ -274,7 +275,7 @@ def test_a_run_another_process_works_on(stopped):
 
 
 def hold_lock(folder, ready, done):
-    lock = run_directory._lock(folder)
+    lock = run_dir._lock(folder)
     ready.wait()
     done.wait(20)
     lock.close()

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from fastdeit.schedule import (
+from fastdeit.training.optimizer import (
     Rates,
     average_decay,
     average_in_words,

@@ -18,18 +18,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastdeit import data, train
-from fastdeit.command import UserError
 from fastdeit.config import Config
-from fastdeit.distributed import Place
-from fastdeit.model import create_model
+from fastdeit.distill.teacher import load_teacher
+from fastdeit.distributed.world import World
+from fastdeit.errors import UserError
+from fastdeit.models.build import build_student
+from fastdeit.models.deit import create_model
 from fastdeit.pipelines import SyntheticIndex
-from fastdeit.student import build_student
-from fastdeit.teacher import load_teacher
-from fastdeit.trainer import Trainer
+from fastdeit.training.trainer import Trainer
 
 CLASSES = ("a", "b", "c")
 ROTATED = [2, 0, 1]
-PLACE = Place(torch.device("cpu"))
+PLACE = World(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ class Built:
     @cached_property
     def teacher(self):
         ours = {"student_mean": (0.5, 0.5, 0.5), "student_std": (0.5, 0.5, 0.5)}
-        return load_teacher(self.config, CLASSES, **ours, place=PLACE)
+        return load_teacher(self.config, CLASSES, **ours, world=PLACE)
 
     @property
     def answers(self):

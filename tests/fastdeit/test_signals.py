@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from fastdeit import checkpoint
-from fastdeit.signals import Stop
+from fastdeit.checkpoint import files
+from fastdeit.distributed.signals import Stop
 
 from .processes import At, Child, Within, interrupt, terminate, terminate_and_hang, user_signal
 from .runs import RANDOM, assert_same, run, step_of
@@ -46,8 +46,16 @@ def test_in_a_step(start, straight, tmp_path, action, number):
     [
         ({"first": Within("fastdeit.data", "open_index", terminate_and_hang)}, None, None),
         ({"on_micro_batch": At(0, terminate_and_hang)}, None, "nothing is trained yet"),  # the first step: compilation
-        ({"first": Within("fastdeit.trainer:Trainer", "evaluate", terminate_and_hang)}, 3, "saved at step 3 of 9"),
-        ({"first": Within("fastdeit.checkpoint", "save", terminate)}, 3, "saved at step 3 of 9"),  # as it is written
+        (
+            {"first": Within("fastdeit.training.trainer:Trainer", "evaluate", terminate_and_hang)},
+            3,
+            "saved at step 3 of 9",
+        ),
+        (
+            {"first": Within("fastdeit.checkpoint.files", "save", terminate)},
+            3,
+            "saved at step 3 of 9",
+        ),  # as it is written
     ],
 )
 def test_where_nothing_would_be_lost(start, straight, tmp_path, hooks, step, told):
@@ -65,7 +73,7 @@ def test_where_nothing_would_be_lost(start, straight, tmp_path, hooks, step, tol
 
 
 def test_while_the_state_is_copied(start, tmp_path):
-    child = start(first=Within("fastdeit.saver:Snapshot", "take", terminate))
+    child = start(first=Within("fastdeit.checkpoint.async_writer:Snapshot", "take", terminate))
     assert child.wait() == 128 + signal.SIGTERM
     assert step_of(tmp_path / "run") == 3
 
@@ -97,14 +105,14 @@ def test_checkpoints_between_epochs(colors, tmp_path):
     """After every step when the time is up at once: last moves, metrics stay whole."""
     folder = tmp_path / "run"
     steps = []
-    saved = checkpoint.save
+    saved = files.save
 
     def save(*args, **kwargs):
         steps.append(kwargs["step"])
         return saved(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save)
+        patch.setattr(files, "save", save)
         run(*RANDOM, "--data-path", colors, "--output-dir", folder, "--epochs", 2, "--checkpoint-minutes", 0)
     assert steps == [1, 2, 3, 4, 5, 6]
     assert [record["kind"] for record in map(json.loads, (folder / "metrics.jsonl").open())] == ["train", "eval"] * 2

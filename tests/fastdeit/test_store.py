@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeit import stored_teacher, teach, teach_store, teacher_store, train
-from fastdeit.accumulation import split
-from fastdeit.command import UserError
-from fastdeit.config import parse
-from fastdeit.distributed import join
+from fastdeit import teach, train
+from fastdeit.cli import parse_config
+from fastdeit.data import split
+from fastdeit.distill import cache_writer, cached_teacher, logit_cache
+from fastdeit.distill.logit_cache import Store
+from fastdeit.distributed.world import join
+from fastdeit.errors import UserError
 from fastdeit.kernels import distillation_loss
-from fastdeit.teacher_store import Store
 
 from .conftest import SMALL, refused, write_folder
 from .processes import context, start_ranks
@@ -46,11 +47,11 @@ def teacher(data, tmp_path_factory):
     arguments = (
         "--input-size 32 --batch-size 12 --epochs 8 --lr 4e-3 --unscale-lr --no-pretrained --num-workers 1".split()
     )
-    config = parse(
+    config = parse_config(
         [*arguments, "--model", "test_resnet", "--data-path", str(data), "--output-dir", str(folder)], recipe="teacher"
     )
-    with join("cpu") as place:
-        train.train(config, place)
+    with join("cpu") as world:
+        train.train(config, world)
     return folder
 
 
@@ -62,13 +63,13 @@ def flags(data, teacher):
 @pytest.fixture(scope="module")
 def stored(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores") / "four views"
-    teach_store.store([*flags, "--views", "4", "--output", str(folder)])
+    cache_writer.store([*flags, "--views", "4", "--output", str(folder)])
     return folder
 
 
 def losses(arguments, steps, folder):
     """(steps, 3): loss and its terms of each step of a run."""
-    from fastdeit.trainer import Trainer
+    from fastdeit.training.trainer import Trainer
 
     found = []
     step = Trainer.step
@@ -79,9 +80,9 @@ def losses(arguments, steps, folder):
 
     Trainer.step = recorded
     try:
-        config = parse([*arguments, "--epochs", "4", "--output-dir", str(folder)])
-        with join("cpu") as place:
-            train.train(config, place)
+        config = parse_config([*arguments, "--epochs", "4", "--output-dir", str(folder)])
+        with join("cpu") as world:
+            train.train(config, world)
     finally:
         Trainer.step = step
     return torch.stack(found[:steps])
@@ -102,7 +103,7 @@ def test_training_from_a_store_has_the_losses_of_the_live_teacher(flags, stored,
 
 
 def test_views_are_used_in_turn(flags, stored, tmp_path):
-    config = parse([*without(flags, "--teacher-path"), "--teacher-store", str(stored)])
+    config = parse_config([*without(flags, "--teacher-path"), "--teacher-store", str(stored)])
     loader = taught(config, stored)
     seen = []
     for epoch in (0, 1, 4, 5):
@@ -122,26 +123,26 @@ def taught(config, folder, rank=0, world_size=1):
 def parts(config, folder, rank=0, world_size=1):
     """(stored teacher, taught loader) of a run."""
     from fastdeit.data import loaders, open_images
-    from fastdeit.distributed import Place
-    from fastdeit.model import IMAGENET_MEAN, IMAGENET_STD
+    from fastdeit.distributed.world import World
+    from fastdeit.models.deit import IMAGENET_MEAN, IMAGENET_STD
 
-    alone = Place(torch.device("cpu"))
-    both = loaders(config, open_images(config, alone), Place(torch.device("cpu"), rank, world_size), None)
-    place = Place(torch.device("cpu"), rank, world_size)
-    teacher, (loader, _) = stored_teacher.take(Store(folder), config, place, both, IMAGENET_MEAN, IMAGENET_STD)
+    alone = World(torch.device("cpu"))
+    both = loaders(config, open_images(config, alone), World(torch.device("cpu"), rank, world_size), None)
+    world = World(torch.device("cpu"), rank, world_size)
+    teacher, (loader, _) = cached_teacher.take(Store(folder), config, world, both, IMAGENET_MEAN, IMAGENET_STD)
     return teacher, loader
 
 
 def test_two_readers_get_the_halves_of_each_batch(flags, stored):
     arguments = [*without(flags, "--teacher-path"), "--teacher-store", str(stored)]
-    whole = [batch.answers for batch in taught(parse(arguments), stored)]
-    half = parse([*arguments, "--batch-size", "4"])
+    whole = [batch.answers for batch in taught(parse_config(arguments), stored)]
+    half = parse_config([*arguments, "--batch-size", "4"])
     halves = [[batch.answers for batch in taught(half, stored, rank, 2)] for rank in (0, 1)]
     assert [torch.cat(pair).tolist() for pair in zip(*halves)] == [answers.tolist() for answers in whole]
 
 
 def test_a_batch_in_parts_keeps_its_answers(flags, stored):
-    batch = next(iter(taught(parse(flags), stored)))
+    batch = next(iter(taught(parse_config(flags), stored)))
     halves = split(batch, 2)
     assert torch.equal(torch.cat([half.answers for half in halves]), batch.answers) and len(halves[1].answers) == 4
     soft = batch._replace(answers=(batch.answers[:, None], torch.rand(8, 1)))
@@ -152,14 +153,14 @@ def test_images_without_labels_have_stored_answers_too(flags, data, tmp_path):
     """24 of them beside 48 with labels: 9 steps an epoch, in all of which the classes' term leaves them out."""
     more = write_folder(tmp_path / "more", train=6, val=2) / "train"
     arguments = [*flags, "--unlabelled-path", str(more)]
-    teach_store.store([*arguments, "--views", "2", "--output", str(tmp_path / "store")])
+    cache_writer.store([*arguments, "--views", "2", "--output", str(tmp_path / "store")])
     store = Store(tmp_path / "store")
     assert (np.asarray(store.arrays["indices"]) >= 48).sum() > 10
     live = losses(arguments, 16, tmp_path / "live")
     replayed = losses([*without(arguments, "--teacher-path"), "--teacher-store", str(store.folder)], 16, tmp_path / "x")
     assert len(live) == 16 and live.isfinite().all() and torch.equal(live, replayed)
     with pytest.raises(UserError, match="data fingerprint"):
-        taught(parse([*without(flags, "--teacher-path"), "--teacher-store", str(store.folder)]), store.folder)
+        taught(parse_config([*without(flags, "--teacher-path"), "--teacher-store", str(store.folder)]), store.folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,9 +182,9 @@ def storing(arguments, environment, kill_after):
         return pwrite(file, content, offset)
 
     if kill_after is not None:
-        teacher_store.STEPS_AT_ONCE = 2
+        logit_cache.STEPS_AT_ONCE = 2
         os.pwrite = pwrite_and_die
-    teach_store.store(list(map(str, arguments)))
+    cache_writer.store(list(map(str, arguments)))
 
 
 def start_storing(*arguments, kill_after=None, **environment):
@@ -244,19 +245,19 @@ def test_a_killed_run_goes_on_where_it_stopped(flags, stored, tmp_path, monkeypa
         assert ended(start_storing(*arguments, kill_after=kill_after)) == -signal.SIGKILL
         with pytest.raises(UserError, match="not complete"):
             Store(folder)
-    monkeypatch.setattr(teacher_store, "STEPS_AT_ONCE", 2)
-    header = teacher_store.read_header(folder)
+    monkeypatch.setattr(logit_cache, "STEPS_AT_ONCE", 2)
+    header = logit_cache.read_header(folder)
     # Each piece is 2 steps of 2 arrays, so 4 writes: 2 and then 1 pieces were written whole before the kills.
-    left = teacher_store.missing(folder, header)
-    assert left == teacher_store.pieces_of(header)[3:]
+    left = logit_cache.missing(folder, header)
+    assert left == logit_cache.pieces_of(header)[3:]
     with (folder / "written" / "rank-00000.jsonl").open("ab") as file:
         file.write(b'{"piece": [0, 4')  # a line that a kill cut short
     answered = []
-    rows = teach_store.LiveAnswers.rows
+    rows = cache_writer.LiveAnswers.rows
     monkeypatch.setattr(
-        teach_store.LiveAnswers, "rows", lambda self, batches: answered.append(1) or rows(self, batches)
+        cache_writer.LiveAnswers, "rows", lambda self, batches: answered.append(1) or rows(self, batches)
     )
-    teach_store.store(arguments)
+    cache_writer.store(arguments)
     assert len(answered) == len(left)
     same(folder, stored)
     assert not Store(folder).damaged()
@@ -268,15 +269,15 @@ def test_a_killed_run_goes_on_where_it_stopped(flags, stored, tmp_path, monkeypa
 
 def test_soft_answers_keep_the_likeliest_classes(flags, tmp_path):
     arguments = [*flags, "--distillation-type", "soft", "--distillation-tau", "2"]
-    teach_store.store([*arguments, "--views", "1", "--top", "2", "--output", str(tmp_path / "store")])
+    cache_writer.store([*arguments, "--views", "1", "--top", "2", "--output", str(tmp_path / "store")])
     store = Store(tmp_path / "store")
     assert {name: (str(array.dtype), array.shape) for name, array in store.arrays.items()} == {
         "indices": ("int32", (1, 48)), "classes": ("int16", (1, 48, 2)), "probabilities": ("float16", (1, 48, 2)),
     }  # fmt: skip
-    config = parse([*without(arguments, "--teacher-path"), "--teacher-store", str(tmp_path / "store")])
+    config = parse_config([*without(arguments, "--teacher-path"), "--teacher-store", str(tmp_path / "store")])
     loader = taught(config, tmp_path / "store")
-    with join("cpu") as place:
-        live = teach_store.LiveAnswers(parse(arguments), place, loader.index.classes, 2)
+    with join("cpu") as world:
+        live = cache_writer.LiveAnswers(parse_config(arguments), world, loader.index.classes, 2)
         batch = next(iter(loader))
         logits = live.teacher(live.prepare(batch))
     expected = (logits / 2).softmax(1)
@@ -289,18 +290,18 @@ def test_soft_answers_keep_the_likeliest_classes(flags, tmp_path):
     live_loss = distillation_loss(student, student, batch.labels, logits, **settings)
     assert stored_loss.item() == pytest.approx(live_loss.item(), abs=2e-3)
     with pytest.raises(UserError, match=r"tau is 2\.0 in the store and 3\.0 here"):
-        taught(parse([*arguments, "--distillation-tau", "3"]), tmp_path / "store")
+        taught(parse_config([*arguments, "--distillation-tau", "3"]), tmp_path / "store")
     with pytest.raises(UserError, match='kind is "soft" in the store and "hard" here'):
-        taught(parse([*arguments, "--distillation-type", "hard"]), tmp_path / "store")
+        taught(parse_config([*arguments, "--distillation-type", "hard"]), tmp_path / "store")
 
 
 def test_decisions_among_equals_are_the_first():
     logits = torch.tensor([[1.0, 3, 3, 2], [5, 5, 5, 5], [0, 1, 2, 3]])
-    assert teach_store.first_argmax(logits).tolist() == [1, 0, 3]
+    assert cache_writer.first_argmax(logits).tolist() == [1, 0, 3]
 
 
 def test_many_classes_take_four_bytes():
-    assert teacher_store.label_dtype(32768) == "int16" and teacher_store.label_dtype(32769) == "int32"
+    assert logit_cache.label_dtype(32768) == "int16" and logit_cache.label_dtype(32769) == "int32"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,20 +321,20 @@ def test_many_classes_take_four_bytes():
 )
 def test_another_recipe(flags, stored, change, words):
     with pytest.raises(UserError, match=words):
-        taught(parse([*flags, *change]), stored)
+        taught(parse_config([*flags, *change]), stored)
 
 
 def test_other_data(flags, stored, tmp_path):
     data = write_folder(tmp_path / "data", train=15, val=4)
     with pytest.raises(UserError, match="data fingerprint"):
-        taught(parse([*flags, "--data-path", str(data)]), stored)
+        taught(parse_config([*flags, "--data-path", str(data)]), stored)
 
 
 def changed(stored, tmp_path, change):
     """A copy of the store with another header."""
     folder = tmp_path / "changed"
     shutil.copytree(stored, folder)
-    header = teacher_store.read_header(folder)
+    header = logit_cache.read_header(folder)
     change(header)
     (folder / "header.json").write_text(json.dumps(header))
     return folder
@@ -342,7 +343,7 @@ def changed(stored, tmp_path, change):
 def test_another_version_of_what_makes_the_pixels(flags, stored, tmp_path):
     folder = changed(stored, tmp_path, lambda header: header["pixels"].update({"nvidia-dali": "1.0"}))
     with pytest.raises(UserError, match=r'nvidia-dali is "1\.0" in the store and "2'):
-        taught(parse(flags), folder)
+        taught(parse_config(flags), folder)
 
 
 def test_other_pixels_though_all_versions_agree(flags, stored, tmp_path):
@@ -351,7 +352,7 @@ def test_other_pixels_though_all_versions_agree(flags, stored, tmp_path):
     probe[0, 0, 0, 0] += 1e-3
     np.save(folder / "probe.npy", probe)
     with pytest.raises(UserError, match="other pixels"):
-        taught(parse(flags), folder)
+        taught(parse_config(flags), folder)
 
 
 def test_an_image_that_could_be_read_then_and_not_now(flags, stored, tmp_path, data):
@@ -359,7 +360,7 @@ def test_an_image_that_could_be_read_then_and_not_now(flags, stored, tmp_path, d
     indices = np.load(folder / "indices.npy", mmap_mode="r+")
     indices[0, 9] = (indices[0, 9] + 1) % 48
     indices.flush()
-    loader = taught(parse(flags), folder)
+    loader = taught(parse_config(flags), folder)
     loader.set_epoch(0)
     with pytest.raises(UserError, match=r"has the answer to .*png where this run draws .*png"):
         list(loader)
@@ -379,7 +380,7 @@ def test_what_is_no_store(tmp_path):
 def test_a_store_begun_otherwise_is_left_alone(flags, stored, tmp_path):
     before = {path: path.read_bytes() for path in sorted(stored.rglob("*")) if path.is_file()}
     with pytest.raises(UserError, match="begun otherwise: recipe seed is 0 in the store and 5 here"):
-        teach_store.store([*flags, "--seed", "5", "--views", "4", "--output", str(stored)])
+        cache_writer.store([*flags, "--seed", "5", "--views", "4", "--output", str(stored)])
     assert {path: path.read_bytes() for path in sorted(stored.rglob("*")) if path.is_file()} == before
 
 
@@ -387,10 +388,10 @@ def test_a_refused_teacher_is_in_nobodys_way(flags, tmp_path, monkeypatch):
     """The same command with the mistake put right (--teacher-precision, say) is not told that a store was begun."""
     arguments = [*flags, "--views", "1", "--output", str(tmp_path / "store")]
     with monkeypatch.context() as patch:
-        patch.setattr("fastdeit.teacher.Teacher.check", refuse)
+        patch.setattr("fastdeit.distill.teacher.Teacher.check", refuse)
         with pytest.raises(UserError, match="overflows"):
-            teach_store.store(arguments)
-    teach_store.store([*arguments, "--teacher-precision", "bf16"])
+            cache_writer.store(arguments)
+    cache_writer.store([*arguments, "--teacher-precision", "bf16"])
     assert Store(tmp_path / "store").header["teacher"]["precision"] == "bfloat16"
 
 
@@ -401,7 +402,7 @@ def refuse(*_):
 def test_other_files_are_left_alone(flags, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="holds other files"):
-        teach_store.store([*flags, "--views", "2", "--output", str(tmp_path)])
+        cache_writer.store([*flags, "--views", "2", "--output", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
@@ -416,20 +417,20 @@ def test_other_files_are_left_alone(flags, tmp_path):
 )
 def test_flags_that_cannot_be_meant(flags, arguments, words):
     with pytest.raises(UserError, match=words):
-        teach_store.store([*without(flags, "--teacher-path"), *arguments])
+        cache_writer.store([*without(flags, "--teacher-path"), *arguments])
 
 
 def test_a_full_disk_says_so_and_loses_nothing(stored, tmp_path, monkeypatch):
     folder = changed(stored, tmp_path, lambda header: None)
-    header = teacher_store.read_header(folder)
+    header = logit_cache.read_header(folder)
     rows = {"indices": np.zeros((6, 8)), "labels": np.zeros((6, 8))}
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(UserError, match=r"cannot be written to \(No space left"), join("cpu") as place:
-        teach_store._write(folder, header, [((0, 0, 6), rows)], 1, place)
+    with pytest.raises(UserError, match=r"cannot be written to \(No space left"), join("cpu") as world:
+        cache_writer._write(folder, header, [((0, 0, 6), rows)], 1, world)
     same(folder, stored)
 
 
@@ -476,7 +477,7 @@ def test_a_teacher_that_moved_is_the_same(stored, flags, tmp_path, cli):
     shutil.copytree(Path(flags[flags.index("--teacher-path") + 1]), folder, symlinks=True)
     code, out, err = cli(teach.main, "verify", stored, "--teacher-path", folder, "--device", "cpu", "--batches", "1")
     assert code == 0 and "100.00 %" in out, err
-    teach_store.store([*flags, "--teacher-path", str(folder), "--views", "4", "--output", str(stored)])
+    cache_writer.store([*flags, "--teacher-path", str(folder), "--views", "4", "--output", str(stored)])
 
 
 def test_a_run_goes_on_from_a_store_that_moved(flags, stored, teacher, tmp_path, monkeypatch, cli):
@@ -498,14 +499,14 @@ def test_a_teacher_beside_its_store(cli, flags, stored):
 
 def test_the_run_says_how_often_a_view_is_used(flags, stored):
     arguments = [*without(flags, "--teacher-path"), "--teacher-store", str(stored), "--epochs", "9"]
-    sentences = parts(parse(arguments), stored)[0].check([])
+    sentences = parts(parse_config(arguments), stored)[0].check([])
     assert "up to 3 times" in sentences[1] and "4 views of 48 images, hard" in sentences[0]
-    assert len(parts(parse([*arguments, "--epochs", "4"]), stored)[0].check([])) == 1
+    assert len(parts(parse_config([*arguments, "--epochs", "4"]), stored)[0].check([])) == 1
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_same_answers_come_again(flags, tmp_path, cli):
     arguments = [*flags, "--device", "cuda", "--views", "2", "--output", str(tmp_path / "store")]
-    teach_store.store(arguments)
+    cache_writer.store(arguments)
     code, out, err = cli(teach.main, "verify", tmp_path / "store", "--batches", "6", "--device", "cuda")
     assert code == 0, out + err

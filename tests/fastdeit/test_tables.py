@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastdeit.tables import accuracy_table, summary_table
+from fastdeit.evaluation.tables import accuracy_table, summary_table
 
 VALUES = {"top1": 0.9944, "top5": 1.0, "loss": 0.6482, "ece": 0.1215}
 FIGURES = ["99.44", "100.00", "0.6482", "12.15"]

@@ -5,12 +5,12 @@ import timm
 import torch
 from torch import nn
 
-from fastdeit import memory_format
-from fastdeit.command import UserError
-from fastdeit.distributed import Place
-from fastdeit.fold_batchnorm import fold_batchnorm
-from fastdeit.loading import LoadedModel
-from fastdeit.teacher import Teacher
+from fastdeit.distill import inference
+from fastdeit.distill.inference import fold_batchnorm
+from fastdeit.distill.teacher import Teacher
+from fastdeit.distributed.world import World
+from fastdeit.errors import UserError
+from fastdeit.models.loading import LoadedModel
 
 IMAGENET = {"student_mean": (0.485, 0.456, 0.406), "student_std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -168,18 +168,18 @@ def test_compiled_it_answers_the_same():
 
 
 def test_the_memory_format_is_measured_once_and_remembered(model, tmp_path, monkeypatch):
-    place, file = Place(torch.device("cpu")), tmp_path / "formats.json"
-    first = memory_format.choose(model, "test_resnet", pixels(), place, file)
-    assert first in memory_format.FORMATS
-    monkeypatch.setattr(memory_format, "measure", lambda *_: pytest.fail("measured again"))
-    assert memory_format.choose(model, "test_resnet", pixels(), place, file) == first
-    monkeypatch.setattr(memory_format, "measure", lambda *_: {"contiguous": 2.0, "channels_last": 1.0})
-    assert memory_format.choose(model, "test_resnet", pixels()[:2], place, file) == "channels_last"
-    assert memory_format.choose(model, "test_resnet", pixels(), place, file) == first
+    world, file = World(torch.device("cpu")), tmp_path / "formats.json"
+    first = inference.choose(model, "test_resnet", pixels(), world, file)
+    assert first in inference.FORMATS
+    monkeypatch.setattr(inference, "measure", lambda *_: pytest.fail("measured again"))
+    assert inference.choose(model, "test_resnet", pixels(), world, file) == first
+    monkeypatch.setattr(inference, "measure", lambda *_: {"contiguous": 2.0, "channels_last": 1.0})
+    assert inference.choose(model, "test_resnet", pixels()[:2], world, file) == "channels_last"
+    assert inference.choose(model, "test_resnet", pixels(), world, file) == first
 
 
 def test_all_memory_formats_are_measured(model):
-    seconds = memory_format.measure(model, pixels())
+    seconds = inference.measure(model, pixels())
     assert seconds.keys() == {"contiguous", "channels_last", "joined"}
     assert all(0 < value < 10 for value in seconds.values())
 
@@ -190,7 +190,7 @@ def test_on_a_gpu_in_half_precision_laid_out_and_compiled(model, tmp_path, monke
     expected = teacher(model)(pixels())
     loaded = LoadedModel("it", copy.deepcopy(model), 32, *HALF.values(), None)
     fast = Teacher(loaded, **IMAGENET, device="cuda", dtype=torch.float16)
-    fast.choose_memory_format(4, Place(torch.device("cuda")))
+    fast.choose_memory_format(4, World(torch.device("cuda")))
     fast.compile()
     images = pixels().cuda().to(memory_format=torch.channels_last)
     answers = fast(images.bfloat16())

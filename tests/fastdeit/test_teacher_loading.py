@@ -7,11 +7,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fastdeit import teacher as teacher_loading
-from fastdeit.command import UserError
-from fastdeit.config import Distillation, parse
-from fastdeit.distributed import join
-from fastdeit.teacher_classes import SelectClasses, read_groups, same_classes
+from fastdeit.cli import parse_config
+from fastdeit.config import Distillation
+from fastdeit.distill import teacher as teacher_loading
+from fastdeit.distill.class_map import SelectClasses, read_groups, same_classes
+from fastdeit.distributed.world import join
+from fastdeit.errors import UserError
 
 from .conftest import SMALL
 
@@ -68,8 +69,8 @@ def test_our_own_run_at_another_size(colors, tmp_path):
 
     folder = tmp_path / "run"
     arguments = [*SMALL, "--epochs", "1", "--model", "deit_nano_patch4_16", "--data-path", str(colors)]
-    with join("cpu") as place:
-        train(parse([*arguments, "--output-dir", str(folder)]), place)
+    with join("cpu") as world:
+        train(parse_config([*arguments, "--output-dir", str(folder)]), world)
     loaded = load(Distillation(teacher_path=str(folder), teacher_input_size=32))
     assert (loaded.classes, loaded.input_size, loaded.model.grid_size) == (CLASSES, 32, (8, 8))
     assert loaded.model.drop_path == 0

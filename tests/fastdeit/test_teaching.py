@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastdeit import teach, train
-from fastdeit.config import parse
-from fastdeit.distributed import join
-from fastdeit.student import build_student
+from fastdeit.cli import parse_config
+from fastdeit.distributed.world import join
+from fastdeit.models.build import build_student
 
 from . import runs
 from .conftest import SMALL, refused
@@ -23,12 +23,12 @@ def teacher(colors, tmp_path_factory):
     arguments = (
         "--input-size 32 --batch-size 12 --epochs 4 --lr 4e-3 --unscale-lr --no-pretrained --num-workers 1".split()
     )
-    config = parse(
+    config = parse_config(
         [*arguments, "--model", "test_resnet", "--data-path", str(colors), "--output-dir", str(folder)],
         recipe="teacher",
     )
-    with join("cpu") as place:
-        train.train(config, place)
+    with join("cpu") as world:
+        train.train(config, world)
     return folder
 
 
@@ -51,8 +51,8 @@ def test_the_teacher_is_in_nothing_that_is_trained_or_saved(colors, teacher, tmp
 
     folder = tmp_path / "run"
     arguments = [*SMALL, "--data-path", str(colors), "--output-dir", str(folder), "--teacher-path", str(teacher)]
-    with join("cpu") as place:
-        train.train(parse([*arguments, "--distillation-type", "hard"]), place, on_micro_batch=remember)
+    with join("cpu") as world:
+        train.train(parse_config([*arguments, "--distillation-type", "hard"]), world, on_micro_batch=remember)
     trainer, before = seen[0]
     after = trainer.teacher.network.state_dict()
     assert before.keys() == after.keys() and len(before) > 20
@@ -173,7 +173,7 @@ def test_weights_of_a_file_are_not_asked_of_the_hub_too(tmp_path, monkeypatch):
     torch.save(made.state_dict(), tmp_path / "weights.pth")
     monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: pytest.fail("published weights"))
     given = ["--data-path", "x", "--model", "test_resnet", "--finetune", str(tmp_path / "weights.pth")]
-    settings = parse(given, recipe="teacher")
+    settings = parse_config(given, recipe="teacher")
     assert settings.model.pretrained
     model = build_student(settings, 5)
     assert all(torch.equal(value, made.state_dict()[key]) for key, value in model.state_dict().items())

@@ -9,9 +9,9 @@ import types
 
 import pytest
 
-from fastdeit import trackers
-from fastdeit.command import UserError
-from fastdeit.log import Log
+from fastdeit.errors import UserError
+from fastdeit.training import trackers
+from fastdeit.training.log import Log
 
 SETTINGS = {"run": {"seed": 0}}
 

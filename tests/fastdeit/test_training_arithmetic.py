@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeit.architectures import Architecture
 from fastdeit.config import Config
-from fastdeit.distributed import Place
-from fastdeit.model import DeiT
+from fastdeit.distributed.world import World
+from fastdeit.models.architectures import Architecture
+from fastdeit.models.deit import DeiT
 from fastdeit.pipelines import Batch, Mix, SyntheticIndex
-from fastdeit.trainer import Trainer
+from fastdeit.training.trainer import Trainer
 
 from . import reference_loop
 from .reference_loop import Recipe
@@ -155,8 +155,8 @@ def test_every_step_is_that_of_the_formulas(name):
     teacher = None if recipe.kind == "none" else Teacher()
     model = make()
     expected = reference_loop.train(copy.deepcopy(model), [*seen] * EPOCHS, recipe, teacher)
-    place = Place(torch.device("cpu"))
-    trainer = Trainer(settings_of(recipe, **how), place, model, teacher, (seen, seen), list("abcde"), None)
+    world = World(torch.device("cpu"))
+    trainer = Trainer(settings_of(recipe, **how), world, model, teacher, (seen, seen), list("abcde"), None)
     trainer.model.train()
     for batch, (lr, losses, weights, moments, ema) in zip([*seen] * EPOCHS, expected, strict=True):
         got = trainer.step(batch)
@@ -190,7 +190,7 @@ def test_what_a_checkpoint_holds_is_all_that_a_step_needs():
     def trainer():
         config = settings_of(Recipe(total_steps=EPOCHS * STEPS, peak=0.02, ema_decay=0.5))
         config.speed.precision = "fp16"
-        made = Trainer(config, Place(torch.device("cpu")), deit(), None, (seen, seen), list("abcde"), None)
+        made = Trainer(config, World(torch.device("cpu")), deit(), None, (seen, seen), list("abcde"), None)
         made.model.train()
         return made
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from fastdeit.pipelines import Augmentation, BadFiles, eval_loader, open_folder, train_loader
-from fastdeit.pipelines.crop import whole
-from fastdeit.pipelines.decode import window_graph, window_inputs
+from fastdeit.pipelines.augment.crop import whole
+from fastdeit.pipelines.decode.graph import window_graph, window_inputs
 
 BATCH = 64
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastdeit.pipelines.inspection import CONVERT
+from fastdeit.pipelines.index.inspection import CONVERT
 
 HEIGHT, WIDTH = 60, 80
 

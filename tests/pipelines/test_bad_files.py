@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from fastdeit.pipelines.bad_files import LOGGED, BadFiles, TooManyBadFiles
-from fastdeit.pipelines.index import open_index
-from fastdeit.pipelines.inspection import inspect_bytes
+from fastdeit.pipelines.index.index import open_index
+from fastdeit.pipelines.index.inspection import inspect_bytes
 
 
 @pytest.fixture(scope="module")

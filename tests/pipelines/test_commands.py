@@ -8,17 +8,18 @@ import odd_images
 import pytest
 from PIL import Image
 
-from fastdeit.pipelines import command, prepare, show
+from fastdeit.pipelines import cli as pipelines_cli
+from fastdeit.pipelines import prepare, show
 
 COMMANDS = {"prepare": prepare, "show": show}
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    """cli(name, *arguments) -> (exit code, stdout, stderr)."""
+def call(monkeypatch, capsys):
+    """call(name, *arguments) -> (exit code, stdout, stderr)."""
     pytest.importorskip("tyro")
 
-    def call(name, *arguments):
+    def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         code = 0
         try:
@@ -28,13 +29,13 @@ def cli(monkeypatch, capsys):
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    return call
+    return run
 
 
 @pytest.mark.parametrize("name, words", [("prepare", ["DIR OUT", "--max-bad"]), ("show", ["DIR OUT.png", "--aa"])])
-def test_help(cli, monkeypatch, name, words):
+def test_help(call, monkeypatch, name, words):
     monkeypatch.setenv("COLUMNS", "80")
-    code, out, _ = cli(name, "--help")
+    code, out, _ = call(name, "--help")
     assert code == 0 and f"python -m fastdeit.pipelines.{name}" in out
     assert all(word in out for word in words)
     _, *below = out.splitlines()  # the usage is a line of its own, however long
@@ -42,32 +43,32 @@ def test_help(cli, monkeypatch, name, words):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_wrong_folder(cli, tmp_path, name):
-    code, _, err = cli(name, tmp_path, tmp_path / "out")
+def test_a_wrong_folder(call, tmp_path, name):
+    code, _, err = call(name, tmp_path, tmp_path / "out")
     assert code == 2 and err.startswith("error: ") and "has no split 'train': expected" in err and err.count("\n") == 1
 
 
-def test_an_image_that_is_not_there(cli, tiny, tmp_path):
-    code, _, err = cli("show", tiny.reader.root, tmp_path / "out.png", "--image", 100)
+def test_an_image_that_is_not_there(call, tiny, tmp_path):
+    code, _, err = call("show", tiny.reader.root, tmp_path / "out.png", "--image", 100)
     assert (code, err) == (2, "error: --image 100: the images are counted from 0 to 99\n")
 
 
-def test_a_place_that_cannot_be_written_to(cli, tiny, tmp_path):
+def test_a_place_that_cannot_be_written_to(call, tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    code, _, err = cli("prepare", tiny.reader.root, tmp_path / "file" / "out")
+    code, _, err = call("prepare", tiny.reader.root, tmp_path / "file" / "out")
     assert (code, err) == (2, f"error: {tmp_path / 'file' / 'out'}: Not a directory\n")
 
 
-def test_too_many_bad_files(cli, tmp_path):
+def test_too_many_bad_files(call, tmp_path):
     odd_images.write(tmp_path / "train" / "ant", {"good.jpg": odd_images.encoded(odd_images.picture()), "bad.jpg": b""})
-    code, _, err = cli("prepare", tmp_path, tmp_path / "out")
+    code, _, err = call("prepare", tmp_path, tmp_path / "out")
     assert code == 2 and "error: 1 of 2 images (50.00%) cannot be read" in err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_without_the_extra_the_first_missing_package_is_named(tmp_path, name):
     """In a process of its own, where none of it can be imported: also importing the command needs none."""
-    blocked = f"import runpy, sys; sys.modules |= dict.fromkeys({sorted(command.EXTRA)}); "
+    blocked = f"import runpy, sys; sys.modules |= dict.fromkeys({sorted(pipelines_cli.EXTRA)}); "
     line = blocked + f"runpy.run_module('fastdeit.pipelines.{name}', run_name='__main__', alter_sys=True)"
     done = subprocess.run([sys.executable, "-c", line, "x", "y"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
@@ -84,30 +85,30 @@ def test_a_missing_package_that_is_not_of_the_extra_is_a_defect(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["absent"])
     with pytest.raises(ModuleNotFoundError):
-        command.run(absent, "absent", {})
+        pipelines_cli.run(absent, "absent", {})
 
 
-def test_the_traceback_on_request(cli, tmp_path, monkeypatch):
+def test_the_traceback_on_request(call, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTDEIT_TRACEBACK", "1")
     with pytest.raises(ValueError):
-        cli("prepare", tmp_path, tmp_path / "out")
+        call("prepare", tmp_path, tmp_path / "out")
 
 
-def test_control_c(cli, tiny, tmp_path, monkeypatch):
+def test_control_c(call, tiny, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare, "_write_split", interrupted)
-    assert cli("prepare", tiny.reader.root, tmp_path / "out")[::2] == (
+    assert call("prepare", tiny.reader.root, tmp_path / "out")[::2] == (
         130, "stopped; the same command goes on from here\n",
     )  # fmt: skip
 
 
-def test_a_killed_worker(cli, tiny, tmp_path, monkeypatch):
+def test_a_killed_worker(call, tiny, tmp_path, monkeypatch):
     from fastdeit.pipelines import reencode
 
     monkeypatch.setattr(reencode, "write_shard", _die)
-    code, _, err = cli("prepare", tiny.reader.root, tmp_path / "out", "--workers", 1)
+    code, _, err = call("prepare", tiny.reader.root, tmp_path / "out", "--workers", 1)
     assert code == 2 and "error: a worker was killed" in err and "--workers" in err
 
 
@@ -115,10 +116,10 @@ def _die(*_):
     os._exit(9)
 
 
-def test_a_picture_of_what_training_sees(cli, photos, tmp_path):
+def test_a_picture_of_what_training_sees(call, photos, tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("nvidia.dali")
-    code, _, err = cli("show", photos.reader.root, tmp_path / "out.png", "--aa", "none")
+    code, _, err = call("show", photos.reader.root, tmp_path / "out.png", "--aa", "none")
     assert code == 0, err
     with Image.open(tmp_path / "out.png") as picture:
         picture.load()

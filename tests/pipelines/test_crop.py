@@ -7,9 +7,9 @@ from PIL import Image
 from scipy import stats
 from torchvision import transforms
 
-from fastdeit.pipelines import crop
-from fastdeit.pipelines.cpu import resized_view
-from fastdeit.pipelines.draws import Draws, Purpose, integers
+from fastdeit.pipelines.augment import crop
+from fastdeit.pipelines.augment.draws import Draws, Purpose, integers
+from fastdeit.pipelines.decode.cpu import resized_view
 
 N = 20_000
 LARGEST = 256 * 8 * 256  # pixels of a resized image at 224

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastdeit.pipelines.draws import Draws, Purpose, integers, philox4x32
+from fastdeit.pipelines.augment.draws import Draws, Purpose, integers, philox4x32
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [

@@ -8,7 +8,7 @@ import nvidia.dali.backend as dali
 from nvidia.dali.pipeline import Pipeline
 
 from fastdeit.pipelines import Augmentation
-from fastdeit.pipelines.decode import view_graph
+from fastdeit.pipelines.decode.graph import view_graph
 
 REGISTERED = {
     "cpu": set(dali.RegisteredCPUOps(internal_ops=True)),

@@ -13,7 +13,7 @@ from odd_images import encoded, picture, write
 from PIL import Image
 
 from fastdeit.pipelines import open_folder
-from fastdeit.pipelines.inspection import HEAD_BYTES, BadHeader, inspect, inspect_bytes
+from fastdeit.pipelines.index.inspection import HEAD_BYTES, BadHeader, inspect, inspect_bytes
 
 pytest.importorskip("nvidia.nvimgcodec")
 

@@ -59,7 +59,7 @@ def test_batch_size_and_threads_do_not_matter(photos):
 
 
 def test_order_does_not_matter(photos, monkeypatch):
-    from fastdeit.pipelines import plan
+    from fastdeit.pipelines.augment import plan
 
     reference = by_image(train_loader(photos, batch_size=32, **RAND_SMALL))
     in_order = (np.arange(96), np.zeros(96, np.int64))

@@ -10,9 +10,9 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 
 from fastdeit.pipelines import Augmentation
-from fastdeit.pipelines.augmentation import draw_mix
-from fastdeit.pipelines.draws import Draws
-from fastdeit.pipelines.mixing import draw_erasing, draw_mixing
+from fastdeit.pipelines.augment.augmentation import draw_mix
+from fastdeit.pipelines.augment.draws import Draws
+from fastdeit.pipelines.augment.mixing import draw_erasing, draw_mixing
 
 N, SIZE = 20_000, 224
 

@@ -12,9 +12,9 @@ pytest.importorskip("nvidia.dali")
 
 from nvidia.dali import fn, pipeline_def, types
 
-from fastdeit.pipelines import pillow
-from fastdeit.pipelines.dali_operations import layer
-from fastdeit.pipelines.operations import GEOMETRIC, Operation, affine_matrices
+from fastdeit.pipelines.augment.operations import GEOMETRIC, Operation, affine_matrices
+from fastdeit.pipelines.decode import pillow
+from fastdeit.pipelines.decode.dali_operations import layer
 
 FILL, SIZE, BATCH = (124, 116, 104), 224, 32
 ENHANCE = np.linspace(0.1, 1.9, BATCH)

@@ -15,10 +15,10 @@ import odd_images
 import pytest
 from PIL import Image
 
+from fastdeit.pipelines import cli
 from fastdeit.pipelines import prepare as prepare_module
-from fastdeit.pipelines import progress
 from fastdeit.pipelines.bad_files import TooManyBadFiles
-from fastdeit.pipelines.index import open_index
+from fastdeit.pipelines.index.index import open_index
 from fastdeit.pipelines.prepare import prepare
 from fastdeit.pipelines.reencode import shrink
 
@@ -253,11 +253,11 @@ def test_shards_can_be_prepared_again(prepared, tmp_path):
 
 
 def test_progress_without_a_terminal(monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
     now = iter([0.0, 10.0, 10.0, 40.0, 40.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
     stream = io.StringIO()
-    with progress.show_progress("images", 1000, finished=100, stream=stream) as shown:
+    with cli.show_progress("images", 1000, finished=100, stream=stream) as shown:
         shown.update(300)
     lines = ["images 300 of 1,000 (30.0%), 20/s, 35 s left", "images 1,000 of 1,000 (100.0%), 22/s"]
     assert stream.getvalue().splitlines() == lines

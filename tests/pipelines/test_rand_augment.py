@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 from timm.data import auto_augment as timm_aa
 
-from fastdeit.pipelines.draws import Draws
-from fastdeit.pipelines.operations import Operation
-from fastdeit.pipelines.rand_augment import OPERATIONS, RandAugment
+from fastdeit.pipelines.augment.draws import Draws
+from fastdeit.pipelines.augment.operations import Operation
+from fastdeit.pipelines.augment.rand_augment import OPERATIONS, RandAugment
 
 N = 20_000
 

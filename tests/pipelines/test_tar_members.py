@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from fastdeit.pipelines.tar_members import BLOCK, PADDING, Damage, Member, read_members
+from fastdeit.pipelines.index.tar_members import BLOCK, PADDING, Damage, Member, read_members
 
 
 def archive(contents: dict[str, bytes], format=tarfile.GNU_FORMAT, change=lambda info: info) -> bytes:

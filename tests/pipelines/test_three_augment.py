@@ -2,10 +2,10 @@ import numpy as np
 from scipy import stats
 
 from fastdeit.pipelines import Augmentation
-from fastdeit.pipelines.augmentation import draw_views
-from fastdeit.pipelines.draws import Draws
-from fastdeit.pipelines.operations import Operation
-from fastdeit.pipelines.three_augment import draw_color_jitter, draw_three_augment
+from fastdeit.pipelines.augment.augmentation import draw_views
+from fastdeit.pipelines.augment.draws import Draws
+from fastdeit.pipelines.augment.operations import Operation
+from fastdeit.pipelines.augment.three_augment import draw_color_jitter, draw_three_augment
 
 N = 20_000
 

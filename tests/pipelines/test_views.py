@@ -9,11 +9,12 @@ from torchvision import transforms
 
 pytest.importorskip("nvidia.dali")
 
-from fastdeit.pipelines import Augmentation, pillow
-from fastdeit.pipelines.cpu import CpuViews
-from fastdeit.pipelines.gpu import GpuViews
-from fastdeit.pipelines.operations import GEOMETRIC
-from fastdeit.pipelines.plan import EvaluationPlans, TrainPlans
+from fastdeit.pipelines import Augmentation
+from fastdeit.pipelines.augment.operations import GEOMETRIC
+from fastdeit.pipelines.augment.plan import EvaluationPlans, TrainPlans
+from fastdeit.pipelines.decode import pillow
+from fastdeit.pipelines.decode.cpu import CpuViews
+from fastdeit.pipelines.decode.gpu import GpuViews
 
 B, SIZE, CPU = 32, 224, torch.device("cpu")
 NONE = Augmentation(aa="none", color_jitter=0)

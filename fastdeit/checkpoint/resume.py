@@ -1,0 +1,137 @@
+"""Going on with a run: with its own settings, from its newest whole checkpoint, as if it had never stopped."""
+
+import json
+from pathlib import Path
+
+from fastdeit.config import Config
+from fastdeit.distributed.world import World
+from fastdeit.errors import UserError
+from fastdeit.training import log
+
+from . import atomic, files
+
+# What may differ when a run goes on, because the weights do not depend on it. Of data and teacher, what counts is the
+# content; of the batch, the product over parts and processes: `check_same`.
+FREE = {
+    "run": "output_dir resume eval device tracker dry_run print_config checkpoint_minutes keep_epochs keep_count "
+    "skip_nonfinite",
+    "data": "data_path classes label_column batch_size num_workers max_bad",
+    "model": "grad_checkpointing",
+    "distillation": "teacher_path teacher_classes teacher_store unlabelled_path",
+    "optimization": "accumulate",
+    "speed": "compile attention sharding deterministic",
+}
+
+
+def saved_settings(run: Path) -> Config:
+    """The settings a run was started with."""
+    try:
+        settings = json.loads((run / "settings.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"--resume {run}: there is no run in this folder; give one that holds settings.json") from None
+    except ValueError as error:
+        raise UserError(f"--resume {run}: its settings.json is damaged ({error})") from error
+    return Config.from_dict(settings)
+
+
+def defaults(resumed: str | None) -> Config | None:
+    """What a command line with --resume starts from: the settings of that run, or of a checkpoint (for --eval)."""
+    if resumed is None:
+        return None
+    folder = Path(resumed)
+    if (folder / "settings.json").is_file():
+        return saved_settings(folder)
+    if (folder / "config.json").is_file():
+        return Config.from_dict(files.description(folder)["settings"])
+    return None
+
+
+def checkpoint_to_come(config: Config) -> dict | None:
+    """What config.json says of the checkpoint that is going to fill the model; None for a run that begins."""
+    run = config.run.output_dir if config.run.resume == "auto" else config.run.resume
+    if config.run.resume is None or run is None or not (Path(run) / "last").exists():
+        return None
+    return files.description(Path(run) / "last")
+
+
+def without_start(config: Config) -> Config:
+    """The settings to build the model with. Where a checkpoint is going to fill it, the weights that a run began with
+    are not read again, and may be gone."""
+    if checkpoint_to_come(config) is None:
+        return config
+    config = Config.from_dict(config.to_dict())
+    config.model.finetune, config.model.pretrained = None, False
+    return config
+
+
+def check_unchanged(config: Config, run: Path) -> None:
+    """Refuse flags that would make it another run."""
+    saved = saved_settings(run).to_dict()
+    for group, fields in config.to_dict().items():
+        free = FREE.get(group, "").split()
+        for name, value in fields.items():
+            if name not in free and value != saved[group][name]:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value}: the run in {run} was started with {saved[group][name]}, and "
+                    "a run that goes on keeps its settings; leave the flag away, or start anew in another --output-dir"
+                )
+
+
+def check_same(progress: dict, trainer) -> None:
+    """Refuse another data set, another teacher, and a number of processes that makes another batch."""
+    if trainer.train_loader.index.fingerprint != progress["data"]:
+        more = trainer.config.distillation.unlabelled_path
+        where, flags = (f" and {more}", "--data-path and --unlabelled-path") if more else ("", "--data-path")
+        raise UserError(
+            f"the training images in {trainer.config.data.data_path}{where} are not those the run was started with: "
+            f"names, sizes or classes differ; give the same data by {flags}, or start a new run"
+        )
+    if trainer.teacher is not None and trainer.teacher.fingerprint != progress["teacher"]:
+        raise UserError(
+            f"the teacher {trainer.teacher.name} is not the one the run was started with: weights or classes differ, "
+            "or one is stored and the other is not; give the same by --teacher-path or --teacher-store, or start a new "
+            "run"
+        )
+    batch, processes = trainer.global_batch, trainer.world.world_size
+    if batch != progress["global_batch"]:
+        raise UserError(
+            f"a step of this run sees {progress['global_batch']} images, but {processes} processes x --batch-size "
+            f"{trainer.config.data.batch_size} x --accumulate {trainer.config.optimization.accumulate} = {batch}: "
+            "choose values with the same product"
+        )
+
+
+def start(run: Path, world: World) -> dict | None:
+    """Clear up what an earlier process left in `run`, and read where it stands: see checkpoint.read, None at the very
+    beginning. Every process gets it, so all must see the folder. metrics.jsonl is cut back to that step."""
+    found = _start(run) if world.is_main else None
+    folder = world.broadcast(found and found[0])
+    if folder is None or world.is_main:
+        return found and found[1]
+    return files.read(folder)
+
+
+def _start(run: Path) -> tuple[Path, dict] | None:
+    files.sweep(run)
+    found = files.read_newest(run, print)
+    if found is None:
+        cut_metrics(run / "metrics.jsonl", step=0, epochs_evaluated=0)
+        return None
+    folder, saved = found
+    atomic.point(run / "last", folder)
+    files.remove_after(run, folder)
+    cut_metrics(
+        run / "metrics.jsonl", step=saved["description"]["step"],
+        epochs_evaluated=saved["description"]["progress"]["epochs_evaluated"],
+    )  # fmt: skip
+    return found
+
+
+def cut_metrics(path: Path, *, step: int, epochs_evaluated: int) -> None:
+    """Remove the lines of what is going to be done again."""
+    if path.exists():
+        kept = [
+            json.dumps(line) + "\n" for line in log.json_lines(path)
+            if line["step"] <= step and (line["kind"] != "eval" or line["epoch"] < epochs_evaluated)
+        ]  # fmt: skip
+        atomic.replace(path, "".join(kept).encode())

@@ -1,0 +1,191 @@
+"""What a student can learn from where its teacher looks: attention maps compared block by block.
+
+Needs a vision transformer as teacher. Off by default, and to be tried rather than trusted: over 20 teachers of 11
+families attention transfer helped with 7 and hurt with 4, where teacher and student differ in architecture
+(arXiv 2605.07191).
+
+The queries and keys are taken where the models compute them, by hooks on the qkv projections; the maps are never in
+memory (fastdeit.kernels.attention_distillation_loss).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastdeit.config import Config
+from fastdeit.errors import UserError
+from fastdeit.kernels import attention_distillation_loss
+from fastdeit.models import deit as ours
+
+VARIANTS = {
+    "maps": {"objective": "kl", "rows": "all"},
+    "rows": {"objective": "kl", "rows": "prefix"},
+    "scores": {"objective": "mse", "rows": "all"},
+    "relations": {"objective": "kl", "rows": "all"},
+}
+
+
+class AttentionDistillation:
+    """Call it after a forward pass of both models on the same images: () float32, the mean over the pairs of blocks.
+
+    To be made before either model is compiled and after the student was copied: the hooks belong to these two modules.
+    """
+
+    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, teacher_name: str):
+        settings = config.distillation
+        student_blocks = _attentions(student, f"the student {config.model.model}")
+        teacher_blocks = _attentions(teacher, f"the teacher {teacher_name}")
+        _check_grids(student, teacher, teacher_name)
+        pairs = layer_pairs(settings.attention_distillation_layers, len(student_blocks), len(teacher_blocks))
+        self.variant, heads = settings.attention_distillation_variant, settings.attention_distillation_heads
+        self.options = {
+            **VARIANTS[self.variant],
+            "heads": int(heads) if heads.isdecimal() else heads,
+            "student_prefix": student.num_prefix_tokens,
+            "teacher_prefix": teacher.num_prefix_tokens,
+        }
+        _check_heads(student_blocks[0], teacher_blocks[0], self.options["heads"])
+        listen([*student_blocks, *teacher_blocks])
+        self.taps = [(Tap(student_blocks[s], self.variant), Tap(teacher_blocks[t], self.variant)) for s, t in pairs]
+
+    @classmethod
+    def of(cls, config: Config, student: nn.Module, teacher) -> "AttentionDistillation | None":
+        """What the settings ask for; None where its weight is 0. `teacher`: a live one, a stored one or None."""
+        if config.distillation.attention_distillation_weight == 0:
+            return None
+        if not hasattr(teacher, "watched"):
+            raise UserError(
+                "--attention-distillation-weight needs a live teacher: give --distillation-type soft or hard, and no "
+                "--teacher-store, which keeps answers only"
+            )
+        return cls(config, student, teacher.watched(), teacher.name)
+
+    def __call__(self) -> Tensor:
+        losses = [self._pair(student.take(), teacher.take()) for student, teacher in self.taps]
+        return torch.stack(losses).mean()
+
+    def _pair(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        if self.variant != "relations":
+            return attention_distillation_loss(*student, *teacher, **self.options)
+        # MiniLMv2 (arXiv 2012.15828): queries with queries, keys with keys, values with values.
+        relations = [
+            attention_distillation_loss(mine, mine, theirs, theirs, **self.options)
+            for mine, theirs in zip(student, teacher)
+        ]
+        return torch.stack(relations).mean()
+
+
+class Tap:
+    """What an attention module computes: [q, k], for relations [q, k, v], each (batch, tokens, heads, head_dim)."""
+
+    def __init__(self, attention: nn.Module, variant: str):
+        self.heads, self.count = _heads(attention), 3 if variant == "relations" else 2
+        self.qkv, *self.norms = _sources(attention)
+        for module in (self.qkv, *self.norms):
+            module.tapped = True
+
+    def take(self) -> list[Tensor]:
+        """What the last forward pass has left; no longer held here."""
+        kept = [module.__dict__.pop("kept", None) for module in (self.qkv, *self.norms)]
+        assert kept[0] is not None, "the model has not run, or does not call its qkv projection"
+        q, k, v = kept[0].unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if self.norms:  # timm normalises (batch, heads, tokens, head_dim)
+            q, k = (normed.transpose(1, 2) for normed in kept[1:])
+        return [q, k, v][: self.count]
+
+
+def listen(attentions: list[nn.Module]) -> None:
+    """Hook every block, also those that are not asked: torch.compile takes hooks for granted, and blocks that share a
+    compiled graph must not differ in them. That only some are tapped it does see."""
+    for attention in attentions:
+        for module in _sources(attention):
+            module.tapped = False
+            module.register_forward_hook(_keep)
+
+
+def _keep(module: nn.Module, inputs, output: Tensor) -> None:
+    if module.tapped:
+        module.kept = output
+
+
+def _sources(attention: nn.Module) -> list[nn.Module]:
+    """The modules that compute queries and keys: the projection, and where they are normalised, the two norms."""
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    return [attention.qkv, *(norm for norm in norms if not isinstance(norm, (nn.Identity, type(None))))]
+
+
+def layer_pairs(text: str, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
+    """(student's block, teacher's block), counted from 0: "last", "every-N" or pairs such as "5:5,11:23"."""
+    if text == "last":
+        return [(student_depth - 1, teacher_depth - 1)]
+    try:
+        if text.startswith("every-"):
+            n = int(text.removeprefix("every-"))
+            if not 1 <= n <= student_depth:
+                raise ValueError
+            # At the same share of the depth.
+            return [(s, round((s + 1) * teacher_depth / student_depth) - 1) for s in range(n - 1, student_depth, n)]
+        pairs = [tuple(map(int, pair.split(":"))) for pair in text.split(",")]
+        if any(len(pair) != 2 or not (0 <= pair[0] < student_depth and 0 <= pair[1] < teacher_depth) for pair in pairs):
+            raise ValueError
+        return pairs
+    except ValueError:
+        raise UserError(
+            f"--attention-distillation-layers {text}: give last, every-N, or pairs STUDENT:TEACHER of blocks such as "
+            f"0:1,5:11; the student has blocks 0 to {student_depth - 1}, the teacher 0 to {teacher_depth - 1}"
+        ) from None
+
+
+def _attentions(model: nn.Module, who: str) -> list[nn.Module]:
+    """The attention modules of a plain vision transformer, block by block."""
+    from timm.models.vision_transformer import Attention
+
+    blocks = getattr(model, "blocks", ())
+    found = [block.attn for block in blocks if type(getattr(block, "attn", None)) in (Attention, ours.Attention)]
+    if found and len(found) == len(blocks) and hasattr(model, "num_prefix_tokens"):
+        return found
+    has_any = any("attention" in type(module).__name__.lower() for module in model.modules())
+    reason = (
+        "its attention is not that of a plain vision transformer (windows, relative or rotary positions)"
+        if has_any
+        else "it has none: convolutional networks do not attend"
+    )
+    raise UserError(
+        f"--attention-distillation-weight: the attention of {who} cannot be compared; {reason}. Take a plain "
+        "vision transformer of timm (vit_*, deit_*), or leave the flag away"
+    )
+
+
+def _heads(attention: nn.Module) -> int:
+    return attention.heads if isinstance(attention, ours.Attention) else attention.num_heads
+
+
+def _check_grids(student: nn.Module, teacher: nn.Module, teacher_name: str) -> None:
+    own, other = _grid(student), _grid(teacher)
+    if own == other:
+        return
+    size = own[0] * teacher.patch_embed.proj.weight.shape[-1]
+    raise UserError(
+        f"--attention-distillation-weight: the student sees {own[0]} x {own[1]} patches, the teacher {teacher_name} "
+        f"{other[0]} x {other[1]}: give --teacher-input-size {size}, or a teacher of the same grid"
+    )
+
+
+def _grid(model: nn.Module) -> tuple[int, int]:
+    return tuple(getattr(model, "grid_size", None) or model.patch_embed.grid_size)
+
+
+def _check_heads(student: nn.Module, teacher: nn.Module, heads: str | int) -> None:
+    counts, widths = (_heads(student), _heads(teacher)), (student.qkv.in_features, teacher.qkv.in_features)
+    if heads == "equal" and counts[0] != counts[1]:
+        raise UserError(
+            f"the student attends with {counts[0]} heads, the teacher with {counts[1]}: give "
+            "--attention-distillation-heads mean, or a number of relation heads that divides both widths, such as "
+            f"{max(n for n in range(1, 65) if widths[0] % n == widths[1] % n == 0)}"
+        )
+    if isinstance(heads, int) and (heads < 1 or any(width % heads for width in widths)):
+        raise UserError(
+            f"--attention-distillation-heads {heads}: must divide the widths {widths[0]} and {widths[1]} of student "
+            "and teacher"
+        )
+    if heads not in ("equal", "mean") and not isinstance(heads, int):
+        raise UserError(f"--attention-distillation-heads {heads}: give equal, mean, or a number of relation heads")

@@ -1,0 +1,97 @@
+"""What the student is asked to do: its labels on the class head, its teacher's answers on the distillation head."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdeit.config import Config
+from fastdeit.errors import UserError
+from fastdeit.kernels import distillation_loss
+
+
+@dataclass(frozen=True)
+class Objective:
+    """L = (1 - alpha) * class term + alpha * teacher term + attention_weight * attention term, means over the batch.
+
+    - class term: cross entropy with the (mixed, smoothed) label, on the class head;
+    - teacher term, kind "hard": cross entropy with the teacher's argmax, on the distillation head (a student with one
+      head takes both terms there); kind "soft": tau^2 * KL(teacher || student), both at temperature tau;
+    - attention term: the distance between the models' attention (attention_distillation.py), where asked for.
+
+    Training data-efficient image transformers & distillation through attention (arXiv 2012.12877), equations 2 and 3;
+    facebookresearch/deit losses.py. Label smoothing sits in the class term only. alpha weighs the teacher's term; some
+    texts write alpha * cross entropy + (1 - alpha) * teacher instead.
+    """
+
+    kind: str = "none"
+    alpha: float = 0.5
+    tau: float = 1.0
+    smoothing: float = 0.0
+    soft_reduction: str = "batchmean"
+    binary: bool = False
+    attention_weight: float = 0.0
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Objective":
+        distillation = config.distillation
+        binary = config.optimization.bce_loss
+        if binary and distillation.distillation_type != "none":
+            raise UserError("--bce-loss goes with --distillation-type none: the DeiT III recipes have no teacher")
+        if binary and config.optimization.smoothing > 0:
+            # facebookresearch/deit turns every class into a positive one here, since all smoothed targets are above 0.
+            raise UserError("--bce-loss needs --smoothing 0, as in the DeiT III recipes")
+        return cls(
+            distillation.distillation_type,
+            distillation.distillation_alpha,
+            distillation.distillation_tau,
+            config.optimization.smoothing,
+            distillation.distillation_reduction,
+            binary,
+            distillation.attention_distillation_weight,
+        )
+
+    def __call__(self, outputs, labels: Tensor, mix, teacher, attention: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The loss to differentiate and, for the eye, a detached (3,) tensor: class, teacher and attention term.
+
+        outputs: the student's (cls, dist) logits or its only logits, each (batch, classes)
+        labels: (batch,) int64, -100 where there is none
+        mix: the batch's `Mix` or None
+        teacher: its (batch, classes) logits, its (batch,) decisions, (classes, probabilities) of a store, or None
+        attention: () the attention term, or None
+        """
+        loss, terms = self._of_answers(outputs, labels, mix, teacher)
+        if attention is None:
+            return loss, torch.cat([terms, terms.new_zeros(1)])
+        return loss + self.attention_weight * attention, torch.cat([terms, attention.detach().to(terms).view(1)])
+
+    def _of_answers(self, outputs, labels: Tensor, mix, teacher) -> tuple[Tensor, Tensor]:
+        cls_logits, dist_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
+        mixed = None if mix is None else (labels[mix.partner], mix.lam)
+        if self.binary:
+            loss = binary_cross_entropy(cls_logits, labels, mixed)
+            return loss, torch.stack([loss.detach(), torch.zeros_like(loss)])
+        return distillation_loss(
+            cls_logits,
+            None if self.kind == "none" else dist_logits,
+            labels,
+            teacher,
+            kind=self.kind,
+            alpha=self.alpha,
+            tau=self.tau,
+            smoothing=self.smoothing,
+            mix=mixed,
+            soft_reduction=self.soft_reduction,
+            return_terms=True,
+        )
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor, mixed) -> Tensor:
+    """DeiT III's class term (arXiv 2204.07118): every class present in the mixed image is a full positive."""
+    target = F.one_hot(labels, logits.shape[1])
+    if mixed is not None:
+        second, lam = mixed
+        # lam 1 (0): nothing of the second (first) image is left.
+        target = target * (lam > 0)[:, None] + F.one_hot(second, logits.shape[1]) * (lam < 1)[:, None]
+    return F.binary_cross_entropy_with_logits(logits.float(), target.clamp(max=1).float())

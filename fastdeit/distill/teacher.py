@@ -1,0 +1,218 @@
+"""The teacher: frozen, in evaluation mode, as cheap as it can be made without changing its answers.
+
+BatchNorms are folded, weights are half precision on a GPU, the layout is the fastest of three, torch.compile is told
+that shapes do not change. What that costs in agreement with the teacher in float32 is measured on training views when a
+run starts. int8 and fp8 are left out: no measurement here shows what they would gain.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeit.config import Config, Distillation
+from fastdeit.data import PRECISIONS
+from fastdeit.distributed.world import World
+from fastdeit.errors import UserError
+from fastdeit.models.loading import LoadedModel, load_model
+
+from .class_map import SelectClasses, read_groups, same_classes
+from .inference import fold_batchnorm
+
+ENOUGH = 0.99  # agreement with float32 below which a run starts with a warning
+
+
+class Teacher:
+    """Answers `(batch, classes)` logits to the student's own normalised images, without a gradient graph.
+
+    groups: the teacher's classes for each of the data's (teacher_classes.read_groups), None where they are the same
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, *, student_mean, student_std, device, dtype=torch.float32,
+        groups: Sequence[Sequence[int]] | None = None,
+    ):  # fmt: skip
+        self.name, self.input_size, self.dtype = loaded.name, loaded.input_size, dtype
+        self.notes = [f"the teacher {loaded.name}: {note}" for note in loaded.notes]
+        self.device, self.fingerprint = torch.device(device), _fingerprint(loaded, groups)
+        plain = loaded.model.eval().requires_grad_(False)
+        example = torch.randn(2, 3, loaded.input_size, loaded.input_size, generator=torch.Generator().manual_seed(0))
+        try:
+            folded, self.folded = fold_batchnorm(plain, example)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"the teacher {self.name} cannot take images of {loaded.input_size} pixels ({error}): change "
+                "--teacher-input-size"
+            ) from error
+
+        def network(model: nn.Module, dtype: torch.dtype) -> "_Network":
+            select = None if groups is None else SelectClasses(groups, loaded.num_classes)
+            made = _Network(model.to(dtype), dtype, loaded, student_mean, student_std, select)
+            return made.to(self.device).eval().requires_grad_(False)
+
+        # The float32 teacher stays until `check` has compared the two.
+        self.plain = network(copy.deepcopy(plain), torch.float32) if dtype != torch.float32 else None
+        self.network = network(folded, dtype)
+        self.without_graph = torch.inference_mode
+
+    def __call__(self, images: Tensor, batch=None) -> Tensor:
+        """`images` (batch, 3, height, width) as the student sees them: normalised, mixed, erased."""
+        logits = self._answers(self.network, images)
+        # An inference tensor may not be saved for the student's backward pass: hand over a plain one.
+        return logits.clone()
+
+    def _answers(self, network: "_Network", images: Tensor) -> Tensor:
+        # Not in the student's autocast: it would cast weights that have their own precision.
+        with self.without_graph(), torch.autocast(self.device.type, enabled=False):
+            return network(images)
+
+    def watched(self) -> nn.Module:
+        """The network, for somebody who needs more of it than answers in a student's backward pass."""
+        self.without_graph = torch.no_grad  # what inference mode makes, autograd will not save
+        return self.network.model
+
+    def identity(self) -> dict:
+        """Who answers: equal for two teachers that give the same answers, wherever their files are."""
+        precision = str(self.dtype).removeprefix("torch.")
+        return {"weights": self.fingerprint, "input_size": self.input_size, "precision": precision}
+
+    def choose_memory_format(self, batch_size: int, world: World) -> None:
+        """Lay the weights out as this GPU runs them fastest; on the CPU they stay as they are."""
+        from . import inference
+
+        if self.device.type != "cuda":
+            return
+        shape = (batch_size, 3, self.input_size, self.input_size)
+        images = torch.randn(shape, device=self.device, dtype=self.dtype)
+        chosen = inference.choose(self.network.model, self.name, images, world)
+        self.network.memory_format = inference.FORMATS[chosen]
+        self.network.model = inference.laid_out(self.network.model, chosen, images[:2])
+
+    def compile(self) -> None:
+        self.network.compile(dynamic=False)
+
+    def check(self, batches: Iterable[Tensor]) -> list[str]:
+        """Sentences about the teacher, for the person who starts a run. In half precision its decisions on `batches` of
+        training images are compared with those in float32. Raises UserError if they are not finite."""
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
+        text = f"teacher {self.name}: {parameters / 1e6:.2f} M parameters, {precision}, {self.input_size} pixels"
+        text += f", {self.folded} BatchNorms folded" if self.folded else ""
+        if self.plain is None:
+            return [text, *self.notes]
+        agreement, images = self.agreement(batches)
+        self.plain = None
+        sentences = [f"{text}; agrees with fp32 on {100 * agreement:.2f} % of {images} training views", *self.notes]
+        if agreement < ENOUGH:
+            other = "fp16" if precision == "bf16" else "fp32"
+            sentences.append(
+                f"warning: in {precision} the teacher decides otherwise than in fp32 on {100 * (1 - agreement):.1f} % "
+                f"of the training views; --teacher-precision {other} is closer"
+            )
+        return sentences
+
+    def agreement(self, batches: Iterable[Tensor]) -> tuple[float, int]:
+        """(share of images on which the argmax is float32's, images)."""
+        same = images = 0
+        for batch in batches:
+            answers, expected = self._answers(self.network, batch), self._answers(self.plain, batch)
+            if not answers.isfinite().all():
+                raise UserError(
+                    f"the teacher {self.name} overflows in half precision: give --teacher-precision bf16, or fp32"
+                )
+            same += int((answers.argmax(1) == expected.argmax(1)).sum())
+            images += len(batch)
+        return same / images, images
+
+
+def _fingerprint(loaded: LoadedModel, groups) -> str:
+    """Hex digest of the weights as they were loaded, the normalisation, and which classes stand for the data's."""
+    digest = hashlib.sha256(repr((loaded.mean, loaded.std, groups)).encode())
+    for key, value in loaded.model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class _Network(nn.Module):
+    """The student's images -> the teacher's own input -> its logits -> the data's classes; one graph to compile."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, loaded: LoadedModel, student_mean, student_std, select):
+        super().__init__()
+        self.model, self.dtype, self.input_size, self.select = model, dtype, loaded.input_size, select
+        self.memory_format = torch.preserve_format
+        # x_t = (x_s * std_s + mean_s - mean_t) / std_t as one scale and shift; None where the two agree (decided here,
+        # once: a comparison on the device would stop the host at every step).
+        values = (student_mean, student_std, loaded.mean, loaded.std)
+        mean_s, std_s, mean_t, std_t = (torch.tensor(value).view(1, 3, 1, 1) for value in values)
+        same = torch.equal(mean_s, mean_t) and torch.equal(std_s, std_t)
+        self.register_buffer("scale", None if same else std_s / std_t)
+        self.register_buffer("shift", None if same else (mean_s - mean_t) / std_t)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.scale is not None:
+            images = torch.addcmul(self.shift, images.float(), self.scale)
+        if images.shape[-1] != self.input_size:
+            size = (self.input_size, self.input_size)
+            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+        logits = self.model(images.to(self.dtype, memory_format=self.memory_format))
+        return logits if self.select is None else self.select(logits)
+
+
+def load(settings: Distillation, device: torch.device) -> LoadedModel:
+    """The teacher that --teacher-model and --teacher-path name, for use on `device`: a model of timm's with its
+    published weights; a folder of ours, timm or transformers; a file, of --teacher-model unless it says otherwise.
+
+    Raises UserError, or ValueError for weights that do not fit.
+    """
+    path, name = settings.teacher_path, settings.teacher_model
+    if path is not None and not Path(path).expanduser().exists():
+        raise UserError(f"--teacher-path {path}: there is no such file or folder")
+    try:
+        if path is None:
+            loaded = load_model(name, pretrained=True, input_size=settings.teacher_input_size, device=device)
+        else:
+            chosen = {"default_name" if name == Distillation().teacher_model else "name": name}
+            loaded = load_model(path, **chosen, input_size=settings.teacher_input_size, device=device)
+    except UserError as error:
+        message = str(error).replace("--model", "--teacher-model").replace("--input-size", "--teacher-input-size")
+        raise UserError(message) from error
+    if not loaded.num_classes:
+        raise UserError(
+            f"the teacher {loaded.name} has no head that answers with classes: choose another, or fit one with "
+            "`python -m fastdeit.teach fit --data-path DIR --model NAME`"
+        )
+    return loaded
+
+
+def class_groups(loaded: LoadedModel, mapping: str | None, classes: Sequence[str]) -> list[list[int]] | None:
+    """The teacher's classes for each of the data's, by the file of --teacher-classes; None where both have the same.
+
+    A head is never replaced: a teacher that answers for other classes than the data's is refused, or translated.
+    """
+    if mapping is not None:
+        return read_groups(mapping, classes, loaded.classes, loaded.num_classes)
+    same_classes(loaded.name, loaded.classes, loaded.num_classes, classes)
+    return None
+
+
+def load_teacher(config: Config, classes: Sequence[str], *, student_mean, student_std, world: World) -> Teacher:
+    """The teacher of the settings, ready to answer; refused unless its classes are the data's, or mapped to them."""
+    settings = config.distillation
+    loaded = load(settings, world.device)
+    groups = class_groups(loaded, settings.teacher_classes, classes)
+    # fp16 rounds eight times finer than bf16: of 4,224 mixed views of the digits their teacher decided as in fp32 on
+    # 99.95 %, in bf16 on 99.50 %. What overflows is noticed in `check`, and in the loss.
+    precision = settings.teacher_precision or ("fp16" if world.device.type == "cuda" else "fp32")
+    teacher = Teacher(
+        loaded, groups=groups, student_mean=student_mean, student_std=student_std, device=world.device,
+        dtype=PRECISIONS[precision],
+    )  # fmt: skip
+    teacher.choose_memory_format(config.data.batch_size, world)
+    if config.speed.compile:
+        teacher.compile()
+    return teacher

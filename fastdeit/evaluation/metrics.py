@@ -1,0 +1,77 @@
+"""Accuracy and calibration of each head, counted on the device and summed over the processes."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdeit.distributed.world import World
+from fastdeit.errors import UserError
+
+from .calibration import BINS, calibration_counts, expected_calibration_error
+
+HEADS = {"cls": "class head", "dist": "distillation head", "both": "both heads, averaged"}
+
+
+@torch.inference_mode()
+def accuracy(answer: Callable, loader, prepare: Callable, world: World) -> dict[str, dict]:
+    """`Tally.result` over all processes' images.
+
+    `prepare` turns a batch into the model's input, `answer` that into (class logits, distillation logits or None).
+    """
+    tally = Tally()
+    for batch in loader:
+        tally.add(by_head(*answer(prepare(batch))), batch.labels)
+    return tally.result(world)
+
+
+def by_head(cls_logits: Tensor, dist_logits: Tensor | None) -> dict[str, Tensor]:
+    """The answers of a model by the names of HEADS, (batch, classes) float32 each.
+
+    "both" is the average of the two heads' logits, which is what the model answers in evaluation
+    (facebookresearch/deit; the paper averages softmax outputs). A model with one head has "cls" alone.
+    """
+    answers = [cls_logits] if dist_logits is None else [cls_logits, dist_logits, (cls_logits + dist_logits) / 2]
+    return {head: logits.float() for head, logits in zip(HEADS, answers)}
+
+
+class Tally:
+    """Counts of one model's answers. Padding and unlabelled images do not count."""
+
+    def __init__(self):
+        self.heads: tuple[str, ...] = ()
+        self.sums: Tensor | int = 0  # (heads, 4 + BINS * 3) float64 on the device
+        self.totals = None
+
+    def add(self, answers: dict[str, Tensor], labels: Tensor) -> None:
+        self.heads = tuple(answers)
+        self.sums = self.sums + torch.stack([_counts(logits, labels) for logits in answers.values()])
+
+    def result(self, world: World) -> dict[str, dict]:
+        """{head: {"top1": share, "top5": share, "loss": cross entropy, "ece": calibration error}}, of all processes.
+
+        Raises UserError if there was no labelled image.
+        """
+        self.totals = world.sum(self.sums).cpu()
+        return {head: _shares(row) for head, row in zip(self.heads, self.totals)}
+
+    def calibration(self) -> dict[str, Tensor]:
+        """After `result`: (BINS, 3) counts of each head, see calibration_counts."""
+        return {head: row[4:].view(BINS, 3) for head, row in zip(self.heads, self.totals)}
+
+
+def _counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """Right at first, right among five, sum of cross entropies, images; then the calibration's."""
+    right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    counts = torch.stack([right[:, 0].sum(), right.any(1).sum(), loss, (labels >= 0).sum()]).double()
+    return torch.cat([counts, calibration_counts(logits, labels).flatten()])
+
+
+def _shares(row: Tensor) -> dict:
+    right, among_five, loss, images = row[:4].tolist()
+    if images == 0:
+        raise UserError("there is no labelled image to evaluate on")
+    ece = expected_calibration_error(row[4:].view(BINS, 3))
+    return {"top1": right / images, "top5": among_five / images, "loss": loss / images, "ece": ece}

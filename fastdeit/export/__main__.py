@@ -1,0 +1,5 @@
+from fastdeit.errors import run
+
+from . import main
+
+run(main)

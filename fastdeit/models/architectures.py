@@ -1,0 +1,63 @@
+"""The model names and what they stand for."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model name stands for. `deit3`: LayerScale, position embedding on patches only, constant drop path."""
+
+    width: int
+    depth: int
+    heads: int
+    patch_size: int
+    img_size: int
+    distilled: bool = False
+    deit3: bool = False
+
+
+def _architectures() -> dict[str, Architecture]:
+    table = {}
+    for size, (width, heads) in {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}.items():
+        for pixels in (224, 384):
+            table[f"deit_{size}_patch16_{pixels}"] = Architecture(width, 12, heads, 16, pixels)
+            table[f"deit_{size}_distilled_patch16_{pixels}"] = Architecture(width, 12, heads, 16, pixels, True)
+    # DeiT III; timm and the paper have no medium or huge at 384.
+    for size, (width, depth, heads, patch, sizes) in {
+        "small": (384, 12, 6, 16, (224, 384)),
+        "medium": (512, 12, 8, 16, (224,)),
+        "base": (768, 12, 12, 16, (224, 384)),
+        "large": (1024, 24, 16, 16, (224, 384)),
+        "huge": (1280, 32, 16, 14, (224,)),
+    }.items():
+        for pixels in sizes:
+            table[f"deit3_{size}_patch{patch}_{pixels}"] = Architecture(width, depth, heads, patch, pixels, deit3=True)
+    # Small enough to learn handwritten digits on a laptop.
+    table["deit_nano_patch4_16"] = Architecture(128, 6, 4, 4, 16)
+    table["deit_nano_distilled_patch4_16"] = Architecture(128, 6, 4, 4, 16, True)
+    return table
+
+
+ARCHITECTURES = _architectures()
+
+
+def model_names() -> list[str]:
+    """The names `fastdeit.models.deit.create_model` takes; timm knows the same with `fastdeit_` in front."""
+    return list(ARCHITECTURES)
+
+
+def without_prefix(name: str) -> str:
+    """A name of ours as timm knows it (fastdeit_deit_tiny_patch16_224), in our own form; others as they are."""
+    own = name.removeprefix("fastdeit_")
+    return own if own in ARCHITECTURES else name
+
+
+def unknown_model_message(name: str, others: Iterable[str] = ()) -> str:
+    """One sentence for a name nobody knows, with those it may have meant; `others`: timm's, where they would do too."""
+    if near := difflib.get_close_matches(name, dict.fromkeys([*ARCHITECTURES, *others]), n=3):
+        return f"unknown model {name!r}; did you mean {' or '.join(near)}?"
+    return f"unknown model {name!r}: see fastdeit.models.deit.model_names()" + (
+        " and timm.list_models()" if others else ""
+    )

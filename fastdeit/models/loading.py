@@ -1,0 +1,456 @@
+"""The one way from a name, a folder or a file to a model: predict, evaluate, export and teachers load by `load_model`,
+students are made by `create_model`.
+
+load_model("runs/cats")                                                a run's last checkpoint
+load_model("exported")                                                 a folder of timm or transformers
+load_model("deit_small.pth", name="deit_small_patch16_224")            a file, and the model that it is of
+load_model("deit_tiny_patch16_224.fb_in1k", pretrained=True)           timm's published weights
+"""
+
+import copy
+import importlib.util
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdeit.errors import UserError
+
+from . import deit as ours
+from . import sources, weights
+from .architectures import ARCHITECTURES, Architecture, without_prefix
+from .sources import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model as it was trained, on the CPU in float32, and what it takes and answers.
+
+    name: for people. architecture: what it is made by. input_size: pixels on a side. mean, std: in [0, 1] units.
+    classes: None where the weights come without names. crop_pct: share of the resized image's side that the centre crop
+    keeps. precision: arithmetic it was trained in, if one was chosen. notes: what was not simply copied.
+    """
+
+    name: str
+    model: nn.Module
+    input_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] | None = None
+    crop_pct: float = 0.875
+    kind: Literal["ours", "timm", "transformers", "file"] = "timm"
+    architecture: str = ""
+    precision: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+
+def load_model(
+    source: str | Path,
+    *,
+    name: str | None = None,
+    default_name: str | None = None,
+    pretrained: bool = False,
+    weights: Literal["model", "ema"] = "model",
+    input_size: int | None = None,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """The model that `source` means.
+
+    source: a file or folder as sources.find takes it; or with `pretrained` a name of timm's (NAME, NAME.TAG,
+        hf-hub:NAME, local-dir:FOLDER)
+    name: the model that a file of weights is of. default_name: the same, where the file itself does not say
+    weights: "ema" for the moving average
+    input_size: pixels on a side, if another than in training; the position embedding is interpolated
+    device: where it is going to be used; it is returned on the CPU
+
+    Raises UserError, or ValueError for weights that cannot be read or do not fit.
+    """
+    if pretrained:
+        return _published(str(source), input_size)
+    if not Path(source).expanduser().exists():
+        raise UserError(_nothing_at(str(source)))
+    found = sources.find(source, weights=weights)
+    if found.kind == "file" or (name is not None and found.path.is_file()):
+        return _file(replace(found, kind="file"), weights == "ema", input_size, name, default_name)
+    load = {"ours": _ours, "timm": _timm, "transformers": _transformers}[found.kind]
+    return load(found, input_size, torch.device(device))
+
+
+def has_moving_average(source: str | Path, *, pretrained: bool = False) -> bool:
+    """Whether `source` holds a moving average of the weights beside the weights."""
+    path = Path(source).expanduser()
+    if pretrained or path.suffix in (".safetensors", ".json"):
+        return False
+    try:
+        return bool(weights.read(sources.find(path, weights="ema"), ema=True).state)
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kinds of source
+
+
+def _ours(found: Source, input_size: int | None, device: torch.device) -> LoadedModel:
+    settings = found.config["settings"].get("speed", {})
+    attention = settings.get("attention", "sdpa")
+    if device.type != "cuda" or (attention == "xformers" and importlib.util.find_spec("xformers") is None):
+        attention = "sdpa"  # the weights do not care, and the others need a GPU to be fast or to run
+    model = create_model(
+        found.model, num_classes=found.num_classes, input_size=_side(found, input_size), patch_size=found.patch_size,
+        attention=attention,
+    )  # fmt: skip
+    return _loaded(found, model, input_size, precision=settings.get("precision"))
+
+
+def _timm(found: Source, input_size: int | None, device: torch.device) -> LoadedModel:
+    folder = found.weights.parent
+    model = create_model(f"local-dir:{folder}", input_size=_side(found, input_size))
+    architecture = found.config["architecture"]
+    if is_ours(architecture):
+        model = _in_our_code(model, ARCHITECTURES[architecture])
+    return _loaded(found, model, input_size, architecture=architecture)
+
+
+def _transformers(found: Source, input_size: int | None, device: torch.device) -> LoadedModel:
+    config, size = found.config, _side(found, input_size)
+    if not sources.is_plain_transformer(config):
+        return _by_transformers(found, size)
+    arch = Architecture(
+        config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"], found.patch_size, size,
+        distilled=config["model_type"] == "deit",
+    )  # fmt: skip
+    _refuse_remainder(found.path, size, arch.patch_size)
+    model = ours.DeiT(arch, num_classes=found.num_classes, img_size=(size, size), drop_path=0.0, attention="sdpa")
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = config.get("layer_norm_eps", 1e-12)
+    return _loaded(found, model, input_size, architecture=found.model or "")
+
+
+def _loaded(found: Source, model: nn.Module, input_size: int | None, **more) -> LoadedModel:
+    """`model` filled with the weights, and what the folder says of it."""
+    notes = weights.load_weights(model, found, ema=found.weights.name == "ema.safetensors")
+    return _as_configured(found, model, input_size, (*found.notes, *notes), **more)
+
+
+def _as_configured(found: Source, model: nn.Module, input_size: int | None, notes, **more) -> LoadedModel:
+    mean, std = mean_std(model)
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    return LoadedModel(**{
+        "name": str(found.path), "model": model, "kind": found.kind, "classes": found.classes,
+        "architecture": found.model or "", "input_size": _side(found, input_size) or settings["input_size"][-1],
+        "mean": found.mean or mean, "std": found.std or std,
+        "crop_pct": found.crop_pct or settings.get("crop_pct") or 0.875, "notes": tuple(notes), **more,
+    })  # fmt: skip
+
+
+def _file(found: Source, ema: bool, input_size: int | None, name: str | None, default: str | None) -> LoadedModel:
+    """Weights alone. Classes, patch size and, unless asked for, image size are read off the tensors."""
+    contents = weights.read(found, ema=ema)
+    name = name or (contents.model if contents.model and _is_known(contents.model) else None) or default
+    if name is None:
+        raise UserError(f"{found.path} does not say which model it is of: give --model NAME, such as {EXAMPLE}")
+    probe, notes = create_model(name), []
+    fresh, heads = probe.state_dict(), weights.head_names(probe)
+    state = weights.weight_names.match(found.path, contents.state, fresh, heads, notes)
+    head, kernel = state.get(f"{heads[0]}.weight"), state.get("patch_embed.proj.weight")
+    patch = None
+    if kernel is not None and kernel.ndim == 4 and is_ours(name) and kernel.shape[-1] != probe.arch.patch_size:
+        patch = kernel.shape[-1]
+    side = input_size or contents.input_size or _side_of(probe, state)
+    model = create_model(name, num_classes=None if head is None else len(head), input_size=side, patch_size=patch)
+    state, more = weights.fit(model, state, found)
+    model.load_state_dict(state)
+    return _as_configured(
+        found, model, side, (*contents.notes, *notes, *more), architecture=name,
+        name=f"{name} from {found.path}",
+    )  # fmt: skip
+
+
+EXAMPLE = "deit_small_patch16_224"
+
+
+def _side_of(model: nn.Module, state: weights.StateDict) -> int | None:
+    """Pixels on a side for which a file has positions; None where that is the model's own size, or is not known."""
+    ours, theirs = getattr(model, "pos_embed", None), state.get("pos_embed")
+    patch, grid = patch_and_grid(model)
+    if not patch or not grid or not all(isinstance(t, Tensor) and t.ndim == 3 for t in (ours, theirs)):
+        return None
+    patches = theirs.shape[1] - (ours.shape[1] - grid[0] * grid[1])
+    rows = math.isqrt(max(patches, 0))
+    kernel = state.get("patch_embed.proj.weight")
+    return rows * (kernel.shape[-1] if kernel is not None else patch[0]) if rows and rows * rows == patches else None
+
+
+def _published(name: str, input_size: int | None) -> LoadedModel:
+    """timm's model with the weights timm publishes; in our code where we have it, which answers by head."""
+    if name.startswith("local-dir:"):
+        return load_model(name.removeprefix("local-dir:"), input_size=input_size)
+    try:
+        model = create_model(name, input_size=input_size, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes its reader stumble anywhere
+        raise UserError(
+            f"the published weights of {name} could not be loaded ({error.__class__.__name__}: {error}); give them as "
+            f"a file (with its model's name, {name.partition('.')[0]}), or a folder"
+        ) from error
+    settings, notes = model.pretrained_cfg, []
+    own_size = settings["input_size"][-1]
+    if input_size not in (None, own_size) and getattr(model, "pos_embed", None) is not None:
+        notes.append(f"positions interpolated by timm from {own_size} to {input_size} pixels")
+    architecture = settings.get("architecture", "")
+    if is_ours(architecture):
+        model = _in_our_code(model, ARCHITECTURES[architecture])
+    names, (mean, std) = settings.get("label_names"), mean_std(model)
+    return LoadedModel(
+        name=name, model=model, kind="timm", architecture=architecture, classes=tuple(names) if names else None,
+        input_size=input_size or own_size, mean=tuple(settings.get("mean") or mean),
+        std=tuple(settings.get("std") or std), crop_pct=settings.get("crop_pct") or 0.875, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _in_our_code(model: nn.Module, arch: Architecture) -> ours.DeiT:
+    """timm's model of a name that is ours too; a folder may say other sizes than the name."""
+    arch = replace(
+        arch, width=model.embed_dim, depth=len(model.blocks), heads=model.blocks[0].attn.num_heads,
+        patch_size=model.patch_embed.patch_size[0],
+    )  # fmt: skip
+    size = model.patch_embed.img_size
+    twin = ours.DeiT(arch, num_classes=model.num_classes, img_size=size, drop_path=0.0, attention="sdpa")
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def _by_transformers(found: Source, size: int | None) -> LoadedModel:
+    """A network that is neither timm's nor ours, in the code of transformers."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError(
+            f"{found.path} is a {found.config['model_type']} of transformers: pip install 'fastdeit[export]' brings "
+            "the code that runs it"
+        )
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if found.input_size and size != found.input_size[0]:
+        raise UserError(f"--input-size {size}: {found.path} takes {found.input_size[0]} pixels, and no others here")
+    try:
+        network, report = transformers.AutoModelForImageClassification.from_pretrained(
+            found.weights.parent, output_loading_info=True
+        )
+    except Exception as error:  # whatever its reader stumbles over
+        raise UserError(f"transformers cannot read {found.path} as a classifier of images: {_line(error)}") from error
+    if missing := sorted(map(str, report["missing_keys"])):
+        raise UserError(f"{found.path} has no trained head of classes: it lacks {', '.join(missing[:3])}")
+    model = InTransformers(network.float())
+    return _as_configured(found, model, size, found.notes, architecture="")
+
+
+class InTransformers(nn.Module):
+    """(batch, 3, height, width) -> (batch, classes): a classifier of transformers with the interface of timm's."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.num_classes = network, network.config.num_labels
+        self.pretrained_cfg = {"input_size": (3, 224, 224)}
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images).logits
+
+
+def _side(found: Source, input_size: int | None) -> int | None:
+    """Pixels on a side at which the model is used."""
+    if input_size is not None or found.input_size is None:
+        return input_size
+    height, width = found.input_size
+    if height != width:
+        raise UserError(
+            f"{found.path} takes images of {height} x {width} pixels, and squares only are made here: give "
+            "--input-size, the position embedding is interpolated"
+        )
+    return height
+
+
+def _nothing_at(source: str) -> str:
+    if source.startswith("hf-hub:") or _is_known(source):
+        return (
+            f"{source} is the name of a model: add --pretrained for its published weights, or give a file of its "
+            f"weights and --model {source}"
+        )
+    return (
+        f"there is no checkpoint {source}: give a run's folder, a file of weights with --model NAME, or a timm name "
+        "with --pretrained"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making models
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+    patch_size: int | None = None,
+    drop_path: float = 0.0,
+    attention: str = "sdpa",
+    pretrained: bool = False,
+) -> nn.Module:
+    """A model of ours or timm's by name, on the CPU, with fresh weights or (timm's only) `pretrained` ones.
+
+    num_classes, input_size, patch_size: the model's own if None. Raises UserError, or ValueError from our own code,
+    where there is no such model, or it cannot look at all of an image of this size.
+    """
+    name = without_prefix(name)
+    options = {"num_classes": num_classes, "patch_size": patch_size}
+    options = {key: value for key, value in options.items() if value is not None}
+    if is_ours(name) and not pretrained:
+        return ours.create_model(name, img_size=input_size, drop_path=drop_path, attention=attention, **options)
+    import timm
+    from timm.models import parse_model_name
+
+    try:
+        source = parse_model_name(name)[0]
+    except ValueError as error:
+        raise UserError(f"--model {name}: {error}") from error
+    if source is None and not timm.is_model(name):
+        raise UserError(ours.unknown_model_message(name, timm.list_models()))
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    if pretrained:
+        with torch.device("meta"):  # what can be refused is refused before anything is downloaded
+            _made(name, input_size, options)
+        model = _timm_model(name, input_size, pretrained=True, **options)
+    else:
+        model = _made(name, input_size, options)
+    if input_size is not None:
+        probe(model, name, input_size)
+    return model
+
+
+def _made(name: str, input_size: int | None, options: dict) -> nn.Module:
+    try:
+        return _timm_model(name, input_size, **options)
+    except Exception as error:  # each of timm's files refuses in its own way
+        remedies = {"patch_size": "omit --patch-size", "drop_path_rate": "give --drop-path 0"}
+        for option, remedy in remedies.items():
+            if option in options and option in str(error) and isinstance(error, TypeError):
+                raise UserError(f"--model {name}: timm's has no {option}; {remedy}") from error
+        if input_size is None:
+            raise UserError(f"--model {name}: timm cannot make it ({_line(error)})") from error
+        raise UserError(_refused(name, input_size, error)) from error
+
+
+def is_ours(name: str) -> bool:
+    return name in ARCHITECTURES
+
+
+def _is_known(name: str) -> bool:
+    import timm
+
+    return is_ours(name) or timm.is_model(name)
+
+
+def _timm_model(name: str, input_size: int | None, **options) -> nn.Module:
+    """A transformer is made for images of `input_size` pixels (None: its own), and timm interpolates its positions; a
+    convolutional network takes any."""
+    import timm
+
+    if input_size is not None:
+        try:
+            return timm.create_model(name, img_size=input_size, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+    return timm.create_model(name, **options)
+
+
+@torch.no_grad()
+def probe(model: nn.Module, name: str, input_size: int) -> None:
+    """Refuse, in words, a size that the model cannot look at, or of whose images it would not see all.
+
+    One forward pass of a copy without data (on the meta device: no arithmetic); of the model itself where it has
+    tensors that such a copy cannot hold.
+    """
+    patch, _ = patch_and_grid(model)
+    if patch and not getattr(model.patch_embed, "dynamic_img_pad", False):
+        _refuse_remainder(f"--model {name}", input_size, *patch)
+    was_training, lost = model.training, []
+    images = torch.zeros(1, 3, input_size, input_size)
+    try:
+        try:
+            twin = _without_data(model).eval()
+            for module in twin.modules():
+                if _cuts_patches(module):
+                    module.register_forward_pre_hook(lambda module, inputs: lost.append((module, inputs[0].shape[-1])))
+            logits = twin(images.to("meta"))
+        except Exception:  # a tensor that is no buffer, a shape that depends on values; or truly a refusal
+            logits = model.eval()(images)
+    except Exception as error:
+        raise UserError(_refused(name, input_size, error)) from error
+    finally:
+        model.train(was_training)
+    for module, side in lost:
+        if side % module.stride[0]:
+            _refuse_remainder(f"--model {name}", input_size, module.stride[0])
+    if not isinstance(logits, Tensor) or logits.ndim != 2:  # some answer with tokens, or one tensor per stage
+        raise UserError(f"--model {name}: it does not answer with one number per class; choose a classifier")
+
+
+def _cuts_patches(module: nn.Module) -> bool:
+    """Whether it is a convolution of the image itself that drops what is left of a row behind its last window."""
+    if not isinstance(module, nn.Conv2d) or module.in_channels != 3:
+        return False
+    return module.kernel_size == module.stride != (1, 1) and module.padding in ((0, 0), "valid")
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    memo = {id(tensor): nn.Parameter(tensor.to("meta"), requires_grad=False) for tensor in model.parameters()}
+    memo |= {id(tensor): tensor.to("meta") for tensor in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def patch_and_grid(model: nn.Module) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """Sides of a patch in pixels, and the grid of them; None where the model has none, or they overlap."""
+    embed = getattr(model, "patch_embed", None)
+    projection = getattr(embed, "proj", None)
+    if not isinstance(projection, nn.Conv2d) or projection.kernel_size != projection.stride:
+        return None, None
+    grid = getattr(model, "grid_size", None) or getattr(embed, "grid_size", None)
+    return projection.kernel_size, tuple(grid) if grid else None
+
+
+def _refuse_remainder(who: object, input_size: int, *patch: int) -> None:
+    for side in patch:
+        if input_size % side:
+            near = max(side, input_size // side * side)
+            raise UserError(
+                f"{who}: images of {input_size} pixels do not divide into patches of {side}, the rest would be lost; "
+                f"choose --input-size {near} or {near + side}"
+            )
+
+
+def _refused(name: str, input_size: int, error: Exception) -> str:
+    return f"--model {name}: timm's cannot take images of {input_size} pixels ({_line(error)}); change --input-size"
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def mean_std(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The normalisation the model's weights expect, in [0, 1] units; ImageNet's where the model does not say."""
+    if (chosen := getattr(model, "normalisation", None)) is not None:
+        return chosen
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(settings.get("mean") or ours.IMAGENET_MEAN), tuple(settings.get("std") or ours.IMAGENET_STD)

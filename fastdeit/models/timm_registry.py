@@ -1,0 +1,40 @@
+"""Registers every model of deit.py with timm under `fastdeit_NAME`. Imported by it where timm is installed.
+
+    timm.create_model("fastdeit_deit_tiny_distilled_patch16_224", num_classes=10, drop_path_rate=0.1)
+
+As in timm, these average the two heads in training too, until set_distilled_training(True).
+"""
+
+from timm.models import register_model
+
+from .deit import create_model, model_names
+
+
+def _entrypoint(name: str):
+    def create(
+        pretrained=False,
+        pretrained_cfg=None,
+        pretrained_cfg_overlay=None,
+        cache_dir=None,
+        drop_path_rate=0.0,
+        in_chans=3,
+        **kwargs,
+    ):
+        if pretrained:
+            raise ValueError(
+                f"fastdeit_{name} brings no weights: make it with pretrained=False, then fill it with "
+                "fastdeit.models.weights.load_weights(model, FILE) or with the state dict of timm's pretrained model"
+            )
+        if in_chans != 3:
+            raise ValueError(f"fastdeit_{name} takes images of 3 channels, got in_chans={in_chans}")
+        model = create_model(name, drop_path=drop_path_rate, **kwargs)
+        model.set_distilled_training(False)
+        return model
+
+    create.__name__ = create.__qualname__ = f"fastdeit_{name}"
+    create.__doc__ = f"fastdeit's {name}; see fastdeit.models.deit.create_model."
+    return create
+
+
+for _name in model_names():
+    globals()[f"fastdeit_{_name}"] = register_model(_entrypoint(_name))

@@ -1,0 +1,227 @@
+"""What a person sees of a run, and what stays of it: a progress bar or plain lines, metrics.jsonl, a tracker."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .trackers import Tracker
+
+PLAIN_LINE_SECONDS = 30  # without a terminal: at most one line in this time between two epochs
+
+
+BAR_WIDTH = 50  # columns for the bar itself, the steps and the times
+
+
+class Log:
+    """The voice of a run. Only rank 0 has one that speaks (`folder` and `tracker` None and `quiet` on the others)."""
+
+    def __init__(
+        self, folder: Path | None, *, total_steps: int, title: str, quiet: bool = False, tracker: Tracker | None = None
+    ):
+        self.quiet, self.total_steps, self.title = quiet, total_steps, title
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.started = self.last_line = time.monotonic()
+        self.first_step: int | None = None
+        self.lines = (folder / "metrics.jsonl").open("a", buffering=1) if folder else None
+        self.tracker, self.disk_failed = tracker, False
+        self.bar = self.task = None
+        if self.console.is_terminal and not quiet:
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True,
+            )  # fmt: skip
+            self.task = self.bar.add_task(title, total=total_steps)
+
+    def begin(self) -> None:
+        """Show the bar, which hides the cursor until `close`."""
+        if self.bar is not None:
+            self.bar.start()
+
+    def train(self, *, step: int, epoch: int, **figures) -> None:
+        """Figures of the steps since the last call: losses, lr, images_per_s, data_share, seconds by phase."""
+        self._write({"kind": "train", "step": step, "epoch": epoch, **figures})
+        if self.bar is not None:
+            text = bar_text(self.title, epoch, figures, self.console.width - BAR_WIDTH)
+            self.bar.update(self.task, completed=step, description=text)
+        elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
+            parts = [f"  step {step}/{self.total_steps}", *_train_parts(figures), f"left {self._left(step)}"]
+            self.say("  ".join(parts))
+
+    def evaluated(
+        self, *, step: int, epoch: int, epochs: int, figures: dict, seconds: float, accuracy: dict[str, dict]
+    ) -> None:
+        """Accuracies after an epoch: {"model": {"cls": top-1, ...}, "ema": {...}}, beside the last training figures and
+        the seconds the evaluation took."""
+        self._write(
+            {"kind": "eval", "step": step, "epoch": epoch, "seconds": {"evaluation": round(seconds, 4)}, **accuracy}
+        )
+        first, *others = [
+            f"{'ema ' if source == 'ema' else ''}{head} {100 * value:.2f}"
+            for source, heads in accuracy.items()
+            for head, value in heads.items()
+        ]
+        parts = [
+            f"epoch {epoch + 1:{len(str(epochs))}d}/{epochs}", *_train_parts(figures), f"left {self._left(step)}",
+            f"top-1 % {first}", *others,
+        ]  # fmt: skip
+        self.say(in_lines(parts, self.console.width) if self.console.is_terminal else "  ".join(parts))
+
+    def say(self, text: str) -> None:
+        self.last_line = time.monotonic()
+        self.console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        if self.lines is not None:
+            self._on_disk(self.lines.close)
+        self._track(lambda tracker: tracker.close())
+
+    def _write(self, record: dict) -> None:
+        if self.first_step is None:
+            self.first_step, self.started = record["step"], time.monotonic()
+        if self.lines is not None:
+            line = json.dumps(record | {"time": round(time.time(), 2)}) + "\n"
+            self._on_disk(lambda: self.lines.write(line))
+        figures = {f"{record['kind']}/{name}": value for name, value in _flat(record)}
+        self._track(lambda tracker: tracker.log(record["step"], figures))
+
+    def _on_disk(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:  # a full disk: what could not be written waits in memory for the next line
+            if not self.disk_failed:
+                self.say(f"warning: metrics.jsonl cannot be written ({error.strerror}); training goes on")
+            self.disk_failed = True
+
+    def _track(self, action: Callable[[Tracker], None]) -> None:
+        if self.tracker is None:
+            return
+        try:
+            action(self.tracker)
+        except Exception as error:  # a service that has gone away must not take the training with it
+            self.tracker = None
+            self.say(f"tracking has stopped, training goes on; metrics.jsonl has everything ({error!r})")
+
+    def _left(self, step: int) -> str:
+        done = step - (self.first_step or 0)
+        if done < 1:
+            return "-:--:--"
+        seconds = int((time.monotonic() - self.started) / done * (self.total_steps - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def in_lines(parts: list[str], width: int) -> str:
+    """The parts side by side, in as many lines as that takes; the first part stands alone at its edge."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) > width:
+            lines.append(" " * len(parts[0]))
+        lines[-1] += f"  {part}"
+    return "\n".join(lines)
+
+
+def bar_text(title: str, epoch: int, figures: dict, width: int) -> str:
+    """What stands before the bar: as much as there is room for, or the bar would go."""
+    text = f"{title}  epoch {epoch + 1}"
+    for more in (
+        f"loss {figures['loss']:.3f}",
+        f"{figures['images_per_s']:,.0f} images/s",
+        f"data {100 * figures['data_share']:.0f} %",
+        f"lr {figures['lr']:.1e}",
+    ):
+        if len(text) + 2 + len(more) > width:
+            break
+        text += f"  {more}"
+    return text
+
+
+def _train_parts(figures: dict) -> list[str]:
+    if not figures:
+        return []
+    names = {"class_loss": "class", "teacher_loss": "teacher", "attention_loss": "attention"}
+    terms = ", ".join(f"{name} {figures[key]:.3f}" for key, name in names.items() if figures.get(key))
+    terms = f" ({terms})" if "," in terms else ""
+    return [
+        f"loss {figures['loss']:.3f}{terms}", f"lr {figures['lr']:.1e}", f"{figures['images_per_s']:,.0f} images/s",
+        f"data {100 * figures['data_share']:.0f} %",
+    ]  # fmt: skip
+
+
+def _flat(record: dict, prefix: str = ""):
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and key != "step":
+            yield prefix + key, value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Read again
+
+
+def read(path: Path) -> tuple[list[dict], list[dict]]:
+    """The training figures and the evaluations of a metrics.jsonl, each in the order of their steps; of lines about
+    the same step the last one, which a resumed run wrote. Figures may be nan."""
+    found = {"train": {}, "eval": {}}
+    for line in json_lines(path):
+        found[line["kind"]][line["step"]] = line
+    return tuple([lines[step] for step in sorted(lines)] for lines in found.values())
+
+
+def json_lines(path: Path) -> list[dict]:
+    """[] for a file that is not there; without lines cut off by a kill or a full disk, or half written now."""
+    found = []
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+class PhaseTimer:
+    """`enter(phase)` ends the phase before; `stop()` ends the last one; `read()` gives the seconds of each.
+
+    On the CPU the stamps are the clock's. On CUDA they are events in the current stream, so a phase is the time the GPU
+    spent in it, idle or busy: loading a batch costs nothing for as long as the GPU still has work queued.
+    """
+
+    def __init__(self, device: torch.device):
+        self.on_cuda = device.type == "cuda"
+        self.stamps: list[tuple[str | None, object]] = []  # None: between two phases
+        self.spare_events: list[torch.cuda.Event] = []
+
+    def enter(self, phase: str | None) -> None:
+        self.stamps.append((phase, self._stamp()))
+
+    def stop(self) -> None:
+        self.enter(None)
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase since the last call. On CUDA only after the host has waited for the device anyway: the
+        events are then in the past, and reading them waits for nothing."""
+        seconds: dict[str, float] = {}
+        for (phase, start), (_, end) in zip(self.stamps, self.stamps[1:]):
+            if phase is not None:
+                seconds[phase] = seconds.get(phase, 0.0) + self._between(start, end)
+        if self.on_cuda:
+            self.spare_events += [event for _, event in self.stamps]
+        self.stamps = []
+        return seconds
+
+    def _stamp(self):
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = self.spare_events.pop() if self.spare_events else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start, end) -> float:
+        return start.elapsed_time(end) / 1000 if self.on_cuda else end - start

@@ -1,0 +1,120 @@
+"""The optimizer of the DeiT recipes and what it leaves undecayed."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastdeit.distributed.parallel import is_sharded
+from fastdeit.errors import UserError
+
+from .lamb import Lamb
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: weights with decay; biases, norms, LayerScale, tokens and position embedding without.
+
+    A parameter is left undecayed when it has fewer than two dimensions or when the model's `no_weight_decay()` names
+    it. facebookresearch/deit decays `dist_token` (it is missing from the original's list); timm and we do not.
+    """
+    skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    plain = [parameter for name, parameter in named if parameter.ndim <= 1 or name in skip]
+    decayed = [parameter for name, parameter in named if not (parameter.ndim <= 1 or name in skip)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build_optimizer(
+    model: nn.Module, name: str, *, lr: float, weight_decay: float, eps: float, betas
+) -> torch.optim.Optimizer:
+    """AdamW (fused), LAMB (for the DeiT III recipes) or SGD with Nesterov momentum."""
+    groups = parameter_groups(model, weight_decay)
+    if name == "adamw":
+        # fused: one kernel for all parameters, which on the device itself can leave a step out (see update.py).
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if name == "lamb":
+        return Lamb(groups, lr=lr, betas=betas, eps=eps)
+    if name == "sgd":
+        sharded = is_sharded(groups[0]["params"][0])
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=not sharded)
+    raise UserError(f"--opt {name}: choose adamw, lamb or sgd")
+
+
+def learning_rate(
+    step: int, *, peak: float, total_steps: int, warmup_steps: int, warmup_lr: float = 1e-6, min_lr: float = 1e-5
+) -> float:
+    """Linear warm-up from `warmup_lr` to `peak`, then half a cosine down to `min_lr`.
+
+    Step 0 runs at `warmup_lr` (at `peak` without warm-up) and step `total_steps` would run at `min_lr`. As in timm's
+    cosine scheduler without `warmup_prefix`, the cosine's clock starts at step 0, so the rate after the warm-up is a
+    little below `peak`. Unlike facebookresearch/deit, where epochs 0 and 1 both train at `warmup_lr` and the schedule
+    lags by one epoch, the rate moves at every step.
+    """
+    if step < warmup_steps:
+        return warmup_lr + (peak - warmup_lr) * step / warmup_steps
+    progress = min(step / max(total_steps, 1), 1.0)
+    return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+REFERENCE_BATCH = 512  # images: the global batch for which --lr is given
+
+
+def scaled_peak(lr: float, global_batch: int, *, scale: bool = True) -> float:
+    """lr * global_batch / 512: the linear rule of facebookresearch/deit main.py (`--unscale-lr` turns it off)."""
+    return lr * global_batch / REFERENCE_BATCH if scale else lr
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of a run: at step 0, at their highest, at the end."""
+
+    start: float
+    peak: float
+    floor: float
+
+
+def scaled_rates(lr: float, warmup_lr: float, min_lr: float, global_batch: int, *, scale: bool = True) -> Rates:
+    """The rates for steps of `global_batch` images; scale=False (`--unscale-lr`) takes them as they are given.
+
+    facebookresearch/deit scales the peak alone (`scaled_peak`), so that with a batch of 10 it lies below the floor.
+    Here start and floor shrink with it below a batch of 512; from there on, where the published recipes lie, they are
+    the original's. Neither is ever above the peak.
+    """
+    peak = scaled_peak(lr, global_batch, scale=scale)
+    share = min(global_batch / REFERENCE_BATCH, 1.0) if scale else 1.0
+    return Rates(start=min(warmup_lr * share, peak), peak=peak, floor=min(min_lr * share, peak))
+
+
+def average_decay(step: int, decay: float) -> float:
+    """Decay of the weights' moving average at `step` (counted from 0): min(decay, (1 + step) / (10 + step)).
+
+    The average spans about a ninth of the steps made, until that is 1 / (1 - decay). So it has left the random weights
+    behind after ten steps, and a run long enough for `decay` (225,000 steps for 0.99996) ends with it. This is the
+    warm-up of TensorFlow's ExponentialMovingAverage (`num_updates`). timm's ModelEmaV3 has another, off by default:
+    1 - (1 + step)^(-2/3), which would reach the recipes' 0.99996 after 4 million steps only, ten times their length.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+def rates_in_words(rates: Rates, *, lr: float, global_batch: int, total_steps: int, warmup_steps: int) -> str:
+    """What the settings come to with this batch; a warning where the rate hardly moves. lr: as it was given."""
+    scaled = rates.peak != lr
+    peak = f"{rates.peak:.3g}" + (f" (--lr {lr:g} x {global_batch} / {REFERENCE_BATCH})" if scaled else "")
+    if 0 < total_steps <= warmup_steps:
+        return (
+            f"warning: the learning rate is on its way from {rates.start:.3g} to {peak} all the time: the warm-up of "
+            f"{warmup_steps:,} steps is as long as the run of {total_steps:,}; give a shorter --warmup-epochs"
+        )
+    rise = f"from {rates.start:.3g} in {warmup_steps:,} steps to " if warmup_steps else ""
+    if rates.floor == rates.peak:
+        return f"learning rate {rise}{peak}, where it stays, as --min-lr is not below it"
+    return f"learning rate {rise}{peak}, then down to {rates.floor:.3g}"
+
+
+def average_in_words(decay: float, total_steps: int) -> str:
+    """Over how many steps the moving average reaches at the end of the run."""
+    span = 1 / (1 - average_decay(total_steps - 1, decay))
+    short = average_decay(total_steps - 1, decay) < decay
+    more = f", a ninth of the run: --model-ema-decay {decay:g} is for longer ones" if short else ""
+    return f"moving average at the end over the last {span:,.0f} steps{more}"

@@ -1,0 +1,198 @@
+"""From encoded images to pixels, in DALI: one definition for the GPU and for the CPU.
+
+    read -> decode the window -> resize -> crop -> flip -> one operation a layer     see crop.Geometry, operations.py
+
+Nothing here is random: which window, which flip, which operations come in with each batch, drawn on the host, so the
+pixels of a sample do not depend on the batch around it, on threads or on processes. On the CPU only the first two
+stations are used in earnest (cpu.py does the rest faster), the others in tests.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import nvidia.dali.fn as fn
+import nvidia.dali.types as types
+from nvidia.dali import math, pipeline_def
+
+from fastdeit.pipelines.augment.augmentation import Views
+from fastdeit.pipelines.augment.crop import PADDING
+from fastdeit.pipelines.augment.operations import GEOMETRIC, Operation, affine_matrices
+from fastdeit.pipelines.bad_files import DecodeError
+
+from .dali_operations import layer
+
+ON_GPU = {
+    # Otherwise chroma values are repeated where libjpeg interpolates them.
+    "jpeg_fancy_upsampling": True,
+    # The hardware decoder's pixels are not those of the CUDA one. Which images of a batch it gets depends on the others
+    # and on timing, unless it gets all that it can decode.
+    "hw_decoder_load": 1.0,
+}
+
+
+class Graph:
+    """A DALI pipeline that is handed its inputs batch by batch and runs ahead of whoever collects them."""
+
+    def __init__(self, define: Callable[[], tuple], batch_size: int, num_threads: int, device_id: int | None):
+        # Batches queue up by being submitted; with a queue of its own DALI would want the first few all at once.
+        build = pipeline_def(define, enable_conditionals=True)
+        self.pipeline = build(
+            batch_size=batch_size, num_threads=num_threads, device_id=device_id, prefetch_queue_depth=1
+        )
+        self.pipeline.build()
+
+    def submit(self, inputs: dict[str, np.ndarray | list[np.ndarray]]) -> None:
+        for name, value in inputs.items():
+            self.pipeline.feed_input(name, value)
+        self.pipeline.schedule_run()
+
+    def collect(self, cuda_stream=None) -> tuple:
+        """The outputs of the oldest batch that was submitted; it is consumed even when this raises DecodeError."""
+        try:
+            return self.pipeline.outputs(cuda_stream=cuda_stream)
+        except RuntimeError as error:
+            raise DecodeError(str(error)) from error
+
+
+def window_graph(index, batch_size: int, num_threads: int) -> Graph:
+    """Decoding alone, on the CPU: one uint8 HWC image a sample, each of its own size. Inputs: `window_inputs`."""
+    from_files = index.path(0) is not None
+
+    def define():
+        return _decoded_windows(from_files, "cpu")
+
+    return Graph(define, batch_size, num_threads, None)
+
+
+def window_inputs(index, indices: np.ndarray, window: np.ndarray) -> dict:
+    window = window.astype(np.int32)
+    return {
+        "source": _sources(index, indices),
+        "encoded_bytes": index.encoded_bytes[indices],
+        "start": window[:, :2].copy(),
+        "shape": window[:, 2:].copy(),
+    }
+
+
+def view_graph(
+    index,
+    batch_size: int,
+    num_threads: int,
+    device_id: int | None,
+    *,
+    size: int,
+    layers: tuple[frozenset[Operation], ...] = (),
+    crop: str = "window",
+    fill: tuple[int, int, int] = (0, 0, 0),
+) -> Graph:
+    """Whole views, (size, size, 3) uint8 a sample, on the GPU `device_id` or, with None, on the CPU. Inputs:
+    `view_inputs`.
+
+    layers: the operations that may come first, second, ... (Augmentation.layers)
+    crop: "window" where the resized window is the view, "centre" where a part of it is, "padded" where that part may
+        reach beyond the border
+    """
+    from_files, decoder = index.path(0) is not None, "cpu" if device_id is None else "mixed"
+
+    def define():
+        image = _decoded_windows(from_files, decoder)
+        image = _resized(image)
+        if crop == "padded":
+            image = _reflected(_reflected(image, axis=0), axis=1)
+        if crop != "window":
+            corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
+            image = fn.slice(image, start=corner, shape=(size, size), axes=[0, 1])
+        image = fn.flip(image, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
+        for number, possible in enumerate(layers):
+            op = fn.external_source(name=f"op{number}", dtype=types.INT32, ndim=0)
+            arg = fn.external_source(name=f"arg{number}", dtype=types.FLOAT, ndim=0)
+            matrix = None
+            if not possible.isdisjoint(GEOMETRIC):
+                matrix = fn.external_source(name=f"matrix{number}", dtype=types.FLOAT, ndim=2)
+            image = layer(image, op, arg, matrix, possible, fill)
+        return image
+
+    return Graph(define, batch_size, num_threads, device_id)
+
+
+def view_inputs(index, indices: np.ndarray, views: Views, size: int, layers, crop: str) -> dict:
+    inputs = window_inputs(index, indices, views.geometry.window)
+    inputs["resized"] = views.geometry.resized.astype(np.float32)
+    if crop != "window":
+        inputs["corner"] = (views.geometry.corner + (PADDING if crop == "padded" else 0)).astype(np.int32)
+    inputs["flip"] = views.flip.astype(np.int32)
+    # A row a layer. The geometric operations are one branch, told apart by their matrix.
+    ops, args = np.ascontiguousarray(views.ops.T), np.ascontiguousarray(views.args.T)
+    matrices = affine_matrices(ops, args, size)
+    ops = np.where((ops[..., None] == GEOMETRIC).any(-1), np.int32(Operation.ROTATE), ops)
+    for number, possible in enumerate(layers):
+        inputs[f"op{number}"], inputs[f"arg{number}"] = ops[number], args[number]
+        if not possible.isdisjoint(GEOMETRIC):
+            inputs[f"matrix{number}"] = matrices[number]
+    return inputs
+
+
+def _sources(index, indices: np.ndarray) -> np.ndarray | list[np.ndarray]:
+    """What each image is read from: its path or its bytes. Paths come as one array, (B, longest) padded with zeros:
+    DALI takes that in an eighth of the time of a list, and a path ends at its first zero."""
+    if index.path(0) is not None:
+        paths = np.array([index.path(i).encode("utf-8", "surrogateescape") for i in indices.tolist()])
+        return paths.view(np.uint8).reshape(len(paths), -1)
+    return [_encoded(index, i) for i in indices.tolist()]
+
+
+def _encoded(index, i: int) -> np.ndarray:
+    try:
+        return index.encoded(i)
+    except OSError:
+        return np.zeros(1, np.uint8)  # fails by its length, which is where bad images are dealt with
+
+
+def _decoded_windows(from_files: bool, device: str):
+    """uint8 HWC. EXIF rotation is not applied, as in Pillow and timm."""
+    encoded = fn.external_source(name="source", dtype=types.UINT8, ndim=1)
+    if from_files:
+        encoded = fn.io.file.read(encoded)
+    start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+    shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+    start = _start_where_sound(encoded, start, shape)
+    return fn.decoders.image_slice(
+        encoded,
+        start,
+        shape,
+        axes=[0, 1],
+        device=device,
+        adjust_orientation=False,
+        **({} if device == "cpu" else ON_GPU),
+    )
+
+
+def _start_where_sound(encoded, start, shape):
+    """`start`, having made sure that the image has the length that it was indexed with, that its header can be read,
+    and that the window lies within it.
+
+    DALI 2.4's decoders look at the headers and windows of 32 images or more in several threads, one of which is that of
+    the operator: what it raises destroys what the others still use, which ends in a segmentation fault. Raised here
+    before, it is an error as any other. Headers that pass here and are refused there do not get into an index, see
+    inspection.py; the length tells what was changed since.
+    """
+    expected = fn.external_source(name="encoded_bytes", dtype=types.INT64, ndim=0)
+    unchanged = fn.cast(encoded.shape(device="cpu")[0] == expected, dtype=types.INT32)
+    size = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[:2], dtype=types.INT32)
+    room = fn.reductions.min(size - start - shape)
+    sound = math.min(math.min(room, 0), unchanged - 1)
+    return fn.slice(start, start=sound, shape=[2], axes=[0])  # refuses a negative start
+
+
+def _resized(image):
+    size = fn.external_source(name="resized", dtype=types.FLOAT, ndim=1)
+    return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False)
+
+
+def _reflected(image, axis: int):
+    """PADDING pixels of reflection (without the border pixel itself) before and after, along one axis."""
+    flips = {"vertical" if axis == 0 else "horizontal": 1, "vertical" if axis == 1 else "horizontal": 0}
+    length = fn.cast(image.shape(device="cpu")[axis], dtype=types.INT32)
+    before = fn.slice(image, start=[1], shape=[PADDING], axes=[axis])
+    after = fn.slice(image, start=length - (PADDING + 1), shape=[PADDING], axes=[axis])
+    return fn.cat(fn.flip(before, **flips), image, fn.flip(after, **flips), axis=axis)
