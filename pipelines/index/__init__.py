@@ -1,4 +1,4 @@
-"""Which images there are, with which labels: folders, tar shards and Parquet files as arrays of names, labels and sizes.
+"""Which images there are, and with which labels: folders, tar shards and Parquet files as arrays of names and sizes.
 
 May import: bad_files.
 """
