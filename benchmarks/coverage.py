@@ -57,7 +57,6 @@ HF = {  # family: configuration, changes
     "CLIP": ("CLIPVisionConfig", {}),
     "BEiT": ("BeitConfig", {"use_relative_position_bias": True}),
     "Segformer": ("SegformerConfig", {}),
-    "Swin": ("SwinConfig", {"embed_dim": 32}),
 }
 HF_SMALL = {
     "image_size": SIZE, "patch_size": 16, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -85,8 +84,7 @@ def models() -> Iterator[tuple[str, str, Callable[[], nn.Module], int]]:
 
         for family, (name, changes) in HF.items():
             config = getattr(transformers, name)
-            small = {} if name in ("SegformerConfig", "SwinConfig") else HF_SMALL
-            small = small | ({"image_size": SIZE} if name == "SwinConfig" else {}) | changes
+            small = changes if name == "SegformerConfig" else HF_SMALL | changes
             yield "transformers", family, lambda c=config, s=small: transformers.AutoModel.from_config(c(**s)), SIZE
 
 
