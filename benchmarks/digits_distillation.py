@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 from fastdeit.cli import FoldedHelp
+from fastdeit.models.heads import HEADS
 
 RECORDS = Path(__file__).parent / "records" / "cpu"
-HEADS = {"cls": "class head", "dist": "distillation head", "both": "both, averaged"}
 VIEWS = 10
 PLAIN = "deit_nano_patch4_16"  # the student without a distillation token
 CNN, VIT = "runs/cnn", "runs/vit"

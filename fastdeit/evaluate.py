@@ -106,7 +106,7 @@ def evaluate(classifiers: dict, loader, world, output: Path | None = None) -> di
     for batch in _with_progress(loader, world):
         images = classifiers["model"].prepare(batch)
         for source, classifier in classifiers.items():
-            logits = classifier.answers(images)
+            logits = classifier.logits(images)
             tallies[source].add(logits, batch.labels)
             if output is not None:
                 answers[source].add(logits, batch.indices)

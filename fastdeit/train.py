@@ -54,7 +54,7 @@ def train(config, world, on_micro_batch=None) -> dict:
     accuracy = trainer.fit()
     summary = {head: value["top1"] for head, value in accuracy["model"].items()}
     if trainer.teacher is not None and config.distillation.teacher_store is None:
-        summary["teacher"] = trainer.accuracy_of(lambda images: (trainer.teacher(images), None))["cls"]["top1"]
+        summary["teacher"] = trainer.accuracy_of(lambda images: {"cls": trainer.teacher(images)})["cls"]["top1"]
     if config.distillation.compare_undistilled and config.distillation.distillation_type != "none":
         summary["undistilled"] = train_undistilled(config, world, indices, folder, on_micro_batch)
     _end(trainer, summary, folder)

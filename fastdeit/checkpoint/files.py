@@ -24,6 +24,7 @@ from fastdeit.config import Config
 from fastdeit.errors import UserError
 
 from . import atomic
+from .state_dict import read_state_dict
 
 
 def describe(model, config: Config, classes: tuple[str, ...], mean, std) -> dict:
@@ -183,8 +184,6 @@ def training_state(folder: Path) -> dict:
 
 def read(folder: Path) -> dict:
     """All of a checkpoint: {"description", "model", "ema" (or None), "training"}. Raises UserError if a part is bad."""
-    from fastdeit.models.weights import read_state_dict
-
     try:
         return {
             "description": description(folder),

@@ -6,9 +6,8 @@ from pathlib import Path
 from fastdeit.config import Config
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
-from fastdeit.training import log
 
-from . import atomic, files
+from . import atomic, files, metrics_log
 
 # What may differ when a run goes on, because the weights do not depend on it. Of data and teacher, what counts is the
 # content; of the batch, the product over parts and processes: `check_same`.
@@ -131,7 +130,7 @@ def cut_metrics(path: Path, *, step: int, epochs_evaluated: int) -> None:
     """Remove the lines of what is going to be done again."""
     if path.exists():
         kept = [
-            json.dumps(line) + "\n" for line in log.json_lines(path)
+            json.dumps(line) + "\n" for line in metrics_log.json_lines(path)
             if line["step"] <= step and (line["kind"] != "eval" or line["epoch"] < epochs_evaluated)
         ]  # fmt: skip
         atomic.replace(path, "".join(kept).encode())

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdeit.errors import UserError
-from fastdeit.models.build import heads
 
 from .world import World
 
@@ -57,15 +56,6 @@ def without_exchange(forward: nn.Module, last: bool):
     if isinstance(forward, DistributedDataParallel) and not last:
         return forward.no_sync()
     return nullcontext()
-
-
-def answers(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """student.heads, also of a sharded model, which must not make the memory it gathers in in inference mode: training
-    steps use it too."""
-    if not is_sharded(next(model.parameters())):
-        return heads(model, images)
-    with torch.inference_mode(False), torch.no_grad():
-        return heads(model, images)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .metrics import HEADS
+from fastdeit.models.heads import HEADS
 
 # In a PNG these colours; in an SVG the CSS variables of these names, which differ between light and dark.
 COLORS = {
@@ -173,8 +173,8 @@ def png(path: Path, shown: list[Chart]) -> None:
     rows = math.ceil(len(shown) / max(columns, 1))
     figure = Figure(figsize=(6 * columns or 1, 4 * rows or 1), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    for world, chart in enumerate(shown, 1):
-        axis = figure.add_subplot(rows, columns, world)
+    for position, chart in enumerate(shown, 1):
+        axis = figure.add_subplot(rows, columns, position)
         plot(axis, chart)
         axis.set_title(f"{chart.title}, {chart.unit}" if chart.unit else chart.title)
         if len(chart.lines) > 1:

@@ -11,42 +11,30 @@ from fastdeit.errors import UserError
 
 from .calibration import BINS, calibration_counts, expected_calibration_error
 
-HEADS = {"cls": "class head", "dist": "distillation head", "both": "both heads, averaged"}
-
 
 @torch.inference_mode()
-def accuracy(answer: Callable, loader, prepare: Callable, world: World) -> dict[str, dict]:
+def accuracy(logits: Callable, loader, prepare: Callable, world: World) -> dict[str, dict]:
     """`Tally.result` over all processes' images.
 
-    `prepare` turns a batch into the model's input, `answer` that into (class logits, distillation logits or None).
+    `prepare` turns a batch into the model's input, `logits` that into logits by head (models.heads.logits_by_head).
     """
     tally = Tally()
     for batch in loader:
-        tally.add(by_head(*answer(prepare(batch))), batch.labels)
+        tally.add(logits(prepare(batch)), batch.labels)
     return tally.result(world)
 
 
-def by_head(cls_logits: Tensor, dist_logits: Tensor | None) -> dict[str, Tensor]:
-    """The answers of a model by the names of HEADS, (batch, classes) float32 each.
-
-    "both" is the average of the two heads' logits, which is what the model answers in evaluation
-    (facebookresearch/deit; the paper averages softmax outputs). A model with one head has "cls" alone.
-    """
-    answers = [cls_logits] if dist_logits is None else [cls_logits, dist_logits, (cls_logits + dist_logits) / 2]
-    return {head: logits.float() for head, logits in zip(HEADS, answers)}
-
-
 class Tally:
-    """Counts of one model's answers. Padding and unlabelled images do not count."""
+    """Counts of one model's predictions. Padding and unlabelled images do not count."""
 
     def __init__(self):
         self.heads: tuple[str, ...] = ()
         self.sums: Tensor | int = 0  # (heads, 4 + BINS * 3) float64 on the device
         self.totals = None
 
-    def add(self, answers: dict[str, Tensor], labels: Tensor) -> None:
-        self.heads = tuple(answers)
-        self.sums = self.sums + torch.stack([_counts(logits, labels) for logits in answers.values()])
+    def add(self, logits: dict[str, Tensor], labels: Tensor) -> None:
+        self.heads = tuple(logits)
+        self.sums = self.sums + torch.stack([_counts(values.float(), labels) for values in logits.values()])
 
     def result(self, world: World) -> dict[str, dict]:
         """{head: {"top1": share, "top5": share, "loss": cross entropy, "ece": calibration error}}, of all processes.

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from fastdeit.checkpoint import metrics_log
 from fastdeit.distributed.parallel import is_sharded
 from fastdeit.models.deit import DeiT, token_cosine_similarity
-from fastdeit.training import log
 
 from . import charts
 
@@ -50,7 +50,7 @@ def _name(label: int, classes) -> str:
 
 def curves(folder: Path) -> None:
     """curves.png from metrics.jsonl: losses, top-1 of each head, learning rate and throughput, over the steps."""
-    charts.png(folder / "curves.png", charts.of_training(*log.read(folder / "metrics.jsonl")))
+    charts.png(folder / "curves.png", charts.of_training(*metrics_log.read(folder / "metrics.jsonl")))
 
 
 def token_similarity(trainer, folder: Path) -> list[float] | None:

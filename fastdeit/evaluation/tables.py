@@ -5,7 +5,7 @@ import shutil
 from rich.console import Console
 from rich.table import Column, Table
 
-from .metrics import HEADS
+from fastdeit.models.heads import HEADS
 
 NAMES = {"teacher": "teacher", **HEADS, "undistilled": "same student, not distilled"}
 

@@ -257,7 +257,7 @@ def main() -> None:
 
     @dataclass(kw_only=True)
     class Export:
-        files: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+        checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
         """A run's folder, or last or best in it; a folder of timm's or transformers' kind; a file of weights (with
         --model)."""
         output: Path

@@ -58,10 +58,3 @@ def build_student(
 def normalise(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
     """Feed the model, from now on, what its weights were trained on: loading.mean_std says it."""
     model.normalisation = (tuple(mean), tuple(std))
-
-
-def heads(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(class logits, distillation logits or None), whatever the mode the model is in."""
-    if hasattr(model, "forward_heads"):
-        return model.forward_heads(images)
-    return model(images), None

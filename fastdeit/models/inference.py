@@ -15,12 +15,11 @@ import torch
 from fastdeit.data import PRECISIONS, order_of_numbers
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
-from fastdeit.evaluation.metrics import by_head
 from fastdeit.kernels import mix_normalize
 from fastdeit.pipelines import BadFiles, eval_loader, open_files, open_index
 from fastdeit.pipelines.index.layout import read_class_names
 
-from .build import heads
+from .heads import logits_by_head
 from .loading import LoadedModel, load_model
 
 log = logging.getLogger(__name__)
@@ -38,19 +37,19 @@ class Classifier(LoadedModel):
         return mix_normalize(batch.images, self.mean, self.std)
 
     @torch.inference_mode()
-    def answers(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(batch, classes) float32 logits by head, see accuracy.by_head. images: as `prepare` gives them."""
+    def logits(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(batch, classes) float32 by head, see heads.logits_by_head. images: as `prepare` gives them."""
         half = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if half else nullcontext():
-            return by_head(*heads(self.model, images))
+            return logits_by_head(self.model, images)
 
     def probabilities(self, images: torch.Tensor, head: str = "both") -> torch.Tensor:
         """(batch, classes) float32: softmax of the class head ("cls"), the distillation head ("dist") or of their
-        averaged logits ("both"). A model with one head answers with that, whether "cls" or "both" is asked for."""
-        answers = self.answers(images)
-        if len(answers) == 1 and head == "dist":
+        averaged logits ("both"). A model with one head uses that, whether "cls" or "both" is asked for."""
+        logits = self.logits(images)
+        if len(logits) == 1 and head == "dist":
             raise UserError("this model has no distillation head: omit --head")
-        return answers["cls" if len(answers) == 1 else head].softmax(1)
+        return logits["cls" if len(logits) == 1 else head].softmax(1)
 
     def evaluation_loader(
         self,

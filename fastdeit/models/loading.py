@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastdeit.checkpoint import state_dict
+from fastdeit.checkpoint.state_dict import StateDict
 from fastdeit.errors import UserError
 
 from . import deit as ours
@@ -89,7 +91,7 @@ def has_moving_average(source: str | Path, *, pretrained: bool = False) -> bool:
     if pretrained or path.suffix in (".safetensors", ".json"):
         return False
     try:
-        return bool(weights.read(sources.find(path, weights="ema"), ema=True).state)
+        return bool(state_dict.read(sources.find(path, weights="ema").weights, ema=True).state)
     except ValueError:
         return False
 
@@ -154,7 +156,7 @@ def _as_configured(found: Source, model: nn.Module, input_size: int | None, note
 
 def _file(found: Source, ema: bool, input_size: int | None, name: str | None, default: str | None) -> LoadedModel:
     """Weights alone. Classes, patch size and, unless asked for, image size are read off the tensors."""
-    contents = weights.read(found, ema=ema)
+    contents = state_dict.read(found.weights, ema=ema)
     name = name or (contents.model if contents.model and _is_known(contents.model) else None) or default
     if name is None:
         raise UserError(f"{found.path} does not say which model it is of: give --model NAME, such as {EXAMPLE}")
@@ -178,7 +180,7 @@ def _file(found: Source, ema: bool, input_size: int | None, name: str | None, de
 EXAMPLE = "deit_small_patch16_224"
 
 
-def _side_of(model: nn.Module, state: weights.StateDict) -> int | None:
+def _side_of(model: nn.Module, state: StateDict) -> int | None:
     """Pixels on a side for which a file has positions; None where that is the model's own size, or is not known."""
     ours, theirs = getattr(model, "pos_embed", None), state.get("pos_embed")
     patch, grid = patch_and_grid(model)

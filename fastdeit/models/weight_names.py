@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-StateDict = dict[str, Tensor]
+from fastdeit.checkpoint.state_dict import StateDict
 
 
 def match(path: Path, state: StateDict, fresh: StateDict, heads: Sequence[str], notes: list[str]) -> StateDict:

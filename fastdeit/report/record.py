@@ -7,8 +7,8 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
+from fastdeit.checkpoint import metrics_log
 from fastdeit.errors import UserError
-from fastdeit.training import log
 
 STANDSTILL = 60  # seconds between two lines of the log beyond the time measured in them: the run was not at work
 
@@ -49,7 +49,7 @@ class Record:
             raise UserError(
                 f"{folder / 'settings.json'} is damaged ({error}): last/config.json holds the settings too"
             ) from error
-        training, evaluations = log.read(folder / "metrics.jsonl")
+        training, evaluations = metrics_log.read(folder / "metrics.jsonl")
         return cls(
             folder=folder,
             settings=settings,
@@ -57,9 +57,9 @@ class Record:
             description=_json(folder / "last" / "config.json"),
             training=training,
             evaluations=evaluations,
-            undistilled=log.read(folder / "undistilled" / "metrics.jsonl")[1],
+            undistilled=metrics_log.read(folder / "undistilled" / "metrics.jsonl")[1],
             bad_files=_bad_files(folder / "bad_files.txt"),
-            nonfinite=log.json_lines(folder / "nonfinite.jsonl"),
+            nonfinite=metrics_log.json_lines(folder / "nonfinite.jsonl"),
         )
 
     # -----------------------------------------------------------------------------------------------------------------

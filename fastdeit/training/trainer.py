@@ -21,6 +21,7 @@ from fastdeit.distributed import parallel
 from fastdeit.distributed.world import World
 from fastdeit.evaluation.metrics import accuracy
 from fastdeit.models.deit import DeiT
+from fastdeit.models.heads import logits_by_head
 from fastdeit.models.loading import mean_std
 
 from .checkpointing import Keeper
@@ -248,14 +249,14 @@ class Trainer:
         result = {}
         for name, model in sources.items():
             model.eval()
-            result[name] = self.accuracy_of(lambda images, model=model: parallel.answers(model, images))
+            result[name] = self.accuracy_of(lambda images, model=model: logits_by_head(model, images))
             model.train()
         return result
 
-    def accuracy_of(self, answer: Callable) -> dict[str, dict]:
-        """Accuracies of `answer` (images -> class logits, distillation logits or None) on the validation images."""
+    def accuracy_of(self, logits: Callable) -> dict[str, dict]:
+        """Accuracies of `logits` (images -> logits by head) on the validation images."""
         with self._autocast():
-            return accuracy(answer, self.val_loader, self.prepare, self.world)
+            return accuracy(logits, self.val_loader, self.prepare, self.world)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What a checkpoint holds

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastdeit.checkpoint import metrics_log
 from fastdeit.evaluation import plots
 from fastdeit.evaluation.charts import COLORS, POINTS, Chart, Line, of_tokens, of_training, short, svg, thin
-from fastdeit.training import log
 
 NUMBER = r"-?[\d.]+(?:e-?\d+)?"
 COLOR = {color: name for name, color in COLORS.items()}
@@ -149,9 +149,9 @@ def test_a_log_that_was_resumed_is_read_in_order(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [train_line(step, loss=loss) for step, loss in ((10, 1), (20, 2), (30, 3), (20, 4), (40, 5))]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    training, evaluations = log.read(path)
+    training, evaluations = metrics_log.read(path)
     assert [(line["step"], line["loss"]) for line in training] == [(10, 1), (20, 4), (30, 3), (40, 5)]
-    assert evaluations == [] and log.read(tmp_path / "none.jsonl") == ([], [])
+    assert evaluations == [] and metrics_log.read(tmp_path / "none.jsonl") == ([], [])
 
 
 def test_numbers():

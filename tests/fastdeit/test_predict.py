@@ -167,7 +167,7 @@ def test_the_answers_are_those_that_evaluate_counts(answers, run, colors):
     classifier = load(run, device="cpu", crop_pct=0.7)
     index = classifier.evaluation_loader(colors, 64, world=HERE).index
     (batch,) = eval_loader(index, batch_size=len(index), input_size=16, crop_pct=0.7)
-    expected = classifier.answers(classifier.prepare(batch))["both"].double().softmax(1).numpy()
+    expected = classifier.logits(classifier.prepare(batch))["both"].double().softmax(1).numpy()
     lines = answers(colors / "val", "--eval-crop-ratio", "0.7")
     assert [line["image"] for line in lines] == [index.name(i) for i in range(len(index))]
     np.testing.assert_allclose(table(lines), expected, rtol=1e-4, atol=1e-7)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+from fastdeit.checkpoint.state_dict import read_state_dict
 from fastdeit.models.deit import create_model
-from fastdeit.models.weights import interpolate_position_embedding, load_weights, read_state_dict
+from fastdeit.models.weights import interpolate_position_embedding, load_weights
 
 NANO, PLAIN = "deit_nano_distilled_patch4_16", "deit_nano_patch4_16"
 
