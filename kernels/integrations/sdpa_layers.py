@@ -51,6 +51,7 @@ def calls_sdpa(kind: type[nn.Module]) -> bool:
 def with_fused_sdpa(kind: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `kind`; one for each, whose instances copy, pickle and trace as those of `kind` do."""
     original = kind.forward
+    # Without __name__, by which older versions of Dynamo would find the globals of the module instead of these.
     names = {name: value for name, value in original.__globals__.items() if name != "__name__"}
     forward = types.FunctionType(
         original.__code__, names | {"F": functional}, original.__name__, original.__defaults__, original.__closure__
