@@ -21,11 +21,6 @@ from fastdeit.errors import UserError, run
 def main() -> None:
     import tyro
 
-    from fastdeit.distributed.world import join
-    from fastdeit.evaluation.tables import accuracy_table
-    from fastdeit.models.inference import load
-    from fastdeit.models.loading import has_moving_average
-
     @dataclass(kw_only=True)
     class Evaluate:
         checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
@@ -60,6 +55,12 @@ def main() -> None:
         """Print JSON in place of a table."""
 
     arguments = parse(Evaluate, prog="python -m fastdeit.evaluate", description=__doc__)
+
+    from fastdeit.distributed.world import join
+    from fastdeit.evaluation.tables import accuracy_table
+    from fastdeit.models.inference import load
+    from fastdeit.models.loading import has_moving_average
+
     if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
         raise UserError(f"--output {arguments.output}: there is a file of this name; choose another folder")
     sources = ["model"]

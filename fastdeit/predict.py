@@ -138,10 +138,6 @@ TOP = 5  # classes
 def main() -> None:
     import tyro
 
-    from fastdeit.distributed.world import join
-    from fastdeit.models.inference import class_names, load
-    from fastdeit.models.loading import has_moving_average
-
     @dataclass(kw_only=True)
     class Predict:
         checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
@@ -181,6 +177,11 @@ def main() -> None:
         """cuda, cuda:N or cpu. Default: cuda where present."""
 
     arguments = parse(Predict, prog="python -m fastdeit.predict", description=__doc__)
+
+    from fastdeit.distributed.world import join
+    from fastdeit.models.inference import class_names, load
+    from fastdeit.models.loading import has_moving_average
+
     if arguments.json and arguments.csv:
         raise UserError("--json and --csv are two forms of the same answer: choose one")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -20,11 +20,20 @@ import torch
 from torch import Tensor
 
 from .augment.augmentation import Augmentation
-from .augment.mixing import Mix
 from .augment.plan import UNLABELLED, EvaluationPlans, Plan, TrainPlans
 from .bad_files import BadFiles
 from .decode.prefetch import AHEAD, Supply
 from .synthetic import ResidentViews, SyntheticIndex
+
+
+class Mix(NamedTuple):
+    """What to mix and erase in a batch of B samples; all tensors on the batch's device."""
+
+    partner: Tensor  # (B,) int64    position in this batch of the sample mixed in (itself where nothing is mixed)
+    lam: Tensor  # (B,) float32      weight of the sample's own label: 1 where nothing is mixed, the area for cutmix
+    box: Tensor  # (B, 4) int32      cutmix box, taken from the partner; all 0 means mixup
+    erase_box: Tensor  # (B, 4) int32  rectangle to erase; all 0 for none
+    erase_seed: Tensor  # (B,) int64  key of the erased pixels' noise, in [0, 2**62)
 
 
 class Batch(NamedTuple):

@@ -15,7 +15,6 @@ from .augment.augmentation import Augmentation
 from .augment.operations import Operation
 from .augment.rand_augment import OPERATIONS, RandAugment
 from .index.index import open_index
-from .loader import eval_loader, train_loader
 
 COLUMNS, SIZE = 8, 224
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])  # ImageNet's
@@ -36,6 +35,8 @@ def operations(image: np.ndarray, fill) -> list[tuple[str, np.ndarray]]:
 
 def views(index, i: int, augmentation: Augmentation, count: int) -> list[tuple[str, np.ndarray]]:
     """Views of image i as training sees them over the epochs."""
+    from .loader import train_loader
+
     only = replace(augmentation, repeats=1, mixup=0.0, cutmix=0.0)
     loader = train_loader(index.take(np.array([i])), batch_size=1, augmentation=only, input_size=SIZE)
     cells = []
@@ -47,6 +48,8 @@ def views(index, i: int, augmentation: Augmentation, count: int) -> list[tuple[s
 
 def batch(index, augmentation: Augmentation, count: int) -> list[tuple[str, np.ndarray]]:
     """A batch after erasing and mixing, elementwise so that every kind is seen."""
+    from .loader import train_loader
+
     loader = train_loader(
         index, batch_size=count, augmentation=replace(augmentation, mixup_mode="elem", reprob=0.5), input_size=SIZE
     )
@@ -105,6 +108,8 @@ def show(
         aa: none, 3aug (DeiT III), or RandAugment in timm's notation.
         label_column: Of Parquet files; label, labels, ..., or the one with class names if not given.
     """
+    from .loader import eval_loader
+
     index = open_index(dir, split, label_column=label_column)
     if not 0 <= image < len(index):
         raise ValueError(f"--image {image}: the images are counted from 0 to {len(index) - 1}")

@@ -8,10 +8,7 @@ that nothing depends on how many processes share the batch.
 Boxes are (y0, x0, y1, x1) in pixels, y1 and x1 exclusive, all 0 for none. B samples in the batch, an even number.
 """
 
-from typing import NamedTuple
-
 import numpy as np
-from torch import Tensor
 
 from .draws import Draws, Purpose, integers
 
@@ -19,16 +16,6 @@ TRIES = 10
 ERASE_AREA = (0.02, 1 / 3)  # share of the image
 ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
 MODES = ("batch", "pair", "elem")
-
-
-class Mix(NamedTuple):
-    """What to mix and erase in a batch of B samples; all tensors on the batch's device."""
-
-    partner: Tensor  # (B,) int64    position in this batch of the sample mixed in (itself where nothing is mixed)
-    lam: Tensor  # (B,) float32      weight of the sample's own label: 1 where nothing is mixed, the area for cutmix
-    box: Tensor  # (B, 4) int32      cutmix box, taken from the partner; all 0 means mixup
-    erase_box: Tensor  # (B, 4) int32  rectangle to erase; all 0 for none
-    erase_seed: Tensor  # (B,) int64  key of the erased pixels' noise, in [0, 2**62)
 
 
 def draw_erasing(draws: Draws, probability: float, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from fastdeit import export as export_module
+from fastdeit import export as export_command
 from fastdeit.errors import UserError
-from fastdeit.export import Trained, export
+from fastdeit.export import Trained, export, formats
 from fastdeit.models.architectures import Architecture
 from fastdeit.models.deit import DeiT, create_model
 
@@ -190,7 +190,7 @@ def test_files_are_as_readable_as_their_folder(tmp_path):
 @pytest.mark.parametrize("wrong", [1e-2, float("nan")])
 def test_a_wrong_export_is_noticed_and_removed(tmp_path, monkeypatch, wrong):
     """The weights on disk are bent after writing; reading them back must tell."""
-    write = export_module.write_timm
+    write = formats.write_timm
 
     def bent(original, folder):
         read = write(original, folder)
@@ -198,7 +198,7 @@ def test_a_wrong_export_is_noticed_and_removed(tmp_path, monkeypatch, wrong):
             read.head.bias += wrong
         return read
 
-    monkeypatch.setattr(export_module, "write_timm", bent)
+    monkeypatch.setattr(formats, "write_timm", bent)
     with pytest.raises(RuntimeError, match="the timm export answers differently: a logit is off by"):
         export(trained(), "timm", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -249,7 +249,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, flags):
         *flags,
     ]
     monkeypatch.setattr(sys, "argv", ["export", *arguments])
-    export_module.main()
+    export_command.main()
     said = capsys.readouterr().out.strip().removesuffix(" at most")
     said, difference = said.rsplit(" ", 1)
     assert said == f"wrote {tmp_path / 'out'}; read back, its logits differ by"
@@ -270,5 +270,5 @@ def test_what_is_no_checkpoint_of_ours(tmp_path, monkeypatch):
     torch.save(create_model("deit_nano_patch4_16").state_dict(), tmp_path / "deit.pth")
     monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "deit.pth"), "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"deit\.pth does not say which model it is of: give --model NAME"):
-        export_module.main()
+        export_command.main()
     assert not (tmp_path / "out").exists()
