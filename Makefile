@@ -23,7 +23,7 @@ test: setup
 # models, weights, teachers, views, checkpoints and resuming. No several processes, no reports, no kernels on the CPU.
 FAST = $(patsubst %,tests/fastdeit/test_%.py,training_arithmetic settings recipes config deit_flags objective optimizer \
 	schedule lamb model weights teacher checkpoint resume written_before) \
-	$(patsubst %,tests/pipelines/test_%.py,sampler draws crop mixing rand_augment three_augment) \
+	$(patsubst %,tests/pipelines/test_%.py,sampler draws crop mixing auto_augment) \
 	$(patsubst %,tests/kernels/test_%.py,distillation_loss mix_normalize)
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak and not interpreter" $(FAST)

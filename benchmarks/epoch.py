@@ -36,7 +36,7 @@ from fastdeit.data import loaders
 from fastdeit.distill.cached_teacher import StoredTeacher, TaughtLoader
 from fastdeit.distributed.world import World
 from fastdeit.pipelines import Loader, SyntheticIndex, open_index
-from fastdeit.pipelines.index.sampler import epoch_order
+from fastdeit.pipelines.augment.sampler import epoch_order
 from fastdeit.training.trainer import Trainer
 
 from . import charts, peers

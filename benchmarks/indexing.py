@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from fastdeit.cli import FoldedHelp
-from fastdeit.pipelines.index.index import open_index
+from fastdeit.pipelines import open_index
 
 CLASSES = 100
 SHARDS = 20

@@ -20,12 +20,13 @@ from fastdeit.pipelines import (
     SyntheticIndex,
     WithUnlabelled,
     eval_loader,
+    natural_order,
     open_folder,
     open_index,
+    printable,
+    read_class_names,
     train_loader,
 )
-from fastdeit.pipelines.index.layout import read_class_names
-from fastdeit.pipelines.index.records import natural_order, printable
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

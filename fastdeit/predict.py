@@ -28,7 +28,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from fastdeit.cli import parse
 from fastdeit.errors import UserError, run
-from fastdeit.pipelines.index.folder import EXTENSIONS, list_files
+from fastdeit.pipelines import IMAGE_EXTENSIONS, list_files
 
 IMAGE_WIDTH, CLASS_WIDTH = 60, 16  # columns of the plain form; a longer name pushes the rest of its line to the right
 
@@ -122,13 +122,13 @@ def _meant_by(argument: str) -> list[str]:
     elif glob.has_magic(argument) and not os.path.lexists(argument):
         matches = sorted(glob.glob(os.path.expanduser(argument), recursive=True))
         folders = [match for match in matches if os.path.isdir(match)]
-        others = [match for match in matches if os.path.splitext(match)[1].lower() in EXTENSIONS]
+        others = [match for match in matches if os.path.splitext(match)[1].lower() in IMAGE_EXTENSIONS]
         found = sorted({*others, *list_files(folders).files} - {*folders})
         otherwise = "the pattern matches " + ("no images" if matches else "nothing")
     else:
         return [argument]
     if not found:
-        raise UserError(f"{argument}: {otherwise}; looked for {', '.join(sorted(EXTENSIONS))}")
+        raise UserError(f"{argument}: {otherwise}; looked for {', '.join(sorted(IMAGE_EXTENSIONS))}")
     return found
 
 

@@ -11,13 +11,19 @@ import logging
 import os
 import re
 import threading
+import unicodedata
 from pathlib import Path
-
-from .index.records import printable
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
 LOGGED = 20  # the names behind these only go to the file: a log is to be read
+
+
+class BadFile(NamedTuple):
+    name: str
+    cause: str
+    images: int = 1  # that are lost with it; estimated for a shard
 
 
 class TooManyBadFiles(RuntimeError):
@@ -124,3 +130,16 @@ def _escaped(name: str) -> str:
 
 def _unescaped(name: str) -> str:
     return re.sub(r"\\[\\tnr]", lambda escaped: _MEANT[escaped[0]], name)
+
+
+def printable(name: str) -> str:
+    """A name that can be written anywhere, on one line: what is no UTF-8 becomes \\xNN, a control character \\n, ..."""
+    return name if name.isprintable() else "".join(map(_printable, name))
+
+
+def _printable(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte, as os.fsdecode keeps it
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+        return character.encode("unicode_escape").decode()
+    return character

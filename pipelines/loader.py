@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from .augment.augmentation import Augmentation
-from .augment.plan import UNLABELLED, EvaluationPlans, Plan, TrainPlans
+from .augment.plan import EvaluationPlans, Plan, TrainPlans
 from .bad_files import BadFiles
 from .decode.prefetch import AHEAD, Supply
+from .index.labels import UNLABELLED
 from .synthetic import ResidentViews, SyntheticIndex
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from . import cli
 from .bad_files import BadFiles
 from .cli import show_progress
-from .index.index import Index, open_index
+from .index.image_index import Index, open_index
 from .index.layout import list_split, splits
 
 SETTINGS = "prepare.json"

@@ -6,14 +6,16 @@ import os
 import signal
 import tarfile
 import threading
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from .decode.decode_one import decode_one
-from .index.index import Index
-from .index.records import BadFile
+from .bad_files import BadFile
+from .index.image_index import Index
+from .index.inspection import refusal
 
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as that leaves this many times the size asked for;
 # Pillow's own thumbnail() uses the same margin. Measured on noisy photos, 1200 x 1600 and 3000 x 4000 to 288: 2.0 and
@@ -151,3 +153,33 @@ def _add(tar: tarfile.TarFile, name: str, contents: bytes) -> None:
     info = tarfile.TarInfo(name)  # no time, no owner: the same bytes whenever it is written
     info.size = len(contents)
     tar.addfile(info, io.BytesIO(contents))
+
+
+def decode_one(encoded: bytes) -> np.ndarray:
+    """(height, width, 3) uint8, as stored (no EXIF or TIFF orientation applied). For images that passed `inspect`.
+
+    Raises ValueError with the cause for one that cannot be decoded.
+    """
+    decoder, parse, parameters = _decoder()
+    try:
+        image = decoder.decode(parse(encoded), params=parameters)
+    except RuntimeError:
+        image = None
+    if image is None:
+        raise ValueError(refusal(encoded))
+    return np.asarray(image.cpu())
+
+
+@cache
+def _decoder() -> tuple:
+    from nvidia import nvimgcodec
+
+    decoder = nvimgcodec.Decoder(
+        device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+        max_num_cpu_threads=1,
+        backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
+    )
+    parameters = nvimgcodec.DecodeParams(
+        apply_exif_orientation=False, allow_any_depth=False, color_spec=nvimgcodec.ColorSpec.SRGB
+    )
+    return decoder, nvimgcodec.CodeStream, parameters

@@ -12,9 +12,9 @@ import numpy as np
 
 from . import cli
 from .augment.augmentation import Augmentation
+from .augment.auto_augment import OPERATIONS, RandAugment
 from .augment.operations import Operation
-from .augment.rand_augment import OPERATIONS, RandAugment
-from .index.index import open_index
+from .index.image_index import open_index
 
 COLUMNS, SIZE = 8, 224
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])  # ImageNet's
@@ -22,14 +22,14 @@ MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375
 
 def operations(image: np.ndarray, fill) -> list[tuple[str, np.ndarray]]:
     """The image, then each operation of RandAugment at magnitude 9, the signed ones in the positive direction."""
-    from .decode import pillow  # Pillow, which command.run names where it is missing
+    from .decode.cpu import apply_operations
 
     ops = np.array(OPERATIONS)
     args = RandAugment.parse("rand-m9-inc1").arguments(ops, np.full(len(ops), 9.0), np.ones(len(ops)))
     cells = [("the image", image)]
     for op, arg in zip(ops.tolist(), args.tolist()):
         name = Operation(op).name.lower().replace("_", " ")
-        cells.append((f"{name} {arg:.3g}" if arg else name, pillow.apply(image, [op], [arg], fill)))
+        cells.append((f"{name} {arg:.3g}" if arg else name, apply_operations(image, [op], [arg], fill)))
     return cells
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit.errors import UserError
-from fastdeit.pipelines.index.records import class_name
+from fastdeit.pipelines import class_name
 
 
 class SelectClasses(nn.Module):

@@ -16,8 +16,7 @@ from fastdeit.data import PRECISIONS, order_of_numbers
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.kernels import mix_normalize
-from fastdeit.pipelines import BadFiles, eval_loader, open_files, open_index
-from fastdeit.pipelines.index.layout import read_class_names
+from fastdeit.pipelines import BadFiles, eval_loader, open_files, open_index, read_class_names
 
 from .heads import logits_by_head
 from .loading import LoadedModel, load_model

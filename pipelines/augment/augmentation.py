@@ -6,12 +6,11 @@ from functools import cached_property
 
 import numpy as np
 
+from .auto_augment import JITTERED, OPERATIONS, RandAugment, draw_color_jitter, draw_three_augment
 from .crop import Geometry, random_resized_crop, simple_random_crop
 from .draws import Draws, Purpose
 from .mixing import MODES, draw_erasing, draw_mixing, mixing_rows, spread_over_batch
 from .operations import Operation
-from .rand_augment import OPERATIONS, RandAugment
-from .three_augment import JITTERED, draw_color_jitter, draw_three_augment
 
 
 @dataclass(frozen=True)

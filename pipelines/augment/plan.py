@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdeit.pipelines.bad_files import NoImages
-from fastdeit.pipelines.index.sampler import batch_slice, epoch_order, evaluation_order, steps_per_epoch
 
 from .augmentation import Augmentation, Views, draw_mix, draw_views
 from .crop import evaluation_crop
 from .draws import Draws, Purpose, integers
+from .sampler import batch_slice, epoch_order, evaluation_order, steps_per_epoch
 
-UNLABELLED = -100
 AT_ONCE = 1024  # samples drawn together: numpy's cost a call is spread over several small batches
 
 

@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from fastdeit.pipelines.augment.crop import PADDING
+from fastdeit.pipelines.augment.operations import GEOMETRIC, Operation, affine_matrices
 from fastdeit.pipelines.augment.plan import Plan
 
-from . import pillow
 from .graph import window_graph, window_inputs
 
 SHARE = 4  # samples a thread takes at a time: operations differ so much in cost that equal parts would not end together
@@ -58,7 +59,7 @@ class CpuViews:
             if flip:
                 mirror(image)
             if any(ops):
-                image[:] = pillow.apply(image, ops, args, self.fill)
+                image[:] = apply_operations(image, ops, args, self.fill)
 
 
 def mirror(image: np.ndarray) -> None:
@@ -79,3 +80,41 @@ def resized_view(window: torch.Tensor, resized: list[int], corner: list[int], si
         image = F.pad(image, (PADDING,) * 4, mode="reflect")
         top, left = top + PADDING, left + PADDING
     return image[0, :, top : top + size, left : left + size].permute(1, 2, 0)
+
+
+def _affine(image: Image.Image, op: int, arg: float, fill: tuple[int, int, int]) -> Image.Image:
+    matrix = affine_matrices(np.array(op), np.array(arg), image.width).ravel().tolist()
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def _solarize_add(image: Image.Image, add: float) -> Image.Image:
+    table = [min(255, value + int(add)) if value < 128 else value for value in range(256)]
+    return image.point(table * 3)
+
+
+PILLOW_OPERATIONS = {
+    Operation.AUTO_CONTRAST: lambda image, arg: ImageOps.autocontrast(image),
+    Operation.EQUALIZE: lambda image, arg: ImageOps.equalize(image),
+    Operation.INVERT: lambda image, arg: ImageOps.invert(image),
+    Operation.POSTERIZE: lambda image, arg: image if arg >= 8 else ImageOps.posterize(image, int(arg)),
+    Operation.SOLARIZE: lambda image, arg: ImageOps.solarize(image, int(arg)),
+    Operation.SOLARIZE_ADD: _solarize_add,
+    Operation.COLOR: lambda image, arg: ImageEnhance.Color(image).enhance(arg),
+    Operation.CONTRAST: lambda image, arg: ImageEnhance.Contrast(image).enhance(arg),
+    Operation.BRIGHTNESS: lambda image, arg: ImageEnhance.Brightness(image).enhance(arg),
+    Operation.SHARPNESS: lambda image, arg: ImageEnhance.Sharpness(image).enhance(arg),
+    Operation.BLUR: lambda image, arg: image.filter(ImageFilter.GaussianBlur(arg)),
+}
+
+
+def apply_operations(
+    image_HWC: np.ndarray, ops: list[int], args: list[float], fill: tuple[int, int, int]
+) -> np.ndarray:
+    """A square uint8 image after `ops` with `args`, one after the other; a new array."""
+    image = Image.fromarray(image_HWC)
+    for op, arg in zip(ops, args):
+        if op in GEOMETRIC:
+            image = _affine(image, op, arg, fill)
+        elif op != Operation.IDENTITY:
+            image = PILLOW_OPERATIONS[op](image, arg)
+    return np.asarray(image)

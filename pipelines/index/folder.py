@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdeit.pipelines.bad_files import BadFile, printable
+
 from .inspection import BadHeader, Inspected, columns, inspect
-from .records import UNLABELLED, BadFile, Listing, Names, Records, class_name, printable
+from .labels import UNLABELLED, class_name
+from .records import Listing, Names, Records
 
 # Files with these endings (in either case) are looked at; all others are passed over in silence. The last line cannot
 # be decoded: such files are listed as bad, because somebody expects them to be seen.
-EXTENSIONS = frozenset(
+IMAGE_EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .gif .avif .heic .heif .jxl".split()
 )
 
@@ -76,7 +79,7 @@ def _class_folders(base: str) -> tuple[list[str], list[str], list[str]]:
             here = os.stat(entry.path)
             if (here.st_dev, here.st_ino) not in around:  # a link to the folder it lies in is no class
                 folders.append(entry.name)
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+        elif os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS:
             strays.append(entry.name)
         elif entry.is_symlink() and not re.search(r"\.[A-Za-z]\w{1,4}$", entry.name):
             try:
@@ -158,7 +161,7 @@ def _walk(folder: str, below: str, ancestors: frozenset[tuple[int, int]]) -> Ite
             ending = os.path.splitext(entry.name)[1].lower()
             if _is_folder(entry):
                 yield from _walk(folder, relative, ancestors | {identity})
-            elif ending in EXTENSIONS or (not ending and entry.is_symlink() and not os.path.exists(entry.path)):
+            elif ending in IMAGE_EXTENSIONS or (not ending and entry.is_symlink() and not os.path.exists(entry.path)):
                 yield relative, *size_and_mtime(entry)
 
 

@@ -21,9 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import tiff_tags
-from .tiff_tags import orientation, tags
-
 # read(offset, count): up to `count` bytes of the encoded image, fewer at its end; all the rest if count is -1.
 Read = Callable[[int, int], bytes]
 
@@ -258,15 +255,15 @@ def _check_tiff(head: bytes, read: Read) -> tuple[bytes, bool]:
     def of(tag: int, default: int) -> int:
         return (*found.get(tag, ()), default)[0]
 
-    bits, compression = set(found.get(tiff_tags.BITS, (1,))), of(tiff_tags.COMPRESSION, 1)
-    photometric, samples = of(tiff_tags.PHOTOMETRIC, -1), of(tiff_tags.SAMPLES, 1)
+    bits, compression = set(found.get(BITS, (1,))), of(COMPRESSION, 1)
+    photometric, samples = of(PHOTOMETRIC, -1), of(SAMPLES, 1)
     if compression not in _TIFF_COMPRESSIONS:
         raise _unsupported(f"TIFF with compression {compression}")
-    if of(tiff_tags.PLANAR, 1) != 1:
+    if of(PLANAR, 1) != 1:
         raise _unsupported("TIFF whose channels are stored one after the other (planar)")
-    if set(found.get(tiff_tags.SAMPLE_FORMAT, ())) - {1}:
+    if set(found.get(SAMPLE_FORMAT, ())) - {1}:
         raise _unsupported("TIFF of floating-point or signed numbers")
-    if of(tiff_tags.EXTRA_SAMPLES, 0) == 1:
+    if of(EXTRA_SAMPLES, 0) == 1:
         raise _unsupported("TIFF with colours multiplied by alpha")
     if not any(
         photometric in kinds and samples in counts and bits <= depths
@@ -274,9 +271,9 @@ def _check_tiff(head: bytes, read: Read) -> tuple[bytes, bool]:
             ({0}, {1}, {1, 8}),  # grey, white is 0
             ({1}, {1}, {1, 8, 10, 12, 14, 16}),  # grey
             ({2}, {3, 4}, {8, 10, 12, 14, 16}),  # RGB and alpha
-            ({3} if tiff_tags.COLOUR_MAP in found else (), {1}, {4, 8}),  # palette
+            ({3} if COLOUR_MAP in found else (), {1}, {4, 8}),  # palette
             ({5}, {4}, {8}),  # CMYK
-            ({6} if compression == 7 or found.get(tiff_tags.SUBSAMPLING) == (1, 1) else (), {3}, {8}),  # YCbCr
+            ({6} if compression == 7 or found.get(SUBSAMPLING) == (1, 1) else (), {3}, {8}),  # YCbCr
         )
     ):
         depth = "/".join(map(str, sorted(bits)))
@@ -291,3 +288,41 @@ def _check_pnm(head: bytes, read: Read) -> tuple[bytes, bool]:
     if kind in (b"P5", b"P6") and header[3] not in (b"255", b"65535"):
         raise _unsupported(f"PNM with {header[3].decode('ascii', 'replace')} for white instead of 255 or 65535")
     return read(0, -1), False
+
+
+# --- TIFF tags (TIFF 6.0, section 2; BigTIFF as in libtiff), which are also how EXIF is written
+
+WIDTH, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES, PLANAR = 256, 258, 259, 262, 274, 277, 284
+COLOUR_MAP, EXTRA_SAMPLES, SAMPLE_FORMAT, SUBSAMPLING = 320, 338, 339, 530
+
+_LETTERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # BYTE, SHORT, LONG, LONG8: the types of the tags above
+_LONGEST = 16  # values; of longer tags (strip offsets, colour maps) only the first ones are read
+
+
+def tags(encoded: bytes) -> dict[int, tuple[int, ...]]:
+    """Number: values, of the tags that hold integers. Raises struct.error where the file ends before they do."""
+    order = "<" if encoded[:2] == b"II" else ">"
+    (version,) = struct.unpack_from(order + "H", encoded, 2)
+    count_letter, word, head = ("Q", "Q", 8) if version == 43 else ("H", "I", 4)
+    (start,) = struct.unpack_from(order + word, encoded, head)
+    (count,) = struct.unpack_from(order + count_letter, encoded, start)
+    first = start + struct.calcsize(order + count_letter)
+    entry, room = struct.calcsize(order + "HH" + word + word), struct.calcsize(order + word)
+    found = {}
+    for position in range(first, first + entry * min(count, 4096), entry):
+        number, kind, values = struct.unpack_from(order + "HH" + word, encoded, position)
+        if letter := _LETTERS.get(kind):
+            place = position + entry - room
+            if values * struct.calcsize(letter) > room:
+                (place,) = struct.unpack_from(order + word, encoded, place)
+            found[number] = struct.unpack_from(f"{order}{min(values, _LONGEST)}{letter}", encoded, place)
+    return found
+
+
+def orientation(encoded: bytes) -> int:
+    """As EXIF counts (1 is upright), 1 where nothing sensible is said."""
+    try:
+        (value, *_) = tags(encoded).get(ORIENTATION, (1,))
+    except (struct.error, ValueError):
+        return 1
+    return value if 1 <= value <= 8 else 1

@@ -5,8 +5,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from fastdeit.pipelines.bad_files import printable
+
 from . import folder
-from .records import Listing, class_name, printable
+from .labels import class_name
+from .records import Listing
 
 # Other names under which a validation split is found, tried in this order if there is no 'val'.
 _OTHER_NAMES = {"val": ("validation", "valid", "test")}
@@ -124,7 +127,7 @@ def _list_class_folders(path: Path, split: str) -> Listing:
     if not listing.files:
         raise ValueError(
             f"the {len(listing.classes)} class folders of {path / split} hold no images "
-            f"({', '.join(sorted(folder.EXTENSIONS))})"
+            f"({', '.join(sorted(folder.IMAGE_EXTENSIONS))})"
         )
     return listing
 

@@ -18,9 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastdeit.pipelines.bad_files import BadFile
+
 from .folder import open_file
 from .inspection import BadHeader, Inspected, columns, inspect_bytes
-from .records import BadFile, Label, Listing, Lost, Names, Records, bad_shards, class_name, label_of, number_labels
+from .labels import Label, class_name, label_of, number_labels
+from .records import Listing, Lost, Names, Records, bad_shards
 
 log = logging.getLogger(__name__)
 

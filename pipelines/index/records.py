@@ -1,15 +1,21 @@
-"""Names: many of them in two arrays (a million file names take their bytes, pickle fast and are cached as they are),
-and how one is shown.
+"""What is known of a split: the files behind it (Listing) and one row for each good image (Records).
+
+n images in a fixed order; the names are packed into two arrays, so that a million of them pickle fast and are cached as
+they are.
 """
 
 import hashlib
-import re
-import unicodedata
+import json
+import os
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+
+from fastdeit.pipelines.bad_files import BadFile
 
 
 @dataclass(frozen=True)
@@ -35,34 +41,6 @@ class Names:
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
-
-
-def printable(name: str) -> str:
-    """A name that can be written anywhere, on one line: what is no UTF-8 becomes \\xNN, a control character \\n, ..."""
-    return name if name.isprintable() else "".join(map(_printable, name))
-
-
-def _printable(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte, as os.fsdecode keeps it
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
-        return character.encode("unicode_escape").decode()
-    return character
-
-
-def class_name(stored: str) -> str:
-    """The name of a class as it is compared and shown: printable, and in one Unicode form (NFC), for macOS writes
-    others than Linux does."""
-    return unicodedata.normalize("NFC", printable(stored))
-
-
-UNLABELLED = -100
-
-
-class BadFile(NamedTuple):
-    name: str
-    cause: str
-    images: int = 1  # that are lost with it; estimated for a shard
 
 
 class Lost(NamedTuple):
@@ -161,69 +139,54 @@ class Records:
         )
 
 
-Label = int | str
+# --- on disk
+
+FORMAT = 3  # raise it when the meaning of a stored field changes
+_ARRAYS = ("sizes", "labels", "heights", "widths", "rotated", "shard_ids", "positions")
 
 
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")  # as str() writes it: 007 is a name
+def load_records(file: Path, key: str) -> Records | None:
+    """The stored records, or None if there are none, or they belong to other files, or the file is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            about = json.loads(stored["about"].tobytes())
+            if about["format"] != FORMAT or about["key"] != key:
+                return None
+            arrays = {name: stored[name] for name in _ARRAYS if name in stored.files}
+            names = Names(stored["names"], stored["name_ends"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return Records(
+        names=names,
+        classes=tuple(about["classes"]),
+        classes_are_declared=about["classes_are_declared"],
+        bad=tuple(BadFile(*bad) for bad in about["bad"]),
+        notes=tuple(about["notes"]),
+        shards=tuple(about["shards"]),
+        **arrays,
+    )
 
 
-def label_of(stored: Any) -> Label | None:
-    """A stored value as a label, None if it is none: numbers without fraction, truth values, names, digits."""
-    if isinstance(stored, bool):
-        return str(stored)
-    if isinstance(stored, bytes):
-        stored = stored.decode("utf-8", "surrogateescape")
-    if isinstance(stored, str):
-        return class_name(stored.strip()) or None
-    if isinstance(stored, float):
-        return int(stored) if stored.is_integer() else None
-    return stored if isinstance(stored, int) else None
-
-
-def number_labels(stored: Sequence[Label], declared: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...], bool]:
-    """(labels (n,) int64, classes, whether these were declared: else they are those that occur).
-
-    stored: what label_of gives: all numbers (or digits), or all names. declared: names in the order of the labels, ()
-    if nobody wrote them down; then the classes are the values that occur, names sorted as strings, numbers as numbers.
-    Raises ValueError for labels outside the declared ones, for negative numbers and for a mixture of both kinds.
-    """
-    if all(isinstance(label, int) or is_number(label) for label in stored) and set(stored).isdisjoint(declared):
-        return _number_numbers([int(label) for label in stored], declared)
-    if numbers := [label for label in stored if isinstance(label, int)]:
-        raise ValueError(f"the shards mix labels that are numbers ({numbers[0]}) and names: write all in one way")
-    classes = declared or tuple(sorted(set(stored)))
-    place = {name: label for label, name in enumerate(classes)}
-    if unknown := set(stored) - set(place):
-        raise ValueError(f"the shards hold the class {min(unknown)}, which is not among the declared class names")
-    return np.array([place[name] for name in stored], np.int64), classes, bool(declared)
-
-
-def is_number(name: str) -> bool:
-    return _NUMBER.fullmatch(name) is not None
-
-
-def all_numbers(names: Iterable[str]) -> bool:
-    return all(map(is_number, names))
-
-
-def natural_order(classes: Sequence[str]) -> list[str]:
-    """Numbers within names compared as numbers, as timm sorts class folders: 2 before 10."""
-    parts = {name: re.split(r"(\d+)", name.lower()) for name in classes}
-    return sorted(classes, key=lambda name: [int(part) if part.isdecimal() else part for part in parts[name]])
-
-
-def _number_numbers(stored: list[int], declared: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...], bool]:
-    if stored and max(stored) >= 2**63:
-        raise ValueError(f"the shards hold the label {max(stored)}: no number of a class has so many digits")
-    labels = np.array(stored, np.int64)
-    values, places = np.unique(labels, return_inverse=True)
-    if len(values) and values[0] < 0:
-        raise ValueError(
-            f"the shards hold the negative label {values[0]}: labels count from 0 (-1 often means that there is none, "
-            "as in a test split)"
+def save_records(file: Path, key: str, records: Records) -> None:
+    """Written beside the target and renamed, so that a reader never meets half a file."""
+    about = {
+        "format": FORMAT,
+        "key": key,
+        "classes": records.classes,
+        "classes_are_declared": records.classes_are_declared,
+        "bad": records.bad,
+        "notes": records.notes,
+        "shards": records.shards,
+    }
+    arrays = {name: getattr(records, name) for name in _ARRAYS if getattr(records, name) is not None}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as stream:
+        np.savez(
+            stream,
+            about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+            names=records.names.blob,
+            name_ends=records.names.ends,
+            **arrays,
         )
-    if not declared:
-        return places.astype(np.int64), tuple(map(str, values.tolist())), False
-    if len(values) and values[-1] >= len(declared):
-        raise ValueError(f"the shards hold the label {values[-1]}, but only {len(declared)} class names are declared")
-    return labels, declared, True
+    os.replace(temporary, file)

@@ -1,30 +1,54 @@
-"""WebDataset: tar shards whose members key.jpg and key.cls (or key.json) make up a sample (webdataset_samples.py).
+"""WebDataset: tar shards whose members key.jpg and key.cls (or key.json) make up a sample.
 
-Only the tar headers, the labels and the first bytes of each image are read for the index; an image is then a slice of
-its memory-mapped shard, so random access costs what it costs in a file of its own.
+Only the tar headers, the labels and the first bytes of each image are read for the index. An image is then a slice of
+its memory-mapped shard, so random access costs the same as with plain files.
 
 Labels: key.cls holds a number or a class name; without it, key.json holds {"label": number or name}. Numbers are
 named by the lines of classes.txt (or classnames.txt) in the data set's folder; without such a file they stay numbers.
+
+Which members make up a sample:
+
+    7.jpg 7.cls             a sample; the label may also be in 7.json
+    v1.5.jpg v1.5.cls       a sample: keys may contain dots, as file names do
+    7.left.jpg 7.cls        a sample: webdataset ends a key at its first dot
+    7.jpg 7.cls 7.mask.png  one sample; the mask is a further image of it, counted and ignored
+    7.jpg 7.cls 7.jpg 7.cls the key occurs twice: two samples
+    7.jpg 7.png 7.cls       either may be the image: the first is, the other is listed as bad
+    7.cls                   no image: listed as bad
 """
 
 import json
 import mmap
 import os
+import posixpath
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from .folder import THREADS, open_file
+from fastdeit.pipelines.bad_files import BadFile
+
+from .folder import IMAGE_EXTENSIONS, THREADS, open_file, passed_over
 from .inspection import BadHeader, Inspected, columns, inspect
-from .records import BadFile, Label, Listing, Lost, Names, Records, bad_shards, is_number, label_of, number_labels
+from .labels import Label, is_number, label_of, number_labels
+from .records import Listing, Lost, Names, Records, bad_shards
 from .tar_members import Damage, Member, read_members
-from .webdataset_samples import Found, pair
 
 Read = Callable[[int, int], bytes]  # (offset, count) of a shard
+
+_LABELS = (".cls", ".json")  # in this order
+Parts = dict[str, Member]  # members of one name by their endings: ".jpg", ".cls"
+
+
+class Candidate(NamedTuple):
+    """An image, or the label of one that is missing; `cause` says why there is no sample."""
+
+    member: Member
+    label: Member | None
+    cause: str = ""
 
 
 class Sample(NamedTuple):
@@ -82,24 +106,29 @@ def _read_shard(path: str) -> Shard:
     with open(descriptor, "rb") as file:
         try:
             members, damages = read_members(file)
-            found, further = pair(members)
-            return Shard([_sample(read, one) for one in found if not _is_other(read, one)], damages, further)
+            candidates, further = pair(members)
+            samples = [_sample(read, one) for one in candidates if not _is_other_json(read, one)]
+            return Shard(samples, damages, further)
         except OSError as error:
             return Shard([], [Damage(f"cannot be read ({error.strerror})", None)])
 
 
-def _is_other(read: Read, found: Found) -> bool:
+def _is_other_json(read: Read, candidate: Candidate) -> bool:
     """Whether it is no image and no label of one, but a .json with something else."""
-    return found.member is found.label and found.label.name.endswith(".json") and _label(read, found.label) is None
+    return (
+        candidate.member is candidate.label
+        and candidate.label.name.endswith(".json")
+        and _read_label(read, candidate.label) is None
+    )
 
 
-def _sample(read: Read, found: Found) -> Sample:
-    image = found.member
-    if cause := found.cause or image.cause:
+def _sample(read: Read, candidate: Candidate) -> Sample:
+    image = candidate.member
+    if cause := candidate.cause or image.cause:
         return Sample(image, None, None, cause)
-    if found.label.cause:
-        return Sample(image, None, None, f"its label {found.label.name}: {found.label.cause}")
-    label = _label(read, found.label)
+    if candidate.label.cause:
+        return Sample(image, None, None, f"its label {candidate.label.name}: {candidate.label.cause}")
+    label = _read_label(read, candidate.label)
     if label is None:
         return Sample(image, None, None, "no label: neither .cls nor .json with 'label'")
 
@@ -113,7 +142,7 @@ def _sample(read: Read, found: Found) -> Sample:
         return Sample(image, label, None, str(cause))
 
 
-def _label(read: Read, member: Member) -> Label | None:
+def _read_label(read: Read, member: Member) -> Label | None:
     contents = read(member.offset, member.size)
     if not member.name.lower().endswith(".json"):
         label = label_of(contents.removeprefix(b"\xef\xbb\xbf"))
@@ -134,8 +163,8 @@ class WebDatasetReader:
         self._keep_maps()
 
     def _keep_maps(self) -> None:
-        # A map holds a file open: half of what the process may open, the latest used ones. An image keeps its map
-        # alive, so one that is dropped here goes when its last image does.
+        # A map keeps a file open: at most half of the files the process may open stay mapped, the least recently used
+        # are dropped first. An image keeps its map alive, so a dropped one is closed with its last image.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._map = lru_cache(None if limit == resource.RLIM_INFINITY else max(1, limit // 2))(self._open)
 
@@ -164,3 +193,94 @@ class WebDatasetReader:
     def _open(self, shard_id: int) -> mmap.mmap:
         with open(os.path.join(self.absolute_root, self.records.shards[shard_id]), "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+# --- which members make up a sample
+
+
+def pair(members: Iterable[Member]) -> tuple[list[Candidate], int]:
+    """(images with their labels, the number of further images)"""
+    named = _by_name(members)
+    further = {_field(name, named) for name, groups in named.items() if _is_field_of_an_image(name, groups, named)}
+    found: list[Candidate] = []
+    ignored, taken = 0, set()  # taken: by an image of a longer name
+    for name, groups in named.items():
+        for number, parts in enumerate(groups):
+            if not (images := _images(parts)):
+                continue
+            first, *others = images
+            label = _label_member(parts)
+            key = None if label else _key(name, named)
+            if key is not None:
+                place = (key, min(number, len(named[key]) - 1))
+                if _field(name, named) in further or _images(named[key][place[1]]):
+                    ignored += len(images)
+                    continue
+                label = None if place in taken else _label_member(named[key][place[1]])
+                again = place in taken
+                taken.add(place)
+            else:
+                again = label is None and any(map(_images, groups[:number]))
+            cause = _second(key or name) if again else "no label: neither .cls nor .json with 'label'"
+            found.append(Candidate(first, label, "" if label else cause))
+            found += [Candidate(other, None, _second(name)) for other in others]
+    found += [Candidate(label, label, "no image of this name") for label in _without_image(named, taken)]
+    return found, ignored
+
+
+def _by_name(members: Iterable[Member]) -> dict[str, list[Parts]]:
+    """Members by their name without the ending; a new group begins where a sample is complete, or repeats."""
+    named: dict[str, list[Parts]] = {}
+    for member in members:
+        path = posixpath.normpath(member.name)
+        if any(passed_over(part) for part in path.split("/") if part != ".."):
+            continue
+        name, ending = posixpath.splitext(path)
+        groups = named.setdefault(name, [{}])
+        ending = ending.lower()
+        complete = ending in IMAGE_EXTENSIONS and _label_member(groups[-1]) and _images(groups[-1])
+        if ending in groups[-1] or complete:
+            groups.append({})
+        groups[-1][ending] = member
+    return named
+
+
+def _images(parts: Parts) -> list[Member]:
+    return [member for ending, member in parts.items() if ending in IMAGE_EXTENSIONS]
+
+
+def _label_member(parts: Parts) -> Member | None:
+    return next((parts[ending] for ending in _LABELS if ending in parts), None)
+
+
+def _key(name: str, named: dict[str, list[Parts]]) -> str | None:
+    """The longest part of a name, up to one of its dots, that is the name of an image or a label, too."""
+    folder, slash, base = name.rpartition("/")
+    while "." in base:
+        base = base.rpartition(".")[0]
+        if any(_images(parts) or _label_member(parts) for parts in named.get(folder + slash + base, ())):
+            return folder + slash + base
+    return None
+
+
+def _field(name: str, named: dict[str, list[Parts]]) -> str:
+    """mask, of 7.mask"""
+    return name.removeprefix(_key(name, named) or name)
+
+
+def _is_field_of_an_image(name: str, groups: list[Parts], named: dict[str, list[Parts]]) -> bool:
+    if not _images(groups[0]) or _label_member(groups[0]):
+        return False
+    key = _key(name, named)
+    return key is not None and any(map(_images, named[key]))
+
+
+def _second(key: str) -> str:
+    return f"a second image under the key {posixpath.basename(key)}, which is to have one"
+
+
+def _without_image(named: dict[str, list[Parts]], taken: set[tuple[str, int]]) -> Iterator[Member]:
+    for name, groups in named.items():
+        for number, parts in enumerate(groups):
+            if not _images(parts) and (name, number) not in taken and (label := _label_member(parts)):
+                yield label

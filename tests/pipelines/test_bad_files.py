@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fastdeit.pipelines.bad_files import LOGGED, BadFiles, TooManyBadFiles
-from fastdeit.pipelines.index.index import open_index
+from fastdeit.pipelines.index.image_index import open_index
 from fastdeit.pipelines.index.inspection import inspect_bytes
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdeit.pipelines.index import index as index_module
-from fastdeit.pipelines.index.index import open_files, open_folder, open_index
+from fastdeit.pipelines.index import image_index as index_module
+from fastdeit.pipelines.index.image_index import open_files, open_folder, open_index
 
 SIZES = {"cat/1.jpg": (30, 40), "cat/2.png": (50, 20), "dog/deep/3.JPEG": (33, 31), "dog/4.bmp": (10, 11)}
 

@@ -13,7 +13,7 @@ pytest.importorskip("nvidia.dali")
 from nvidia.dali import fn, pipeline_def, types
 
 from fastdeit.pipelines.augment.operations import GEOMETRIC, Operation, affine_matrices
-from fastdeit.pipelines.decode import pillow
+from fastdeit.pipelines.decode.cpu import apply_operations
 from fastdeit.pipelines.decode.dali_operations import layer
 
 FILL, SIZE, BATCH = (124, 116, 104), 224, 32
@@ -89,7 +89,7 @@ def in_dali(images, op: Operation, args: np.ndarray) -> np.ndarray:
 def test_in_pillow_is_timms(op, images):
     function, args, *_ = OPERATIONS[op]
     for image, arg in zip(images[::3], np.float32(args)[::3]):
-        ours = pillow.apply(image, [int(op)], [float(arg)], FILL)
+        ours = apply_operations(image, [int(op)], [float(arg)], FILL)
         theirs = np.asarray(function(Image.fromarray(image), arg, Image.Resampling.BICUBIC))
         # The matrix passes through float32, which may move a sample over a rounding edge.
         assert (np.abs(ours.astype(int) - theirs) > (1 if op in GEOMETRIC else 0)).mean() == 0
@@ -108,4 +108,4 @@ def test_in_dali_is_timms(op, images):
 
 def test_identity_leaves_the_image_alone(images):
     assert np.array_equal(in_dali(images, Operation.IDENTITY, np.zeros(BATCH, np.float32)), images)
-    assert np.array_equal(pillow.apply(images[0], [0, 0], [0.0, 0.0], FILL), images[0])
+    assert np.array_equal(apply_operations(images[0], [0, 0], [0.0, 0.0], FILL), images[0])

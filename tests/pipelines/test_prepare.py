@@ -18,7 +18,7 @@ from PIL import Image
 from fastdeit.pipelines import cli
 from fastdeit.pipelines import prepare as prepare_module
 from fastdeit.pipelines.bad_files import TooManyBadFiles
-from fastdeit.pipelines.index.index import open_index
+from fastdeit.pipelines.index.image_index import open_index
 from fastdeit.pipelines.prepare import prepare
 from fastdeit.pipelines.reencode import shrink
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastdeit.pipelines.index import sampler
+from fastdeit.pipelines.augment import sampler
 
 
 def test_order_is_a_reproducible_permutation():

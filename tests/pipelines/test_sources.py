@@ -16,7 +16,7 @@ import pytest
 from fastdeit.pipelines.bad_files import BadFiles, TooManyBadFiles
 from fastdeit.pipelines.index import parquet as parquet_module
 from fastdeit.pipelines.index import webdataset
-from fastdeit.pipelines.index.index import open_index
+from fastdeit.pipelines.index.image_index import open_index
 
 IMAGES = [odd_images.encoded(odd_images.picture(20 + i, 30 + i, seed=i)) for i in range(6)]
 

@@ -12,8 +12,7 @@ pytest.importorskip("nvidia.dali")
 from fastdeit.pipelines import Augmentation
 from fastdeit.pipelines.augment.operations import GEOMETRIC
 from fastdeit.pipelines.augment.plan import EvaluationPlans, TrainPlans
-from fastdeit.pipelines.decode import pillow
-from fastdeit.pipelines.decode.cpu import CpuViews
+from fastdeit.pipelines.decode.cpu import PILLOW_OPERATIONS, CpuViews
 from fastdeit.pipelines.decode.gpu import GpuViews
 
 B, SIZE, CPU = 32, 224, torch.device("cpu")
@@ -59,7 +58,7 @@ def replay(index, plan, row: int, resample) -> np.ndarray:
             name = {12: "Rotate", 13: "ShearX", 14: "ShearY", 15: "TranslateXRel", 16: "TranslateYRel"}[op]
             image = timm_aa.NAME_TO_OP[name](image, arg, fillcolor=(124, 116, 104), resample=resample)
         elif op:
-            image = pillow.OPERATIONS[op](image, arg)  # these are held against timm's in test_operations.py
+            image = PILLOW_OPERATIONS[op](image, arg)  # these are held against timm's in test_operations.py
     return np.asarray(image)
 
 

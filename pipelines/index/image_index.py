@@ -19,11 +19,12 @@ from typing import Protocol
 
 import numpy as np
 
-from fastdeit.pipelines.bad_files import NoImages
+from fastdeit.pipelines.bad_files import BadFile, NoImages, printable
 
-from . import cache, folder, parquet, webdataset
+from . import folder, parquet, webdataset
+from .labels import UNLABELLED, all_numbers, class_name
 from .layout import list_split
-from .records import BadFile, Listing, Records, all_numbers, class_name, printable
+from .records import Listing, Records, load_records, save_records
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def open_files(paths: Sequence[str | os.PathLike], *, cache_dir: str | os.PathLi
 
 def _open_unlabelled(listing: Listing, what: str, cache_dir: str | os.PathLike | None) -> Index:
     if not listing.files:
-        raise NoImages(f"no images under {what} ({', '.join(sorted(folder.EXTENSIONS))})")
+        raise NoImages(f"no images under {what} ({', '.join(sorted(folder.IMAGE_EXTENSIONS))})")
     return _open(listing, what, None, cache_dir)
 
 
@@ -174,11 +175,11 @@ def _cached(listing: Listing, what: str, cache_dir: str | os.PathLike) -> Record
     key = listing.key()
     place = hashlib.sha256(f"{listing.kind} {os.path.abspath(listing.root)} {what}".encode()).hexdigest()[:16]
     file = Path(cache_dir) / f"index-{place}.npz"
-    records = cache.load(file, key)
+    records = load_records(file, key)
     if records is None:
         start = time.perf_counter()
         records = _KINDS[listing.kind][0](listing)
-        cache.save(file, key, records)
+        save_records(file, key, records)
         log.info("indexed %s: %d images in %.1f s", what, len(records.names), time.perf_counter() - start)
     return records
 
@@ -218,3 +219,45 @@ def _refuse_other_classes(unknown: set[str], missing: set[str], what: str) -> No
 def _some(names: set[str]) -> str:
     shown = ", ".join(sorted(names)[:5])
     return f"{shown} and {len(names) - 5} more ({len(names)} classes)" if len(names) > 5 else shown
+
+
+class WithUnlabelled:
+    """The images of `labelled`, then those of `unlabelled`, whose labels do not count: all -100. For the loaders.
+
+    The first positions and the classes are those of `labelled`. One may be a folder and the other shards.
+    """
+
+    def __init__(self, labelled: Index, unlabelled: Index):
+        self.parts = (labelled, unlabelled)
+        self.classes = labelled.classes
+        self.labels = np.concatenate([labelled.labels, np.full(len(unlabelled), UNLABELLED, np.int64)])
+        self.heights = np.concatenate([labelled.heights, unlabelled.heights])
+        self.widths = np.concatenate([labelled.widths, unlabelled.widths])
+        self.encoded_bytes = np.concatenate([labelled.encoded_bytes, unlabelled.encoded_bytes])
+        self.bad = labelled.bad + unlabelled.bad
+        # A decoder reads either files or bytes: bytes, unless all images are files.
+        self.all_are_files = all(part.path(0) is not None for part in self.parts)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        part, place = self._find(i)
+        return part.name(place)
+
+    def path(self, i: int) -> str | None:
+        part, place = self._find(i)
+        return part.path(place) if self.all_are_files else None
+
+    def encoded(self, i: int) -> np.ndarray:
+        part, place = self._find(i)
+        return part.encoded(place)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of both parts' fingerprints."""
+        return hashlib.sha256(" ".join(part.fingerprint for part in self.parts).encode()).hexdigest()
+
+    def _find(self, i: int) -> tuple[Index, int]:
+        first = len(self.parts[0])
+        return (self.parts[0], i) if i < first else (self.parts[1], i - first)
