@@ -33,7 +33,7 @@ import torch
 from timm.data import FastCollateMixup
 
 from fastdeit.data import loaders
-from fastdeit.distill.cached_teacher import StoredTeacher, TaughtLoader
+from fastdeit.distill.cached_teacher import CachedTeacher, LoaderWithTargets
 from fastdeit.distributed.world import World
 from fastdeit.pipelines import Loader, SyntheticIndex, open_index
 from fastdeit.pipelines.augment.sampler import epoch_order
@@ -49,7 +49,7 @@ VIEWS = 4  # of the store; epochs go round
 SOURCES = ("from disk", "noise")
 
 
-def taught(loader: Loader, folder: Path) -> TaughtLoader:
+def taught(loader: Loader, folder: Path) -> LoaderWithTargets:
     """The loader with a store of answers, drawn at random, to the very images it gives."""
     plans = loader.plans
     length = len(loader) * plans.batch_size
@@ -60,10 +60,10 @@ def taught(loader: Loader, folder: Path) -> TaughtLoader:
         )[0][:length]
         for view in range(VIEWS)
     ]  # fmt: skip
-    return TaughtLoader(loader, random_store(folder, np.stack(orders), plans.batch_size))
+    return LoaderWithTargets(loader, random_store(folder, np.stack(orders), plans.batch_size))
 
 
-def our_epochs(trainer: Trainer, loader: TaughtLoader) -> Epoch:
+def our_epochs(trainer: Trainer, loader: LoaderWithTargets) -> Epoch:
     def epoch() -> Iterator[int]:
         trainer.train_loader = loader
         trainer.train_epoch(trainer.steps_done // trainer.steps_per_epoch)
@@ -83,7 +83,7 @@ def ours(arguments: argparse.Namespace, root: Path, world: World, folder: Path) 
         loader, _ = loaders(config, (source, source), world, None)
         sources[name] = taught(loader, folder / name)
     trainer = trainer_on(config, world, sources["from disk"])
-    trainer.teacher = StoredTeacher(sources["from disk"].store, config)
+    trainer.teacher = CachedTeacher(sources["from disk"].cache, config)
     return {f"fastdeit, {name}": our_epochs(trainer, loader) for name, loader in sources.items()}
 
 

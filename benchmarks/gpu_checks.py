@@ -34,7 +34,7 @@ BENCHMARKS = {
     "teacher": 4.0, "train-step": 8.0, "pipeline": 8.0, "epoch": 8.0,
 }  # fmt: skip
 NEEDS = {  # what a step cannot do without, or all of a folder's tests
-    "fastdeit/test_resume": ("tyro", "nvidia.dali"), "fastdeit/test_store": ("tyro", "nvidia.dali"),
+    "fastdeit/test_resume": ("tyro", "nvidia.dali"), "fastdeit/test_logit_cache": ("tyro", "nvidia.dali"),
     "pipelines": ("nvidia.dali",), "benchmark pipeline": ("nvidia.dali",), "benchmark epoch": ("nvidia.dali",),
 }  # fmt: skip
 SANITIZER_TOOLS = ("memcheck", "racecheck")

@@ -36,7 +36,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from fastdeit.cli import FoldedHelp
-from fastdeit.distill.inference import fold_batchnorm, laid_out
+from fastdeit.distill.folding import fold_batchnorm
+from fastdeit.distill.layouts import laid_out
 from fastdeit.models.deit import create_model
 
 RECORD = Path(__file__).parent / "records" / "compile" / "step_traffic.csv"

@@ -18,7 +18,7 @@ import torch
 from fastdeit.config import Config
 from fastdeit.data import loaders, open_images
 from fastdeit.distill import logit_cache
-from fastdeit.distill.cached_teacher import answers_of
+from fastdeit.distill.cached_teacher import targets_of
 from fastdeit.distributed.world import World, pick_device
 from fastdeit.models.build import build_student
 from fastdeit.pipelines import Batch, Loader
@@ -91,7 +91,7 @@ def our_step(trainer: Trainer, teacher, batches: list[Batch]) -> Step:
     return step
 
 
-def random_store(folder: Path, indices: np.ndarray, batch_size: int) -> logit_cache.Store:
+def random_store(folder: Path, indices: np.ndarray, batch_size: int) -> logit_cache.LogitCache:
     """A store with a random decision for each position. indices: (views, positions), the images they are of."""
     views, positions = indices.shape
     steps = positions // batch_size
@@ -106,7 +106,7 @@ def random_store(folder: Path, indices: np.ndarray, batch_size: int) -> logit_ca
         rows = {"indices": indices[view], "labels": labels[view]}
         writer.write((view, 0, steps), {name: row.reshape(steps, batch_size) for name, row in rows.items()})
     writer.close()
-    return logit_cache.Store(folder)
+    return logit_cache.LogitCache(folder)
 
 
 def stored_answers(folder: Path, batch_size: int, device: torch.device) -> Callable:
@@ -116,7 +116,7 @@ def stored_answers(folder: Path, batch_size: int, device: torch.device) -> Calla
 
     def answers(images, batch):
         start = next(starts)
-        return answers_of(store.rows(0, slice(start, start + batch_size)), device)
+        return targets_of(store.rows(0, slice(start, start + batch_size)), device)
 
     return answers
 

@@ -143,7 +143,7 @@ class Distillation:
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """The teacher's weights and arithmetic. Default: fp16 on CUDA, fp32 on the CPU."""
     teacher_store: str | None = None
-    """Train on a teacher's stored answers, with no teacher in memory: a folder of `python -m fastdeit.teach store`."""
+    """Logit cache to train from, with no teacher in memory: a folder of `python -m fastdeit.teach store`."""
     unlabelled_path: Path | None = None
     """Folder of further images, however deep, without classes: mixed into the training set, they carry the teacher's
     term only."""

@@ -82,7 +82,7 @@ def _check_together(config) -> None:
         if given is not None and distillation.distillation_type == "none":
             raise UserError(f"{flag}: nobody listens to a teacher; give --distillation-type hard or soft too")
     if distillation.teacher_path is not None and distillation.teacher_store is not None:
-        raise UserError("--teacher-path and --teacher-store: one asks a teacher, the other has its answers; give one")
+        raise UserError("--teacher-path gives a live teacher, --teacher-store its logit cache: give one of them")
     if distillation.unlabelled_path is not None and distillation.distillation_type == "none":
         raise UserError(
             "--unlabelled-path: without labels there must be a teacher: give --distillation-type hard or soft"
@@ -137,7 +137,7 @@ def _without_use(config):
         if distillation.attention_distillation_weight == 0:
             yield of_attention, "--attention-distillation-weight is 0"
         if distillation.teacher_store is not None:
-            yield of_teacher, "--teacher-store holds a teacher's answers"
+            yield of_teacher, "--teacher-store has the teacher's logits"
         elif distillation.teacher_path is not None and Path(distillation.teacher_path).is_dir():
             yield "teacher_model", "the folder of --teacher-path says which model it holds"
     if data.mixup == 0 and data.cutmix == 0:

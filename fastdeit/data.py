@@ -70,11 +70,12 @@ def _part(batch: Batch, start: int, end: int) -> Batch:
         mix = Mix(*(tensor[start:end] for tensor in mix))
         mix = mix._replace(partner=mix.partner - start)
     part = Batch(batch.images[start:end], batch.labels[start:end], batch.indices[start:end], mix)
-    if not hasattr(batch, "answers"):
+    if not hasattr(batch, "targets"):
         return part
-    answers = batch.answers  # a stored teacher's
-    several = isinstance(answers, tuple)
-    return type(batch)(*part, tuple(a[start:end] for a in answers) if several else answers[start:end])
+    targets = batch.targets  # from a logit cache
+    return type(batch)(
+        *part, tuple(t[start:end] for t in targets) if isinstance(targets, tuple) else targets[start:end]
+    )
 
 
 REPEATS = 3  # repeated augmentation, as in the DeiT recipe

@@ -69,7 +69,7 @@ def build(config, world, indices, on_micro_batch=None):
     from fastdeit.checkpoint import resume, run_dir
     from fastdeit.data import first_views, loaders
     from fastdeit.distill import cached_teacher
-    from fastdeit.distill.logit_cache import Store
+    from fastdeit.distill.logit_cache import LogitCache
     from fastdeit.distill.teacher import load_teacher
     from fastdeit.models.build import build_student, normalise
     from fastdeit.models.loading import mean_std
@@ -80,9 +80,9 @@ def build(config, world, indices, on_micro_batch=None):
     if (saved_in := resume.checkpoint_to_come(config)) is not None:
         normalise(model, saved_in["mean"], saved_in["std"])
     mean, std = mean_std(model)
-    teacher = store = None
+    teacher = cache = None
     if config.distillation.teacher_store is not None:
-        store = Store(config.distillation.teacher_store)
+        cache = LogitCache(config.distillation.teacher_store)
     elif config.distillation.distillation_type != "none":
         teacher = load_teacher(config, classes, student_mean=mean, student_std=std, world=world)
 
@@ -92,8 +92,8 @@ def build(config, world, indices, on_micro_batch=None):
         saved = resume.start(folder, world)
     own_folder = folder if world.is_main else None
     both_loaders = loaders(config, indices, world, own_folder)
-    if store is not None:
-        teacher, both_loaders = cached_teacher.take(store, config, world, both_loaders, mean, std)
+    if cache is not None:
+        teacher, both_loaders = cached_teacher.from_cache(cache, config, world, both_loaders, mean, std)
     trainer = Trainer(
         config, world, model, teacher, both_loaders, classes, own_folder, title="student", on_micro_batch=on_micro_batch
     )

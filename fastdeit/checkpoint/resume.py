@@ -88,7 +88,7 @@ def check_same(progress: dict, trainer) -> None:
     if trainer.teacher is not None and trainer.teacher.fingerprint != progress["teacher"]:
         raise UserError(
             f"the teacher {trainer.teacher.name} is not the one the run was started with: weights or classes differ, "
-            "or one is stored and the other is not; give the same by --teacher-path or --teacher-store, or start a new "
+            "or one is live and the other cached; give the same by --teacher-path or --teacher-store, or start a new "
             "run"
         )
     batch, processes = trainer.global_batch, trainer.world.world_size

@@ -1,14 +1,14 @@
-"""What a student can learn from where its teacher looks: attention maps compared block by block.
+"""Attention distillation: the attention maps of student and teacher are compared block by block.
 
-Needs a vision transformer as teacher. Off by default, and to be tried rather than trusted: over 20 teachers of 11
-families attention transfer helped with 7 and hurt with 4, where teacher and student differ in architecture
-(arXiv 2605.07191).
+The teacher must be a plain vision transformer. Off by default: over 20 teachers of 11 families attention transfer
+helped with 7 and hurt with 4, where teacher and student differ in architecture (arXiv 2605.07191).
 
-The queries and keys are taken where the models compute them, by hooks on the qkv projections; the maps are never in
-memory (fastdeit.kernels.attention_distillation_loss).
+Queries and keys are captured by hooks on the qkv projections; the maps themselves are never in memory
+(fastdeit.kernels.attention_distillation_loss).
 """
 
 import torch
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from fastdeit.config import Config
@@ -27,7 +27,8 @@ VARIANTS = {
 class AttentionDistillation:
     """Call it after a forward pass of both models on the same images: () float32, the mean over the pairs of blocks.
 
-    To be made before either model is compiled and after the student was copied: the hooks belong to these two modules.
+    Construct it before either model is compiled, and after the student was copied for its moving average: the hooks
+    belong to these two modules.
     """
 
     def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, teacher_name: str):
@@ -44,20 +45,20 @@ class AttentionDistillation:
             "teacher_prefix": teacher.num_prefix_tokens,
         }
         _check_heads(student_blocks[0], teacher_blocks[0], self.options["heads"])
-        listen([*student_blocks, *teacher_blocks])
+        add_hooks([*student_blocks, *teacher_blocks])
         self.taps = [(Tap(student_blocks[s], self.variant), Tap(teacher_blocks[t], self.variant)) for s, t in pairs]
 
     @classmethod
     def of(cls, config: Config, student: nn.Module, teacher) -> "AttentionDistillation | None":
-        """What the settings ask for; None where its weight is 0. `teacher`: a live one, a stored one or None."""
+        """That of the settings; None where its weight is 0. `teacher`: a live one, a cached one or None."""
         if config.distillation.attention_distillation_weight == 0:
             return None
-        if not hasattr(teacher, "watched"):
+        if not hasattr(teacher, "hookable"):
             raise UserError(
-                "--attention-distillation-weight needs a live teacher: give --distillation-type soft or hard, and no "
-                "--teacher-store, which keeps answers only"
+                "--attention-distillation-weight needs a live teacher: give --distillation-type soft or hard, and omit "
+                "--teacher-store, since a logit cache holds no attention maps"
             )
-        return cls(config, student, teacher.watched(), teacher.name)
+        return cls(config, student, teacher.hookable(), teacher.name)
 
     def __call__(self) -> Tensor:
         losses = [self._pair(student.take(), teacher.take()) for student, teacher in self.taps]
@@ -75,7 +76,7 @@ class AttentionDistillation:
 
 
 class Tap:
-    """What an attention module computes: [q, k], for relations [q, k, v], each (batch, tokens, heads, head_dim)."""
+    """[q, k] of an attention module, for relations [q, k, v], each (batch, tokens, heads, head_dim)."""
 
     def __init__(self, attention: nn.Module, variant: str):
         self.heads, self.count = _heads(attention), 3 if variant == "relations" else 2
@@ -84,7 +85,7 @@ class Tap:
             module.tapped = True
 
     def take(self) -> list[Tensor]:
-        """What the last forward pass has left; no longer held here."""
+        """The tensors of the last forward pass, which are then released."""
         kept = [module.__dict__.pop("kept", None) for module in (self.qkv, *self.norms)]
         assert kept[0] is not None, "the model has not run, or does not call its qkv projection"
         q, k, v = kept[0].unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -93,9 +94,9 @@ class Tap:
         return [q, k, v][: self.count]
 
 
-def listen(attentions: list[nn.Module]) -> None:
-    """Hook every block, also those that are not asked: torch.compile takes hooks for granted, and blocks that share a
-    compiled graph must not differ in them. That only some are tapped it does see."""
+def add_hooks(attentions: list[nn.Module]) -> None:
+    """Hook every block, not only those that are compared: torch.compile does not guard on hooks, and blocks that share
+    a compiled graph must not differ in them. It does guard on `tapped`."""
     for attention in attentions:
         for module in _sources(attention):
             module.tapped = False
@@ -114,7 +115,7 @@ def _sources(attention: nn.Module) -> list[nn.Module]:
 
 
 def layer_pairs(text: str, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
-    """(student's block, teacher's block), counted from 0: "last", "every-N" or pairs such as "5:5,11:23"."""
+    """[(student's block, teacher's block)], counted from 0, of "last", "every-N" or pairs such as "5:5,11:23"."""
     if text == "last":
         return [(student_depth - 1, teacher_depth - 1)]
     try:
@@ -122,7 +123,7 @@ def layer_pairs(text: str, student_depth: int, teacher_depth: int) -> list[tuple
             n = int(text.removeprefix("every-"))
             if not 1 <= n <= student_depth:
                 raise ValueError
-            # At the same share of the depth.
+            # At the same relative depth.
             return [(s, round((s + 1) * teacher_depth / student_depth) - 1) for s in range(n - 1, student_depth, n)]
         pairs = [tuple(map(int, pair.split(":"))) for pair in text.split(",")]
         if any(len(pair) != 2 or not (0 <= pair[0] < student_depth and 0 <= pair[1] < teacher_depth) for pair in pairs):
@@ -137,8 +138,6 @@ def layer_pairs(text: str, student_depth: int, teacher_depth: int) -> list[tuple
 
 def _attentions(model: nn.Module, who: str) -> list[nn.Module]:
     """The attention modules of a plain vision transformer, block by block."""
-    from timm.models.vision_transformer import Attention
-
     blocks = getattr(model, "blocks", ())
     found = [block.attn for block in blocks if type(getattr(block, "attn", None)) in (Attention, ours.Attention)]
     if found and len(found) == len(blocks) and hasattr(model, "num_prefix_tokens"):
@@ -147,11 +146,11 @@ def _attentions(model: nn.Module, who: str) -> list[nn.Module]:
     reason = (
         "its attention is not that of a plain vision transformer (windows, relative or rotary positions)"
         if has_any
-        else "it has none: convolutional networks do not attend"
+        else "it has none"
     )
     raise UserError(
-        f"--attention-distillation-weight: the attention of {who} cannot be compared; {reason}. Take a plain "
-        "vision transformer of timm (vit_*, deit_*), or leave the flag away"
+        f"--attention-distillation-weight: the attention of {who} cannot be compared; {reason}. Use a plain "
+        "vision transformer of timm (vit_*, deit_*), or omit the flag"
     )
 
 
@@ -165,8 +164,8 @@ def _check_grids(student: nn.Module, teacher: nn.Module, teacher_name: str) -> N
         return
     size = own[0] * teacher.patch_embed.proj.weight.shape[-1]
     raise UserError(
-        f"--attention-distillation-weight: the student sees {own[0]} x {own[1]} patches, the teacher {teacher_name} "
-        f"{other[0]} x {other[1]}: give --teacher-input-size {size}, or a teacher of the same grid"
+        f"--attention-distillation-weight: the student has {own[0]} x {own[1]} patches, the teacher {teacher_name} "
+        f"{other[0]} x {other[1]}: give --teacher-input-size {size}, or a teacher with the same grid"
     )
 
 
@@ -178,7 +177,7 @@ def _check_heads(student: nn.Module, teacher: nn.Module, heads: str | int) -> No
     counts, widths = (_heads(student), _heads(teacher)), (student.qkv.in_features, teacher.qkv.in_features)
     if heads == "equal" and counts[0] != counts[1]:
         raise UserError(
-            f"the student attends with {counts[0]} heads, the teacher with {counts[1]}: give "
+            f"the student has {counts[0]} attention heads, the teacher {counts[1]}: give "
             "--attention-distillation-heads mean, or a number of relation heads that divides both widths, such as "
             f"{max(n for n in range(1, 65) if widths[0] % n == widths[1] % n == 0)}"
         )

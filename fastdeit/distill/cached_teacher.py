@@ -1,8 +1,8 @@
-"""Training from a store: each batch comes with the teacher's answers to it, and no teacher is in memory.
+"""Training from a logit cache: each batch comes with the teacher's targets, and no teacher is in memory.
 
-Epoch e trains on view e mod V, the order and the pixels of epoch e mod V of a run with a live teacher. Whether this run
-draws those pixels is checked before it starts: data, recipe and the versions of what decodes and resizes must be those
-of the store, and the first images must come out as the teacher saw them.
+Epoch e trains on epoch e mod V of the cache's V: its order and pixels are those of epoch e mod V with a live teacher.
+Whether this run draws the same pixels is checked before it starts: data, augmentation and the versions of what decodes
+and resizes must be the cache's, and the first images must equal those that the teacher saw.
 """
 
 import dataclasses
@@ -22,53 +22,53 @@ from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.pipelines import Loader, Mix
 
-from .logit_cache import Store, differences
+from .logit_cache import LogitCache, differences
 
 PROBE = 8  # images
 CLOSE = 0.02  # mean difference of the probe on a GPU, in standard deviations: a few levels of 255 in some pixels
 PIXEL_LIBRARIES = {"cpu": ("nvidia-dali", "torch", "pillow"), "cuda": ("nvidia-dali",)}
 
 
-class TaughtBatch(NamedTuple):
-    """A `Batch` with the teacher's answers: (B,) int64 decisions, or (classes (B, K) int64, probabilities (B, K))."""
+class BatchWithTargets(NamedTuple):
+    """A `Batch` and the teacher's targets: (B,) int64 labels, or (classes (B, K) int64, probabilities (B, K))."""
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     mix: Mix | None
-    answers: Any
+    targets: Any
 
 
-class StoredTeacher:
-    """Takes the place of a live teacher in the trainer."""
+class CachedTeacher:
+    """Replaces a live teacher in the trainer."""
 
-    def __init__(self, store: Store, config: Config):
-        self.store, self.epochs, self.name = store, config.optimization.epochs, f"of the store {store.folder}"
-        self.fingerprint = store.fingerprint
+    def __init__(self, cache: LogitCache, config: Config):
+        self.cache, self.epochs, self.name = cache, config.optimization.epochs, f"of the logit cache {cache.folder}"
+        self.fingerprint = cache.fingerprint
 
-    def __call__(self, images: Tensor, batch: TaughtBatch):
-        return batch.answers
+    def __call__(self, images: Tensor, batch: BatchWithTargets):
+        return batch.targets
 
     def check(self, batches) -> list[str]:
-        header = self.store.header
+        header, epochs = self.cache.header, self.cache.epochs
         sentences = [
-            f"teacher {header['teacher_name']}, answers of {self.store.folder}: {header['views']} views of "
-            f"{header['positions']:,} images, {header['kind']}"
+            f"teacher {header['teacher_name']}, from the logit cache {self.cache.folder}: {epochs} "
+            f"epoch{'s' * (epochs != 1)} of {header['positions']:,} images, {header['kind']}"
         ]
-        if self.epochs > header["views"]:
-            times = math.ceil(self.epochs / header["views"])
+        if self.epochs > epochs:
             sentences.append(
-                f"warning: {self.epochs} epochs of {header['views']} stored views: a view is used up to {times} times"
+                f"warning: the logit cache holds {epochs} of the {self.epochs} epochs: each is used up to "
+                f"{math.ceil(self.epochs / epochs)} times, with the same augmentation"
             )
         return sentences
 
 
-class TaughtLoader:
-    """A training loader whose batches carry stored answers. Everything else is the loader's."""
+class LoaderWithTargets:
+    """A training loader whose batches carry cached targets. All other attributes are the loader's."""
 
-    def __init__(self, loader: Loader, store: Store):
-        self.loader, self.store = loader, store
-        self.view = self.start = 0
+    def __init__(self, loader: Loader, cache: LogitCache):
+        self.loader, self.cache = loader, cache
+        self.epoch = self.start = 0
 
     def __getattr__(self, name: str):
         return getattr(self.loader, name)
@@ -77,28 +77,28 @@ class TaughtLoader:
         return len(self.loader)
 
     def set_epoch(self, epoch: int) -> None:
-        self.view, self.start = epoch % self.store.views, 0
-        self.loader.set_epoch(self.view)
+        self.epoch, self.start = epoch % self.cache.epochs, 0
+        self.loader.set_epoch(self.epoch)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.loader.load_state_dict(state)
         self.start = state["position"]
 
-    def __iter__(self) -> Iterator[TaughtBatch]:
+    def __iter__(self) -> Iterator[BatchWithTargets]:
         start, self.start = self.start, 0
         for step, batch in enumerate(self.loader, start):
-            rows = self.store.rows(self.view, positions_of(self.loader, step))
-            self._same_images(batch.indices.numpy(), rows["indices"])
-            yield TaughtBatch(*batch, answers=answers_of(rows, batch.labels.device))
+            rows = self.cache.rows(self.epoch, positions_of(self.loader, step))
+            self._check_images(batch.indices.numpy(), rows["indices"])
+            yield BatchWithTargets(*batch, targets=targets_of(rows, batch.labels.device))
 
-    def _same_images(self, drawn: np.ndarray, stored: np.ndarray) -> None:
-        if np.array_equal(drawn, stored):
+    def _check_images(self, drawn: np.ndarray, cached: np.ndarray) -> None:
+        if np.array_equal(drawn, cached):
             return
-        row = int((drawn != stored).argmax())
+        row = int((drawn != cached).argmax())
         raise UserError(
-            f"the store {self.store.folder} has the answer to {self.index.name(int(stored[row]))} where this run draws "
-            f"{self.index.name(int(drawn[row]))}: an image could be read then and not now, or the other way round; "
-            "restore it, or store again"
+            f"the logit cache {self.cache.folder} has the target of {self.index.name(int(cached[row]))} where this run "
+            f"draws {self.index.name(int(drawn[row]))}: one of them could be read only then, or only now; restore it, "
+            "or write the cache again"
         )
 
 
@@ -109,8 +109,8 @@ def positions_of(loader: Loader, step: int) -> slice:
     return slice(start, start + plans.batch_size)
 
 
-def answers_of(rows: dict[str, np.ndarray], device: torch.device):
-    """Rows of a store as `distillation_loss` takes them, on the device."""
+def targets_of(rows: dict[str, np.ndarray], device: torch.device):
+    """Rows of a cache as `distillation_loss` takes them, on the device."""
     if "labels" in rows:
         return _on(device, rows["labels"].astype(np.int64))
     return _on(device, rows["classes"].astype(np.int64)), _on(device, rows["probabilities"].astype(np.float32))
@@ -122,7 +122,7 @@ def _on(device: torch.device, array: np.ndarray) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a run's views are, and whether they are the store's
+# Whether the images of a run are those of the cache
 
 
 def describe(config: Config, loader: Loader, *, mean, std, precision: torch.dtype) -> dict:
@@ -133,26 +133,23 @@ def describe(config: Config, loader: Loader, *, mean, std, precision: torch.dtyp
         **dataclasses.asdict(augmentation),
         "seed": config.run.seed,
         "input_size": plans.size,
-        # Else the batch may be another: only how images repeat, and one lambda a batch, know of it.
+        # None: any batch will do. Only repeated augmentation and one lambda per batch depend on it.
         "global_batch": plans.batch_size * plans.world_size if order_depends else None,
         "mean": mean,
         "std": std,
         "precision": str(precision).removeprefix("torch."),
     }
     libraries = PIXEL_LIBRARIES[loader.device.type]
-    return json.loads(
-        json.dumps(
-            {
-                "data": {"fingerprint": loader.index.fingerprint, "images": len(loader.index)},
-                "recipe": recipe,
-                "pixels": {"device": loader.device.type, **{name: _version(name) for name in libraries}},
-            }
-        )
-    )
+    header = {
+        "data": {"fingerprint": loader.index.fingerprint, "images": len(loader.index)},
+        "recipe": recipe,
+        "pixels": {"device": loader.device.type, **{name: _version(name) for name in libraries}},
+    }
+    return json.loads(json.dumps(header))  # tuples to lists, as in a header that was read
 
 
 def _version(name: str) -> str:
-    """Of what is installed under this name, or with a suffix for its CUDA version; without the build's."""
+    """Of the package of this name, or of this name and a CUDA version; without the local part."""
     for distribution in (name, f"{name}-cuda130", f"{name}-cuda120", f"{name}-cuda110"):
         try:
             return importlib.metadata.version(distribution).partition("+")[0]
@@ -162,47 +159,45 @@ def _version(name: str) -> str:
 
 
 def probe_of(loader: Loader, prepare) -> np.ndarray:
-    """(PROBE, 3, size, size) float32: the first images of view 0 as models see them. For rank 0."""
+    """(PROBE, 3, size, size) float32: the first images of epoch 0 as models see them. For rank 0."""
     loader.set_epoch(0)
     images = prepare(next(iter(loader)))[:PROBE].float().cpu().numpy()
     loader.set_epoch(0)
     return images
 
 
-def take(store: Store, config: Config, world: World, loaders: tuple[Loader, Loader], mean, std):
-    """(teacher, (training loader, validation loader)) of a run from a store. Raises UserError if the run is not its."""
-    header, settings, (loader, validation) = store.header, config.distillation, loaders
+def from_cache(cache: LogitCache, config: Config, world: World, loaders: tuple[Loader, Loader], mean, std):
+    """(teacher, (training loader, validation loader)) of a run with a logit cache.
+
+    Raises UserError if the cache was written for other images or another distillation setting."""
+    header, settings, (loader, validation) = cache.header, config.distillation, loaders
     precision = precision_of(config, world.device)
     own = describe(config, loader, mean=mean, std=std, precision=precision) | {"kind": settings.distillation_type}
     if settings.distillation_type == "soft":
         own["tau"] = settings.distillation_tau
     if found := differences({key: header.get(key) for key in own}, own):
-        raise UserError(_refusal(store, found))
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UserError(
+            f"the logit cache {cache.folder} is of other images than this run draws: {'; '.join(found[:3])}{more}; "
+            "give the flags it was written with, or write it again"
+        )
     needed = len(loader) * loader.plans.batch_size * world.world_size
     if needed > header["positions"]:
         raise UserError(
-            f"the store {store.folder} has answers for {header['positions']:,} of the {needed:,} images that an epoch "
-            f"of this run takes: use its global batch of {header['global_batch']}, or store again"
+            f"the logit cache {cache.folder} has targets for {header['positions']:,} of the {needed:,} images in an "
+            f"epoch of this run: use its global batch of {header['global_batch']}, or write it again"
         )
     if world.is_main:
-        _same_pixels(store, probe_of(loader, lambda batch: prepare(batch, mean, std, precision)))
-    return StoredTeacher(store, config), (TaughtLoader(loader, store), validation)
+        _check_pixels(cache, probe_of(loader, lambda batch: prepare(batch, mean, std, precision)))
+    return CachedTeacher(cache, config), (LoaderWithTargets(loader, cache), validation)
 
 
-def _refusal(store: Store, found: list[str]) -> str:
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return (
-        f"the store {store.folder} has the teacher's answers to other images than this run draws: "
-        f"{'; '.join(found[:3])}{more}; give the flags it was written with, or store again"
-    )
-
-
-def _same_pixels(store: Store, drawn: np.ndarray) -> None:
-    stored = store.probe[: len(drawn)]
-    drawn = drawn[: len(stored)]
-    exact = store.header["pixels"]["device"] == "cpu"
-    if not (np.array_equal(drawn, stored) if exact else np.abs(drawn - stored).mean() <= CLOSE):
+def _check_pixels(cache: LogitCache, drawn: np.ndarray) -> None:
+    cached = cache.probe[: len(drawn)]
+    drawn = drawn[: len(cached)]
+    exact = cache.header["pixels"]["device"] == "cpu"
+    if not (np.array_equal(drawn, cached) if exact else np.abs(drawn - cached).mean() <= CLOSE):
         raise UserError(
-            f"the store {store.folder} has the teacher's answers to other pixels than this run draws, though data, "
-            "flags and versions agree: another version of fastdeit, or another decoder; store again"
+            f"the logit cache {cache.folder} is of other pixels than this run draws, though data, flags and versions "
+            "agree: another version of fastdeit, or another decoder; write it again"
         )

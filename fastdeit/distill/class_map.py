@@ -1,7 +1,7 @@
-"""Which of the teacher's classes stand for the data's: the same ones, or those a file names.
+"""Which of the teacher's classes correspond to the data's: the same ones, or those listed in a file.
 
     dogs_and_cats.json   {"cat": ["n02123045", "n02123159", 283], "dog": "golden retriever"}
-    classes.txt          one class of the teacher a line, in the order of the data's sorted class folders: where these
+    classes.txt          one class of the teacher per line, in the order of the data's sorted class folders: where these
                          have the teacher's names (ImageNet's are n01440764, ...), `ls DIR/train > classes.txt`
 
 A class is given by its name, where the teacher's names are known, or by its index.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from fastdeit.errors import UserError
@@ -23,14 +24,13 @@ from fastdeit.pipelines import class_name
 class SelectClasses(nn.Module):
     """(batch, teacher's classes) logits to (batch, data's classes).
 
-    groups: the teacher's classes for each of the data's. Several of them add up their probabilities: a logsumexp of
-        logits.
+    groups: the teacher's classes for each of the data's. The probabilities of several are added: a logsumexp of logits.
     """
 
     def __init__(self, groups: Sequence[Sequence[int]], teacher_classes: int):
         super().__init__()
         widest = max(map(len, groups))
-        # Shorter groups are filled up with a class of probability 0, one behind the teacher's last.
+        # Shorter groups are padded with a class of probability 0, whose index is one beyond the teacher's last.
         rows = [[*group, *[teacher_classes] * (widest - len(group))] for group in groups]
         self.register_buffer("groups", torch.tensor(rows))
 
@@ -41,24 +41,24 @@ class SelectClasses(nn.Module):
 
 
 def same_classes(teacher: str, names: Sequence[str] | None, count: int, classes: Sequence[str]) -> None:
-    """Refuse a teacher that answers for other classes than the data's: by name, or by count where it has no names."""
+    """Raise UserError unless the teacher's classes are the data's: by name, or by count where it has no names."""
     if names is not None and tuple(map(class_name, names)) == tuple(classes):
         return
     if names is None and count == len(classes):
         return
-    answers = f"{count} classes" if names is None else _few(names)
+    theirs = f"{count} classes" if names is None else _few(names)
     raise UserError(
-        f"the teacher {teacher} answers for {answers}, the data has {_few(classes)}: say by --teacher-classes FILE "
-        "which of its classes stand for the data's, or fit a teacher on this data with `python -m fastdeit.teach fit "
-        "--data-path DIR --model NAME`"
+        f"the teacher {teacher} has {theirs}, the data has {_few(classes)}: map its classes to the data's by "
+        "--teacher-classes FILE, or fit a teacher on this data with `python -m fastdeit.teach fit --data-path DIR "
+        "--model NAME`"
     )
 
 
 def read_groups(path: str | Path, classes: Sequence[str], names: Sequence[str] | None, count: int) -> list[list[int]]:
     """The teacher's classes for each of the data's `classes`, from the file of --teacher-classes.
 
-    names: the teacher's, where they are known; count: how many it has. Raises UserError for a file that leaves a class
-    of the data out, or names what either side does not have.
+    names: the teacher's, where they are known; count: how many it has. Raises UserError for a file that omits a class
+    of the data, or names a class that either side does not have.
     """
     entries = _entries(Path(path), classes)
     known = _places(names, count)
@@ -73,14 +73,14 @@ def read_groups(path: str | Path, classes: Sequence[str], names: Sequence[str] |
         for place in group:
             if seen.setdefault(place, name) != name or group.count(place) > 1:
                 raise UserError(
-                    f"--teacher-classes {path}: class {place} of the teacher stands for {seen[place]} and again for "
-                    f"{name}: give it to one of them"
+                    f"--teacher-classes {path}: class {place} of the teacher is mapped to both {seen[place]} and "
+                    f"{name}: map it to one of them"
                 )
     return groups
 
 
 def _entries(path: Path, classes: Sequence[str]) -> list:
-    """What the file says for each class of the data, in their order."""
+    """The file's entry for each class of the data, in their order."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -91,7 +91,7 @@ def _entries(path: Path, classes: Sequence[str]) -> list:
         try:
             content = json.loads(text)
         except ValueError as error:
-            raise UserError(f"--teacher-classes {path}: is no JSON ({error})") from error
+            raise UserError(f"--teacher-classes {path}: is not valid JSON ({error})") from error
     else:
         content = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(content, dict):
@@ -99,7 +99,7 @@ def _entries(path: Path, classes: Sequence[str]) -> list:
         if missing := [name for name in classes if name not in content]:
             raise UserError(f"--teacher-classes {path}: lacks the data's {_few(missing)}")
         if unknown := [name for name in content if name not in classes]:
-            raise UserError(f"--teacher-classes {path}: has {_few(unknown)}, which the data has not")
+            raise UserError(f"--teacher-classes {path}: has {_few(unknown)}, which the data does not have")
         return [content[name] for name in classes]
     if not isinstance(content, list) or len(content) != len(classes):
         found = f"{len(content)} entries" if isinstance(content, list) else "no list"
@@ -108,10 +108,8 @@ def _entries(path: Path, classes: Sequence[str]) -> list:
 
 
 def _places(names: Sequence[str] | None, count: int) -> dict[str, int]:
-    """The teacher's classes by name. A timm model with as many classes as an ImageNet has its names: WordNet's synsets
-    (n01440764), and the words they stand for (tench) where no other class has the same."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
+    """The teacher's classes by name. Where only their number is known, and it is that of an ImageNet subset, they are
+    its WordNet synsets (n01440764) and their words (tench), unless another class has the same word."""
     if names is not None:
         return {name: place for place, name in enumerate(names)}
     subset = infer_imagenet_subset({"num_classes": count})

@@ -1,21 +1,21 @@
-"""A teacher's answers in a folder, so that a student can be trained with no teacher in memory.
+"""The logit cache: a folder with a teacher's targets, so that a student trains with no teacher in memory.
 
-STORE/
-    header.json         who was asked what: teacher, data, recipe of the views, versions that change pixels
-    indices.npy         (views, positions) int32: the image at this position of the view's order
-    labels.npy          (views, positions) int16, from 32,768 classes on int32: the teacher's decision    [kind hard]
-    classes.npy         (views, positions, top), likewise: its likeliest classes, in falling order         [kind soft]
-    probabilities.npy   (views, positions, top) float16: theirs, at the temperature in the header          [kind soft]
-    probe.npy           the first images as the teacher saw them, to recognise other pixels by
-    written/*.jsonl     which rows are on the disk, with checksums: a line for each piece of each process
+CACHE/
+    header.json         what the targets depend on: teacher, data, augmentation, versions of what changes pixels
+    indices.npy         (epochs, positions) int32: the image at this position of the epoch's order
+    labels.npy          (epochs, positions) int16, above 32,768 classes int32: the teacher's argmax      [kind hard]
+    classes.npy         (epochs, positions, top), likewise: the likeliest classes, in descending order   [kind soft]
+    probabilities.npy   (epochs, positions, top) float16: theirs, at the temperature in the header       [kind soft]
+    probe.npy           the first images as the teacher saw them, to detect other pixels
+    written/*.jsonl     which rows are on the disk, with checksums: a line per piece and process
 
-A view is an epoch of the training run to come: its order, its augmentation, its mixing. The answer at [view, position]
-is the one to the mixed image at that position, so any number of processes finds its rows by position. What probability
-the soft answers leave over is spread evenly over the other classes (TinyViT, arXiv 2207.10666; microsoft/Cream
-TinyViT/save_logits.py).
+An epoch here is one of the training run to come: its order, augmentation and mixing (the header counts them as
+"views"). The target at [epoch, position] belongs to the mixed image at that position, so any number of processes finds
+its rows by position. The probability that soft targets omit is spread evenly over the other classes (TinyViT, arXiv
+2207.10666; microsoft/Cream TinyViT/save_logits.py).
 
-A piece is 50 steps of a view. Its rows are written and flushed before the line that says so, by each process for
-itself; after a kill the pieces that lack a line are made again.
+A piece is 50 steps of an epoch. Each process writes and flushes its rows before the line that records them; after a
+kill, pieces that lack a line are computed again.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ from fastdeit.checkpoint import atomic
 from fastdeit.errors import UserError
 
 FORMAT = 2
-STEPS_AT_ONCE = 50
-Piece = tuple[int, int, int]  # view, first step, end
+PIECE_STEPS = 50
+Piece = tuple[int, int, int]  # epoch, first step, end
 
 
 def label_dtype(classes: int) -> str:
@@ -51,7 +51,7 @@ def arrays_of(header: dict) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def create(folder: Path, header: dict, probe: np.ndarray) -> None:
-    """An empty store. Its arrays take their space on the disk as they are filled."""
+    """An empty cache. Its arrays take up disk space only as they are filled."""
     shutil.rmtree(folder / "written", ignore_errors=True)
     (folder / "written").mkdir(parents=True)
     for name, (dtype, shape) in arrays_of(header).items():
@@ -61,22 +61,20 @@ def create(folder: Path, header: dict, probe: np.ndarray) -> None:
 
 
 def read_header(folder: Path) -> dict:
-    """Raises UserError if the folder is no store, or one of another format."""
+    """Raises UserError if the folder is not a logit cache, or one of another format."""
     try:
         header = json.loads((folder / "header.json").read_text())
     except (OSError, ValueError):
-        raise UserError(
-            f"{folder} is no store of a teacher's answers: write one with `python -m fastdeit.teach store`"
-        ) from None
+        raise UserError(f"{folder} is not a logit cache: write one with `python -m fastdeit.teach store`") from None
     if header.get("format") != FORMAT:
         raise UserError(
-            f"the store {folder} is of format {header.get('format')}, this version reads {FORMAT}: store again"
+            f"the logit cache {folder} has format {header.get('format')}, this version reads {FORMAT}: write it again"
         )
     return header
 
 
-def asked(header: dict) -> dict:
-    """Who was asked what: the part of a header that the answers depend on."""
+def identity(header: dict) -> dict:
+    """The part of a header that the targets depend on."""
     free = ("settings", "piece_steps", "teacher_name")
     return {key: value for key, value in header.items() if key not in free}
 
@@ -85,13 +83,13 @@ def pieces_of(header: dict) -> list[Piece]:
     steps = header["positions"] // header["global_batch"]
     length = header["piece_steps"]
     starts = range(0, steps, length)
-    return [(view, first, min(first + length, steps)) for view in range(header["views"]) for first in starts]
+    return [(epoch, first, min(first + length, steps)) for epoch in range(header["views"]) for first in starts]
 
 
 def missing(folder: Path, header: dict) -> list[Piece]:
     """The pieces that some process has not written."""
-    whole = {piece for piece, _ in _whole(folder)}
-    return [piece for piece in pieces_of(header) if piece not in whole]
+    complete = {piece for piece, _ in _complete(folder)}
+    return [piece for piece in pieces_of(header) if piece not in complete]
 
 
 class Writer:
@@ -103,18 +101,20 @@ class Writer:
         self.files = {name: os.open(folder / f"{name}.npy", os.O_WRONLY) for name in self.arrays}
         self.log = (folder / "written" / f"rank-{rank:05d}.jsonl").open("ab")
         if self.log.tell():
-            self.log.write(b"\n")  # a kill may have cut the last line short
+            self.log.write(b"\n")  # a kill may have truncated the last line
 
     def write(self, piece: Piece, rows: dict[str, np.ndarray]) -> None:
         """`rows`: for each array (steps, batch, ...), this process's part of each step of the piece."""
-        view, first, end = piece
+        epoch, first, end = piece
         checksum = 0
         for name, content in rows.items():
             array = self.arrays[name]
             content = np.ascontiguousarray(content, array.dtype)
             assert content.shape == (end - first, self.global_batch // self.world_size, *array.shape[2:])
-            for row, part in zip(range(first, end), content):
-                _write_all(self.files[name], part, _offset(array, view, self._start(row, len(part))))
+            for step, part in zip(range(first, end), content):
+                position = step * self.global_batch + self.rank * len(part)
+                offset = array.offset + epoch * array.strides[0] + position * array.strides[1]
+                _write_all(self.files[name], part, offset)
             checksum = zlib.crc32(content, checksum)
         for file in self.files.values():
             os.fsync(file)
@@ -123,75 +123,69 @@ class Writer:
         self.log.flush()
         os.fsync(self.log.fileno())
 
-    def _start(self, step: int, batch_size: int) -> int:
-        return step * self.global_batch + self.rank * batch_size
-
     def close(self) -> None:
         for file in self.files.values():
             os.close(file)
         self.log.close()
 
 
-class Store:
-    """A store that is complete, open for reading. Raises UserError for one that is not."""
+class LogitCache:
+    """A complete logit cache, open for reading. Raises UserError for one that is incomplete."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.header = read_header(self.folder)
+        self.epochs = self.header["views"]
         left = missing(self.folder, self.header)
         if left:
             pieces = len(pieces_of(self.header))
             raise UserError(
-                f"the store {folder} is not complete ({pieces - len(left)} of {pieces} pieces are written): give the "
-                "command that began it once more, and it goes on where it stopped"
+                f"the logit cache {folder} is not complete ({pieces - len(left)} of {pieces} pieces are written): "
+                "repeat the command that started it, which resumes where it stopped"
             )
         self.arrays = {name: _array(self.folder, name, self.header) for name in arrays_of(self.header)}
 
-    @property
-    def views(self) -> int:
-        return self.header["views"]
-
-    def rows(self, view: int, positions: slice) -> dict[str, np.ndarray]:
-        """Copies of the rows at these positions, for each array."""
-        return {name: np.array(array[view, positions]) for name, array in self.arrays.items()}
+    def rows(self, epoch: int, positions: slice) -> dict[str, np.ndarray]:
+        """A copy of the rows at these positions, for each array."""
+        return {name: np.array(array[epoch, positions]) for name, array in self.arrays.items()}
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of who was asked what: equal for two stores with the same answers, wherever they are."""
-        return hashlib.sha256(json.dumps(asked(self.header), sort_keys=True).encode()).hexdigest()
+        """Hex digest of the header's identity: equal for two caches with the same targets, wherever they are."""
+        return hashlib.sha256(json.dumps(identity(self.header), sort_keys=True).encode()).hexdigest()
 
     @property
     def probe(self) -> np.ndarray:
         return np.load(self.folder / "probe.npy")
 
     def damaged(self) -> list[Piece]:
-        """The pieces whose checksums differ from those written beside them."""
+        """The pieces whose checksums differ from those recorded when they were written."""
         return sorted(
             piece
-            for piece, checksums in _whole(self.folder)
+            for piece, checksums in _complete(self.folder)
             if any(self._checksum(piece, rank, len(checksums)) != value for rank, value in checksums.items())
         )
 
     def _checksum(self, piece: Piece, rank: int, world_size: int) -> int:
-        view, first, end = piece
+        epoch, first, end = piece
         checksum = 0
         for array in self.arrays.values():
-            rows = array[view, first * self.header["global_batch"] : end * self.header["global_batch"]]
+            rows = array[epoch, first * self.header["global_batch"] : end * self.header["global_batch"]]
             # (steps, ranks, batch, ...): what this rank wrote of each step.
             rows = rows.reshape(end - first, world_size, -1, *rows.shape[1:])[:, rank]
             checksum = zlib.crc32(np.ascontiguousarray(rows), checksum)
         return checksum
 
 
-def differences(stored: dict, own: dict, path: str = "") -> list[str]:
-    """What differs between two descriptions, in words."""
+def differences(cached: dict, own: dict, path: str = "") -> list[str]:
+    """What differs between the headers of a cache and of a run, in words."""
     found = []
-    for key in sorted(stored.keys() | own.keys()):
-        a, b = stored.get(key), own.get(key)
+    for key in sorted(cached.keys() | own.keys()):
+        a, b = cached.get(key), own.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{path}{key} ")
         elif a != b:
-            found.append(f"{path}{key} is {_shown(a)} in the store and {_shown(b)} here")
+            found.append(f"{path}{key} is {_shown(a)} in the logit cache and {_shown(b)} here")
     return found
 
 
@@ -207,14 +201,14 @@ def _array(folder: Path, name: str, header: dict) -> np.memmap:
     try:
         array = np.load(folder / f"{name}.npy", mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise UserError(f"the store {folder} is damaged: {name}.npy cannot be read ({error}); store again") from error
+        raise UserError(
+            f"the logit cache {folder} is damaged: {name}.npy cannot be read ({error}); write it again"
+        ) from error
     if array.dtype != dtype or array.shape != tuple(shape):
-        raise UserError(f"the store {folder} is damaged: {name}.npy is not what its header says; store again")
+        raise UserError(
+            f"the logit cache {folder} is damaged: shape or dtype of {name}.npy differs from its header; write it again"
+        )
     return array
-
-
-def _offset(array: np.memmap, view: int, position: int) -> int:
-    return array.offset + view * array.strides[0] + position * array.strides[1]
 
 
 def _write_all(file: int, content: np.ndarray, offset: int) -> None:
@@ -224,7 +218,7 @@ def _write_all(file: int, content: np.ndarray, offset: int) -> None:
         left, offset = left[count:], offset + count
 
 
-def _whole(folder: Path) -> list[tuple[Piece, dict[int, int]]]:
+def _complete(folder: Path) -> list[tuple[Piece, dict[int, int]]]:
     """The pieces that all processes of some run have written, with the checksum of each rank's rows."""
     written: dict[tuple[Piece, int], dict[int, int]] = {}
     for line in _lines(folder):
@@ -233,7 +227,7 @@ def _whole(folder: Path) -> list[tuple[Piece, dict[int, int]]]:
 
 
 def _lines(folder: Path) -> Iterable[dict]:
-    """What the processes have noted; a line that a kill cut short says nothing."""
+    """The records of all processes; a line that a kill truncated is skipped."""
     for file in sorted((folder / "written").glob("*.jsonl")):
         for text in file.read_bytes().splitlines():
             try:

@@ -1,4 +1,4 @@
-"""What the student is asked to do: its labels on the class head, its teacher's answers on the distillation head."""
+"""The training loss: the labels on the class head, the teacher's targets on the distillation head."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,11 @@ class Objective:
     - class term: cross entropy with the (mixed, smoothed) label, on the class head;
     - teacher term, kind "hard": cross entropy with the teacher's argmax, on the distillation head (a student with one
       head takes both terms there); kind "soft": tau^2 * KL(teacher || student), both at temperature tau;
-    - attention term: the distance between the models' attention (attention_distillation.py), where asked for.
+    - attention term: the distance between the models' attention (attention.py), if its weight is not 0.
 
     Training data-efficient image transformers & distillation through attention (arXiv 2012.12877), equations 2 and 3;
-    facebookresearch/deit losses.py. Label smoothing sits in the class term only. alpha weighs the teacher's term; some
-    texts write alpha * cross entropy + (1 - alpha) * teacher instead.
+    facebookresearch/deit losses.py. Label smoothing applies to the class term only. alpha weights the teacher's term;
+    some texts write alpha * cross entropy + (1 - alpha) * teacher instead.
     """
 
     kind: str = "none"
@@ -38,9 +38,9 @@ class Objective:
         distillation = config.distillation
         binary = config.optimization.bce_loss
         if binary and distillation.distillation_type != "none":
-            raise UserError("--bce-loss goes with --distillation-type none: the DeiT III recipes have no teacher")
+            raise UserError("--bce-loss needs --distillation-type none, as in the DeiT III recipes")
         if binary and config.optimization.smoothing > 0:
-            # facebookresearch/deit turns every class into a positive one here, since all smoothed targets are above 0.
+            # facebookresearch/deit then makes every class a positive, since all smoothed targets are above 0.
             raise UserError("--bce-loss needs --smoothing 0, as in the DeiT III recipes")
         return cls(
             distillation.distillation_type,
@@ -53,20 +53,21 @@ class Objective:
         )
 
     def __call__(self, outputs, labels: Tensor, mix, teacher, attention: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The loss to differentiate and, for the eye, a detached (3,) tensor: class, teacher and attention term.
+        """The loss to differentiate and, to be logged, a detached (3,) tensor: class, teacher and attention term.
 
         outputs: the student's (cls, dist) logits or its only logits, each (batch, classes)
         labels: (batch,) int64, -100 where there is none
         mix: the batch's `Mix` or None
-        teacher: its (batch, classes) logits, its (batch,) decisions, (classes, probabilities) of a store, or None
+        teacher: its (batch, classes) logits; or from a logit cache its (batch,) labels, or the (classes,
+            probabilities) of the likeliest, (batch, top) each; or None
         attention: () the attention term, or None
         """
-        loss, terms = self._of_answers(outputs, labels, mix, teacher)
+        loss, terms = self._of_logits(outputs, labels, mix, teacher)
         if attention is None:
             return loss, torch.cat([terms, terms.new_zeros(1)])
         return loss + self.attention_weight * attention, torch.cat([terms, attention.detach().to(terms).view(1)])
 
-    def _of_answers(self, outputs, labels: Tensor, mix, teacher) -> tuple[Tensor, Tensor]:
+    def _of_logits(self, outputs, labels: Tensor, mix, teacher) -> tuple[Tensor, Tensor]:
         cls_logits, dist_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
         mixed = None if mix is None else (labels[mix.partner], mix.lam)
         if self.binary:
@@ -92,6 +93,6 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, mixed) -> Tensor:
     target = F.one_hot(labels, logits.shape[1])
     if mixed is not None:
         second, lam = mixed
-        # lam 1 (0): nothing of the second (first) image is left.
+        # With lam 1 (0) nothing of the second (first) image is left.
         target = target * (lam > 0)[:, None] + F.one_hot(second, logits.shape[1]) * (lam < 1)[:, None]
     return F.binary_cross_entropy_with_logits(logits.float(), target.clamp(max=1).float())

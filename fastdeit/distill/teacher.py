@@ -1,8 +1,8 @@
-"""The teacher: frozen, in evaluation mode, as cheap as it can be made without changing its answers.
+"""The teacher: frozen, in evaluation mode, as cheap as it can be made without changing its predictions.
 
-BatchNorms are folded, weights are half precision on a GPU, the layout is the fastest of three, torch.compile is told
-that shapes do not change. What that costs in agreement with the teacher in float32 is measured on training views when a
-run starts. int8 and fp8 are left out: no measurement here shows what they would gain.
+BatchNorms are folded, weights are half precision on a GPU, the memory layout is the fastest of three, and torch.compile
+assumes static shapes. How often the result agrees with the float32 teacher is measured on training views when a run
+starts. There is no int8 or fp8: no measurement here shows what they would gain.
 """
 
 import copy
@@ -20,16 +20,17 @@ from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.models.loading import LoadedModel, load_model
 
+from . import layouts
 from .class_map import SelectClasses, read_groups, same_classes
-from .inference import fold_batchnorm
+from .folding import fold_batchnorm
 
-ENOUGH = 0.99  # agreement with float32 below which a run starts with a warning
+ENOUGH = 0.99  # agreement with float32 below which there is a warning
 
 
 class Teacher:
-    """Answers `(batch, classes)` logits to the student's own normalised images, without a gradient graph.
+    """The student's normalised images to `(batch, classes)` logits over the data's classes, with no gradient graph.
 
-    groups: the teacher's classes for each of the data's (teacher_classes.read_groups), None where they are the same
+    groups: the teacher's classes for each of the data's (class_map.read_groups), None where they are the same
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class Teacher:
             folded, self.folded = fold_batchnorm(plain, example)
         except (RuntimeError, AssertionError) as error:
             raise UserError(
-                f"the teacher {self.name} cannot take images of {loaded.input_size} pixels ({error}): change "
-                "--teacher-input-size"
+                f"the teacher {self.name} does not accept images of {loaded.input_size} pixels ({error}): "
+                "change --teacher-input-size"
             ) from error
 
         def network(model: nn.Module, dtype: torch.dtype) -> "_Network":
@@ -54,50 +55,47 @@ class Teacher:
             made = _Network(model.to(dtype), dtype, loaded, student_mean, student_std, select)
             return made.to(self.device).eval().requires_grad_(False)
 
-        # The float32 teacher stays until `check` has compared the two.
+        # The float32 teacher is kept until `check` has compared the two.
         self.plain = network(copy.deepcopy(plain), torch.float32) if dtype != torch.float32 else None
         self.network = network(folded, dtype)
-        self.without_graph = torch.inference_mode
+        self.no_grad = torch.inference_mode
 
     def __call__(self, images: Tensor, batch=None) -> Tensor:
         """`images` (batch, 3, height, width) as the student sees them: normalised, mixed, erased."""
-        logits = self._answers(self.network, images)
-        # An inference tensor may not be saved for the student's backward pass: hand over a plain one.
-        return logits.clone()
+        # Autograd cannot save an inference tensor for the student's backward pass, but it can save a copy.
+        return self._logits(self.network, images).clone()
 
-    def _answers(self, network: "_Network", images: Tensor) -> Tensor:
-        # Not in the student's autocast: it would cast weights that have their own precision.
-        with self.without_graph(), torch.autocast(self.device.type, enabled=False):
+    def _logits(self, network: "_Network", images: Tensor) -> Tensor:
+        # Not under the student's autocast: it would cast weights that have their own precision.
+        with self.no_grad(), torch.autocast(self.device.type, enabled=False):
             return network(images)
 
-    def watched(self) -> nn.Module:
-        """The network, for somebody who needs more of it than answers in a student's backward pass."""
-        self.without_graph = torch.no_grad  # what inference mode makes, autograd will not save
+    def hookable(self) -> nn.Module:
+        """The model, for forward hooks whose tensors enter the student's backward pass."""
+        self.no_grad = torch.no_grad  # autograd cannot save inference tensors
         return self.network.model
 
     def identity(self) -> dict:
-        """Who answers: equal for two teachers that give the same answers, wherever their files are."""
+        """Equal for two teachers that give the same logits, wherever their files are."""
         precision = str(self.dtype).removeprefix("torch.")
         return {"weights": self.fingerprint, "input_size": self.input_size, "precision": precision}
 
     def choose_memory_format(self, batch_size: int, world: World) -> None:
-        """Lay the weights out as this GPU runs them fastest; on the CPU they stay as they are."""
-        from . import inference
-
+        """Convert the weights to the layout that is fastest on this GPU; on the CPU they stay contiguous."""
         if self.device.type != "cuda":
             return
         shape = (batch_size, 3, self.input_size, self.input_size)
         images = torch.randn(shape, device=self.device, dtype=self.dtype)
-        chosen = inference.choose(self.network.model, self.name, images, world)
-        self.network.memory_format = inference.FORMATS[chosen]
-        self.network.model = inference.laid_out(self.network.model, chosen, images[:2])
+        chosen = layouts.choose(self.network.model, self.name, images, world)
+        self.network.memory_format = layouts.FORMATS[chosen]
+        self.network.model = layouts.laid_out(self.network.model, chosen, images[:2])
 
     def compile(self) -> None:
         self.network.compile(dynamic=False)
 
     def check(self, batches: Iterable[Tensor]) -> list[str]:
-        """Sentences about the teacher, for the person who starts a run. In half precision its decisions on `batches` of
-        training images are compared with those in float32. Raises UserError if they are not finite."""
+        """Sentences about the teacher, to print when a run starts. In half precision its argmax on `batches` of
+        training images is compared with that in float32. Raises UserError if its logits are not finite."""
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
         text = f"teacher {self.name}: {parameters / 1e6:.2f} M parameters, {precision}, {self.input_size} pixels"
@@ -110,8 +108,8 @@ class Teacher:
         if agreement < ENOUGH:
             other = "fp16" if precision == "bf16" else "fp32"
             sentences.append(
-                f"warning: in {precision} the teacher decides otherwise than in fp32 on {100 * (1 - agreement):.1f} % "
-                f"of the training views; --teacher-precision {other} is closer"
+                f"warning: in {precision} the teacher predicts another class than in fp32 for "
+                f"{100 * (1 - agreement):.1f} % of the training views; --teacher-precision {other} is closer"
             )
         return sentences
 
@@ -119,18 +117,18 @@ class Teacher:
         """(share of images on which the argmax is float32's, images)."""
         same = images = 0
         for batch in batches:
-            answers, expected = self._answers(self.network, batch), self._answers(self.plain, batch)
-            if not answers.isfinite().all():
+            logits, expected = self._logits(self.network, batch), self._logits(self.plain, batch)
+            if not logits.isfinite().all():
                 raise UserError(
-                    f"the teacher {self.name} overflows in half precision: give --teacher-precision bf16, or fp32"
+                    f"the teacher {self.name} overflows in half precision: give --teacher-precision bf16 or fp32"
                 )
-            same += int((answers.argmax(1) == expected.argmax(1)).sum())
+            same += int((logits.argmax(1) == expected.argmax(1)).sum())
             images += len(batch)
         return same / images, images
 
 
 def _fingerprint(loaded: LoadedModel, groups) -> str:
-    """Hex digest of the weights as they were loaded, the normalisation, and which classes stand for the data's."""
+    """Hex digest of the loaded weights, the normalisation and the mapping of classes."""
     digest = hashlib.sha256(repr((loaded.mean, loaded.std, groups)).encode())
     for key, value in loaded.model.state_dict().items():
         digest.update(key.encode())
@@ -145,8 +143,8 @@ class _Network(nn.Module):
         super().__init__()
         self.model, self.dtype, self.input_size, self.select = model, dtype, loaded.input_size, select
         self.memory_format = torch.preserve_format
-        # x_t = (x_s * std_s + mean_s - mean_t) / std_t as one scale and shift; None where the two agree (decided here,
-        # once: a comparison on the device would stop the host at every step).
+        # x_t = (x_s * std_s + mean_s - mean_t) / std_t as one scale and shift; None where the two agree. Decided once,
+        # here: a comparison on the device would synchronise at every step.
         values = (student_mean, student_std, loaded.mean, loaded.std)
         mean_s, std_s, mean_t, std_t = (torch.tensor(value).view(1, 3, 1, 1) for value in values)
         same = torch.equal(mean_s, mean_t) and torch.equal(std_s, std_t)
@@ -164,8 +162,8 @@ class _Network(nn.Module):
 
 
 def load(settings: Distillation, device: torch.device) -> LoadedModel:
-    """The teacher that --teacher-model and --teacher-path name, for use on `device`: a model of timm's with its
-    published weights; a folder of ours, timm or transformers; a file, of --teacher-model unless it says otherwise.
+    """The teacher of --teacher-model and --teacher-path, for use on `device`: a timm model with its published weights;
+    a folder of ours, timm or transformers; or a file of weights, of --teacher-model unless it says otherwise.
 
     Raises UserError, or ValueError for weights that do not fit.
     """
@@ -183,16 +181,16 @@ def load(settings: Distillation, device: torch.device) -> LoadedModel:
         raise UserError(message) from error
     if not loaded.num_classes:
         raise UserError(
-            f"the teacher {loaded.name} has no head that answers with classes: choose another, or fit one with "
+            f"the teacher {loaded.name} has no classification head: choose another, or fit one with "
             "`python -m fastdeit.teach fit --data-path DIR --model NAME`"
         )
     return loaded
 
 
 def class_groups(loaded: LoadedModel, mapping: str | None, classes: Sequence[str]) -> list[list[int]] | None:
-    """The teacher's classes for each of the data's, by the file of --teacher-classes; None where both have the same.
+    """The teacher's classes for each of the data's, from the file of --teacher-classes; None where both are the same.
 
-    A head is never replaced: a teacher that answers for other classes than the data's is refused, or translated.
+    A head is never replaced: a teacher of other classes than the data's is refused unless a file maps them.
     """
     if mapping is not None:
         return read_groups(mapping, classes, loaded.classes, loaded.num_classes)
@@ -201,12 +199,12 @@ def class_groups(loaded: LoadedModel, mapping: str | None, classes: Sequence[str
 
 
 def load_teacher(config: Config, classes: Sequence[str], *, student_mean, student_std, world: World) -> Teacher:
-    """The teacher of the settings, ready to answer; refused unless its classes are the data's, or mapped to them."""
+    """The teacher of the settings; UserError unless its classes are the data's, or mapped to them."""
     settings = config.distillation
     loaded = load(settings, world.device)
     groups = class_groups(loaded, settings.teacher_classes, classes)
-    # fp16 rounds eight times finer than bf16: of 4,224 mixed views of the digits their teacher decided as in fp32 on
-    # 99.95 %, in bf16 on 99.50 %. What overflows is noticed in `check`, and in the loss.
+    # fp16 rounds eight times finer than bf16: of 4,224 mixed views of the digits it agreed with fp32 on 99.95 %,
+    # bf16 on 99.50 %. An overflow is found by `check`, and in the loss.
     precision = settings.teacher_precision or ("fp16" if world.device.type == "cuda" else "fp32")
     teacher = Teacher(
         loaded, groups=groups, student_mean=student_mean, student_std=student_std, device=world.device,

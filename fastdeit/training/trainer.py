@@ -38,7 +38,7 @@ class Trainer:
     """One student and what its training needs. `fit()` runs it; `step(batch)` is where to read first.
 
     `folder` is the run's folder, None for nothing to be written (dry run, ranks above 0). `teacher` answers
-    (batch, classes) logits to normalised images (teacher.py), or has stored answers (stored_teacher.py), or is None.
+    (batch, classes) logits to normalised images (teacher.py), or gives cached targets (cached_teacher.py), or is None.
     `on_micro_batch(trainer)`, if given, is called before each micro-batch: --accumulate of them make a step.
     """
 

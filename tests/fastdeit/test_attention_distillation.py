@@ -9,7 +9,7 @@ import torch
 
 from fastdeit import train
 from fastdeit.config import Config
-from fastdeit.distill.attention import AttentionDistillation, Tap, layer_pairs, listen
+from fastdeit.distill.attention import AttentionDistillation, Tap, add_hooks, layer_pairs
 from fastdeit.errors import UserError
 from fastdeit.models.deit import create_model
 
@@ -130,7 +130,7 @@ def test_normalised_queries_and_keys_of_timm(images):
         "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=96, depth=2, num_heads=3, qk_norm=True
     ).eval()
     torch.nn.init.normal_(model.blocks[1].attn.q_norm.weight)
-    listen([block.attn for block in model.blocks])
+    add_hooks([block.attn for block in model.blocks])
     tap = Tap(model.blocks[1].attn, "relations")
     model(images)
     for mine, expected in zip(tap.take(), explicit(model, 1, images)):

@@ -88,7 +88,7 @@ class Built:
         return load_teacher(self.config, CLASSES, **ours, world=PLACE)
 
     @property
-    def answers(self):
+    def teacher_logits(self):
         return self.teacher(torch.linspace(-1, 1, 3072).view(1, 3, 32, 32))[0]
 
     @cached_property
@@ -96,8 +96,8 @@ class Built:
         student, teacher = copy.deepcopy(self.student), None
         if self.config.distillation.distillation_type != "none":
             torch.manual_seed(1)
-            watched = create_model("deit_nano_patch4_16", num_classes=len(CLASSES)).eval().requires_grad_(False)
-            teacher = SimpleNamespace(watched=lambda: watched, name="nano", fingerprint="nano")
+            hookable = create_model("deit_nano_patch4_16", num_classes=len(CLASSES)).eval().requires_grad_(False)
+            teacher = SimpleNamespace(hookable=lambda: hookable, name="nano", fingerprint="nano")
         trainer = Trainer(self.config, PLACE, student, teacher, self.loaders, CLASSES, None)
         trainer.model.train()
         return trainer
@@ -211,12 +211,12 @@ CASES = {
     ),
     "distillation.teacher_path": (
         "FILES/other.safetensors",
-        lambda b: b.before is not None and not torch.equal(b.answers, b.before.answers),
+        lambda b: b.before is not None and not torch.equal(b.teacher_logits, b.before.teacher_logits),
         RESNET,
     ),
     "distillation.teacher_classes": (
         "FILES/classes",
-        lambda b: b.before is not None and torch.equal(b.answers, b.before.answers[ROTATED]),
+        lambda b: b.before is not None and torch.equal(b.teacher_logits, b.before.teacher_logits[ROTATED]),
         RESNET,
     ),
     "distillation.teacher_input_size": (64, lambda b: b.teacher.input_size == 64, RESNET),

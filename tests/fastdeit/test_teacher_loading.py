@@ -148,11 +148,11 @@ def test_own_names_come_before_indices(tmp_path):
         ("n01440764", "1 entries"),
         ("n01440764\ncrane", "'crane'"),  # two of ImageNet's classes are cranes
         ("n01440764\n1000", "0 to 999"),
-        ("n01440764\nn01440764", "again for dog"),
+        ("n01440764\nn01440764", "both tench and dog"),
         ({"tench": 0}, "lacks.*dog"),
         ({"tench": 0, "dog": 207, "cat": 281}, "cat"),
         ({"tench": 0, "dog": []}, "no class of the teacher"),
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ("3", "1 entries"),
     ],
 )

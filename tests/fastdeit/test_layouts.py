@@ -2,8 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeit.distill.inference import PointwiseReLU, fold_batchnorm, join_pointwise
-from tests.fastdeit.test_teacher import pixels, with_statistics
+from fastdeit.distill import layouts
+from fastdeit.distill.folding import fold_batchnorm
+from fastdeit.distill.layouts import PointwiseReLU, join_pointwise
+from fastdeit.distributed.world import World
+
+from .test_folding import pixels, with_statistics
 
 
 # The first convolution of each block, and where there is squeeze and excitation, its first one.
@@ -14,8 +18,8 @@ def test_bottlenecks_are_joined(name, count):
     assert pairs == count == sum(isinstance(module, PointwiseReLU) for module in joined.modules())
     with torch.no_grad():
         expected = folded(pixels())
-        answers = joined(pixels().to(memory_format=torch.channels_last))
-    torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        logits = joined(pixels().to(memory_format=torch.channels_last))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     assert not any(
         parameter.requires_grad
         for part in joined.modules()
@@ -53,3 +57,21 @@ def test_nothing_to_join(model):
     assert pairs == 0
     with torch.no_grad():
         torch.testing.assert_close(joined(pixels()), model(pixels()), rtol=1e-5, atol=1e-6)
+
+
+def test_the_memory_format_is_measured_once_and_remembered(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()).eval()
+    world, file = World(torch.device("cpu")), tmp_path / "formats.json"
+    first = layouts.choose(model, "test_resnet", pixels(), world, file)
+    assert first in layouts.FORMATS
+    monkeypatch.setattr(layouts, "measure", lambda *_: pytest.fail("measured again"))
+    assert layouts.choose(model, "test_resnet", pixels(), world, file) == first
+    monkeypatch.setattr(layouts, "measure", lambda *_: {"contiguous": 2.0, "channels_last": 1.0})
+    assert layouts.choose(model, "test_resnet", pixels()[:2], world, file) == "channels_last"
+    assert layouts.choose(model, "test_resnet", pixels(), world, file) == first
+
+
+def test_all_memory_formats_are_measured():
+    seconds = layouts.measure(with_statistics("test_resnet"), pixels())
+    assert seconds.keys() == {"contiguous", "channels_last", "joined"}
+    assert all(0 < value < 10 for value in seconds.values())
