@@ -146,7 +146,7 @@ def _attentions(model: nn.Module, who: str) -> list[nn.Module]:
     reason = (
         "its attention is not that of a plain vision transformer (windows, relative or rotary positions)"
         if has_any
-        else "it has none"
+        else "it has no attention layers"
     )
     raise UserError(
         f"--attention-distillation-weight: the attention of {who} cannot be compared; {reason}. Use a plain "

@@ -210,7 +210,7 @@ def test_pairs_that_cannot_be_meant(text):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("test_resnet", "convolutional"),
+        ("test_resnet", "no attention layers"),
         ("swin_tiny_patch4_window7_224", "windows"),
         ("beit_base_patch16_224", "relative"),
     ],
@@ -234,7 +234,7 @@ def test_another_number_of_patches(student):
 @pytest.mark.parametrize(
     ("heads", "words"),
     [
-        ("equal", "4 heads.*3.*such as 32"),
+        ("equal", "4 attention heads.*3.*such as 32"),
         ("5", "divide the widths 128 and 96"),
         ("0", "divide"),
         ("all", "equal, mean"),
