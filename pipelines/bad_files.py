@@ -12,8 +12,9 @@ import os
 import re
 import threading
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,14 @@ class DecodeError(Exception):
     """A batch could not be decoded: at least one of its images is bad. Later batches are not touched."""
 
 
+class Indexed(Protocol):
+    """An index, as far as it matters here."""
+
+    @property
+    def bad(self) -> Sequence[BadFile]: ...
+    def __len__(self) -> int: ...
+
+
 class BadFiles:
     """Counts bad images and raises TooManyBadFiles when they become more than a share of all. A shard counts with its
     images, as well as they can be estimated.
@@ -66,7 +75,7 @@ class BadFiles:
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, index, *, limit: float = 0.01, path: str | os.PathLike | None = None) -> "BadFiles":
+    def of(cls, index: Indexed, *, limit: float = 0.01, path: str | os.PathLike | None = None) -> "BadFiles":
         """For the images of an index; those found bad while indexing are reported at once."""
         bad_files = cls(len(index) + sum(bad.images for bad in index.bad), limit=limit, path=path)
         for bad in index.bad:
@@ -125,7 +134,7 @@ _MEANT = {escaped: meant for meant, escaped in _ESCAPES.items()}
 
 
 def _escaped(name: str) -> str:
-    return name.translate(str.maketrans(_ESCAPES))
+    return "".join(_ESCAPES.get(letter, letter) for letter in name)
 
 
 def _unescaped(name: str) -> str:

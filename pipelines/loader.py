@@ -22,9 +22,12 @@ from torch import Tensor
 from .augment.augmentation import Augmentation
 from .augment.plan import EvaluationPlans, Plan, TrainPlans
 from .bad_files import BadFiles
-from .decode.prefetch import AHEAD, Supply
+from .decode.prefetch import AHEAD, Supply, Views
+from .index.image_index import Index, WithUnlabelled
 from .index.labels import UNLABELLED
 from .synthetic import ResidentViews, SyntheticIndex
+
+AnyIndex = Index | SyntheticIndex | WithUnlabelled
 
 
 class Mix(NamedTuple):
@@ -50,12 +53,12 @@ def batch_of(plan: Plan, images: Tensor, index_labels: np.ndarray) -> Batch:
     """The plan as it was carried out, with its images; the rest goes to the images' device."""
     labels = np.where(plan.counted, index_labels[plan.indices], UNLABELLED)
     indices = torch.from_numpy(np.where(plan.counted, plan.indices, -1))
-    if plan.lam is None:
-        (labels,) = on_device([labels], images.device)
-        return Batch(images, labels, indices, None)
+    if plan.partner is None or plan.lam is None or plan.box is None:
+        (moved,) = on_device([labels], images.device)
+        return Batch(images, moved, indices, None)
     mixing = [plan.partner, plan.lam, plan.box, plan.views.erase_box, plan.views.erase_seed]
-    labels, *mixing = on_device([labels, *mixing], images.device)
-    return Batch(images, labels, indices, Mix(*mixing))
+    moved, *mix = on_device([labels, *mixing], images.device)
+    return Batch(images, moved, indices, Mix(*mix))
 
 
 def on_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -74,7 +77,7 @@ def on_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
 
 
 def train_loader(
-    index,
+    index: AnyIndex,
     *,
     batch_size: int = 64,
     input_size: int = 224,
@@ -115,7 +118,7 @@ def train_loader(
 
 
 def eval_loader(
-    index,
+    index: AnyIndex,
     *,
     batch_size: int = 64,
     input_size: int = 224,
@@ -158,7 +161,7 @@ class Loader:
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="fastdeit-loader")
         self.start = self.position = 0
 
-    def _views(self, num_threads: int, augmentation: Augmentation | None):
+    def _views(self, num_threads: int, augmentation: Augmentation | None) -> Views:
         if isinstance(self.index, SyntheticIndex):
             return ResidentViews(self.plans.batch_size, self.plans.size, self.device)
         what = (self.index, self.plans.batch_size, self.plans.size, num_threads)
@@ -194,13 +197,12 @@ class Loader:
         steps = range(start, len(self))
         # On a GPU DALI works in its own threads and streams, and a batch must be handed over on the stream that is
         # going to use it. On the CPU there is work left to do in Python.
-        for batch in map(self._make, steps) if self.device.type == "cuda" else self._made_ahead(steps):
+        for batch in map(self._make, steps) if self.device.type == "cuda" else self._made_ahead(iter(steps)):
             start += 1
             self.position = start
             yield batch
 
-    def _made_ahead(self, steps: range) -> Iterator[Batch]:
-        steps = iter(steps)
+    def _made_ahead(self, steps: Iterator[int]) -> Iterator[Batch]:
         made = deque(self.worker.submit(self._make, step) for step in islice(steps, self.ahead))
         while made:
             batch = made.popleft().result()

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 
-def _wide(tensor: Tensor | None) -> Tensor | None:
+def _wide(tensor: Tensor) -> Tensor:
     """Contiguous, so that sums go in one order whatever the strides were."""
-    return tensor if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
 
 
 def _scale(x: Tensor, layer_scale: Tensor | None, drop_path_scale: Tensor | None) -> Tensor | None:
     """What multiplies x, broadcastable to it; None where nothing does."""
-    scale = _wide(layer_scale)
+    scale = None if layer_scale is None else _wide(layer_scale)
     if drop_path_scale is not None:
         per_sample = _wide(drop_path_scale).view(-1, *[1] * (x.ndim - 1))
         scale = per_sample if scale is None else scale * per_sample
@@ -62,6 +62,7 @@ def add_layer_norm_backward_reference(
     scale = _scale(x, layer_scale, drop_path_scale)
     dx = d_sum.clone() if scale is None else scale * d_sum  # an operation's results may not share memory
     if layer_scale is not None:
-        branch = _wide(x) if drop_path_scale is None else _wide(x) * _scale(x, None, drop_path_scale)
+        dropped = _scale(x, None, drop_path_scale)
+        branch = _wide(x) if dropped is None else _wide(x) * dropped
         parameters[2] = (branch * d_sum).flatten(0, -2).sum(0)
     return dx.to(x.dtype).contiguous(), d_sum.to(new_residual.dtype).contiguous(), parameters

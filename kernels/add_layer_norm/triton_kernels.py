@@ -134,7 +134,8 @@ def add_layer_norm_triton(
     drop_path_scale: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, residual, *vectors = _contiguous(x, residual, weight, bias, layer_scale, drop_path_scale)
+    x, residual = x.contiguous(), residual.contiguous()
+    vectors = _contiguous(weight, bias, layer_scale, drop_path_scale)
     C, rows = x.shape[-1], x.shape[:-1].numel()
     normed, new_residual = torch.empty_like(x), torch.empty_like(residual)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -159,8 +160,9 @@ def add_layer_norm_backward_triton(
     layer_scale: Tensor | None,
     drop_path_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_normed, grad_residual, x, new_residual, weight, layer_scale, drop_path_scale = _contiguous(
-        grad_normed, grad_residual, x, new_residual, weight, layer_scale, drop_path_scale
+    x, new_residual, weight = x.contiguous(), new_residual.contiguous(), weight.contiguous()
+    grad_normed, grad_residual, layer_scale, drop_path_scale = _contiguous(
+        grad_normed, grad_residual, layer_scale, drop_path_scale
     )
     C, rows = x.shape[-1], x.shape[:-1].numel()
     dx, d_residual = torch.empty_like(x), torch.empty_like(new_residual)

@@ -5,6 +5,8 @@ the gradient in the same packed layout.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +22,14 @@ HEAD_DIMS = tuple(range(16, 129, 8))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: Literal[False] = False
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -67,6 +77,12 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None, return_lse: Literal[False] = False) -> Tensor: ...
+@overload
+def attention_qkvpacked(
+    qkv: Tensor, *, scale: float | None = None, return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def attention_qkvpacked(
     qkv: Tensor, *, scale: float | None = None, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -84,7 +100,8 @@ def attention_qkvpacked(
     _check(qkv)
     scale = _scale(scale, qkv)
     if not return_lse and left_to_pytorch(qkv.device, qkv.dtype):
-        return _pytorch_attention(*qkv.unbind(2), scale)
+        q, k, v = qkv.unbind(2)
+        return _pytorch_attention(q, k, v, scale)
     out, lse = _attend_packed(qkv, scale)
     return (out, lse) if return_lse else out
 
@@ -109,7 +126,7 @@ def _scale(scale: float | None, x: Tensor) -> float:
     return scale
 
 
-def _check(x: Tensor):
+def _check(x: Tensor) -> None:
     tokens, heads, head_dim = x.shape[1], *x.shape[-2:]
     if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
         raise ValueError(f"attention takes float16, bfloat16 and float32 on {x.device.type}, not {x.dtype}.")
@@ -147,7 +164,18 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     return out, lse
 
 
-def _backward(grad_out, q, k, v, out, lse, scale, grad_lse, grads: tuple[Tensor, Tensor, Tensor]):
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    grad_lse: Tensor | None,
+    grads: Sequence[Tensor],
+) -> None:
+    """Writes the gradients of q, k and v into `grads`."""
     if q.numel() == 0:
         pass
     elif use_triton(q) and q.dtype in DTYPES:
@@ -179,9 +207,9 @@ def _(q, k, v, scale):
 def _attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _backward(grad_out, q, k, v, out, lse, scale, grad_lse, grads)
-    return grads
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _backward(grad_out, q, k, v, out, lse, scale, grad_lse, (dq, dk, dv))
+    return dq, dk, dv
 
 
 @_attention_backward.register_fake
@@ -191,7 +219,8 @@ def _(grad_out, q, k, v, out, lse, scale, grad_lse):
 
 @torch.library.custom_op("fastdeit::attention_qkvpacked", mutates_args=())
 def _attention_qkvpacked(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _forward(*qkv.unbind(2), scale)
+    q, k, v = qkv.unbind(2)
+    return _forward(q, k, v, scale)
 
 
 @_attention_qkvpacked.register_fake
@@ -206,7 +235,8 @@ def _attention_qkvpacked_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, grad_lse: Tensor | None
 ) -> Tensor:
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _backward(grad_out, *qkv.unbind(2), out, lse, scale, grad_lse, grad_qkv.unbind(2))
+    q, k, v = qkv.unbind(2)
+    _backward(grad_out, q, k, v, out, lse, scale, grad_lse, grad_qkv.unbind(2))
     return grad_qkv
 
 

@@ -20,6 +20,8 @@ keep every multiprocessor busy. The first computes dQ with one program per block
 second, which has one program per block of keys; S and dP are computed in both. Sums are in a fixed order everywhere.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -201,7 +203,7 @@ def backward_q_kernel(
 
 def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
-    grad_lse: Tensor | None, grads: tuple[Tensor, Tensor, Tensor],
+    grad_lse: Tensor | None, grads: Sequence[Tensor],
 ):  # fmt: skip
     """Fills grads = (dq, dk, dv): three contiguous tensors, or the three parts of a packed gradient."""
     dq, dk, dv = grads

@@ -32,7 +32,7 @@ def forward(
     q (B, R, H, D), k (B, M, H, D). objective: "kl" or "mse", head by head, or "mean_kl".
     """
     tensors = student_q, student_k, teacher_q, teacher_k
-    slices = [_forward(*part, student_scale, teacher_scale, objective) for part in _slices(*tensors)]
+    slices = [_forward(q, k, tq, tk, student_scale, teacher_scale, objective) for q, k, tq, tk in _slices(*tensors)]
     losses, student_lse, teacher_lse = (torch.cat(parts) for parts in zip(*slices))
     return losses.mean(), student_lse, teacher_lse
 
@@ -53,8 +53,8 @@ def backward(
     dq, dk = (x.new_empty(x.shape) for x in (student_q, student_k))
     factor = dloss * student_scale / student_q.shape[:3].numel()
     tensors = student_q, student_k, teacher_q, teacher_k, student_lse, teacher_lse
-    for q, k, *others, dq_part, dk_part in _slices(*tensors, dq, dk):
-        dS = factor * _score_gradient(q, k, *others, student_scale, teacher_scale, objective)
+    for q, k, tq, tk, q_lse, tq_lse, dq_part, dk_part in _slices(*tensors, dq, dk):
+        dS = factor * _score_gradient(q, k, tq, tk, q_lse, tq_lse, student_scale, teacher_scale, objective)
         dq_part.copy_(torch.einsum("bhrm,bmhd->brhd", dS, k.to(dS.dtype)))
         dk_part.copy_(torch.einsum("bhrm,brhd->bmhd", dS, q.to(dS.dtype)))
     return dq, dk

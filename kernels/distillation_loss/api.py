@@ -1,5 +1,7 @@
 """The loss of a student with a class head and a distillation head, and its gradient, in one launch."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,38 @@ from . import checks
 from .reference import reference
 
 
+@overload
+def distillation_loss(
+    cls_logits: Tensor,
+    dist_logits: Tensor | None,
+    target: Tensor | None,
+    teacher: Tensor | tuple[Tensor, Tensor] | None,
+    *,
+    kind: str,
+    alpha: float = 0.5,
+    tau: float = 1.0,
+    smoothing: float = 0.0,
+    mix: tuple[Tensor, float | Tensor] | None = None,
+    soft_reduction: str = "batchmean",
+    reduction: str = "mean",
+    return_terms: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def distillation_loss(
+    cls_logits: Tensor,
+    dist_logits: Tensor | None,
+    target: Tensor | None,
+    teacher: Tensor | tuple[Tensor, Tensor] | None,
+    *,
+    kind: str,
+    alpha: float = 0.5,
+    tau: float = 1.0,
+    smoothing: float = 0.0,
+    mix: tuple[Tensor, float | Tensor] | None = None,
+    soft_reduction: str = "batchmean",
+    reduction: str = "mean",
+    return_terms: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def distillation_loss(
     cls_logits: Tensor,
     dist_logits: Tensor | None,
@@ -71,18 +105,22 @@ def distillation_loss(
 
     if kind == "none":
         dist_logits = teacher = None
-    teacher, teacher_probs = teacher if isinstance(teacher, tuple) else (teacher, None)
-    if kind == "hard" and teacher_probs is not None:
-        teacher, teacher_probs = teacher.gather(1, teacher_probs.argmax(1, keepdim=True))[:, 0], None
-    second, lam = mix if mix is not None else (None, None)
-    if second is not None and not isinstance(lam, Tensor):
-        lam = torch.full((len(cls_logits),), float(lam), device=cls_logits.device)
+    probs = None
+    if isinstance(teacher, tuple):
+        teacher, probs = teacher
+        if kind == "hard":
+            teacher, probs = teacher.gather(1, probs.argmax(1, keepdim=True))[:, 0], None
+    second = lam = None
+    if mix is not None:
+        second, lam = mix
+        if not isinstance(lam, Tensor):
+            lam = torch.full((len(cls_logits),), float(lam), device=cls_logits.device)
 
     heads = (cls_logits,) if dist_logits is None else (cls_logits, dist_logits)
     with_grad = torch.is_grad_enabled() and any(head.requires_grad for head in heads)
     numel = soft_reduction == "numel"
     losses, terms, _, _ = _apply(
-        cls_logits, dist_logits, target, second, lam, teacher, teacher_probs,
+        cls_logits, dist_logits, target, second, lam, teacher, probs,
         kind, alpha, tau, smoothing, numel, with_grad,
     )  # fmt: skip
     loss = losses.mean() if reduction == "mean" else losses

@@ -41,12 +41,12 @@ def reference(
         log_p = z_cls.log_softmax(1)
         class_term = _cross_entropy(q, log_p)
         dcls = class_weight * (q.sum(1, keepdim=True) * log_p.exp() - q)
-    if kind == "hard":
+    if kind == "hard" and teacher is not None:
         labels = teacher.argmax(1) if teacher.ndim == 2 else teacher
         log_p = z_dist.log_softmax(1)
         teacher_term = -log_p.gather(1, labels[:, None])[:, 0]
         ddist = teacher_weight * _minus_one_hot(log_p.exp(), labels)
-    elif kind == "soft":
+    elif kind == "soft" and teacher is not None:
         scale = tau * tau / classes if numel else tau * tau
         q = (
             (teacher.to(statistics) / tau).softmax(1)

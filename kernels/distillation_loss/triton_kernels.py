@@ -252,11 +252,11 @@ def launch(
     terms = cls_logits.new_empty((2, batch), dtype=torch.float32)
     dcls = cls_logits.new_empty(cls_logits.shape if with_grad else 0)
     ddist = cls_logits.new_empty(cls_logits.shape if with_grad and two_heads else 0)
-    dist_logits = dist_logits if two_heads else cls_logits
+    dist_logits = cls_logits if dist_logits is None else dist_logits
     labels = [None if t is None else t if t.ndim == 2 else t.contiguous() for t in (target, second, lam, teacher)]
     class_weight, teacher_weight = (1.0, 0.0) if kind == "none" else (1.0 - alpha, alpha)
     soft_scale = tau * tau / classes if numel else tau * tau
-    stored = 0 if teacher_probs is None else teacher.shape[1]
+    stored = 0 if teacher is None or teacher_probs is None else teacher.shape[1]
     block = min(triton.next_power_of_2(classes), MAX_BLOCK)
     with torch.cuda.device_of(cls_logits):
         distillation_loss_kernel[(batch,)](
@@ -284,7 +284,7 @@ def _target_mode(target: Tensor | None) -> str:
 
 
 def _teacher_mode(kind: str, teacher: Tensor | None, teacher_probs: Tensor | None) -> str:
-    if kind == "none":
+    if kind == "none" or teacher is None:
         return "none"
     if teacher.ndim == 1:
         return "hard_labels"

@@ -72,7 +72,7 @@ def _replacement(layer: nn.Module) -> type[nn.Module] | None:
         from .timm_attention import FusedAttention
 
         return FusedAttention
-    return with_fused_sdpa(kind) if calls_sdpa(kind) else None
+    return with_fused_sdpa(kind) if calls_sdpa(kind) else None  # type: ignore[arg-type]  # mypy: unhashable
 
 
 def _why_not(layer: nn.Module, replacement: type[nn.Module] | None) -> str:

@@ -34,11 +34,11 @@ class SwapReport:
 
 
 FUSED = "fused"
-_listeners: list[Counter] = []
+_listeners: list[Counter[str]] = []
 
 
 @contextmanager
-def attention_calls() -> Iterator[Counter]:
+def attention_calls() -> Iterator[Counter[str]]:
     """Counts the calls of replaced attention layers: `calls["fused"]` ran our kernels; each other key is a reason for
     which so many calls ran PyTorch's attention.
 
@@ -48,7 +48,7 @@ def attention_calls() -> Iterator[Counter]:
 
     Calls inside a torch.compile'd region are not seen.
     """
-    calls = Counter()
+    calls: Counter[str] = Counter()
     _listeners.append(calls)
     try:
         yield calls

@@ -68,4 +68,4 @@ def with_fused_sdpa(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _remake(kind: type[nn.Module]) -> nn.Module:
-    return (fused := with_fused_sdpa(kind)).__new__(fused)
+    return (fused := with_fused_sdpa(kind)).__new__(fused)  # type: ignore[arg-type]  # mypy: unhashable

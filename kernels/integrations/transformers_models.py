@@ -124,7 +124,7 @@ def _why_not_layer(layer: nn.Module) -> str:
     kind = type(layer).__name__
     if not _uses_interface(layer):
         return f"{kind} does not go through transformers' attention interface"
-    if layer.config._attn_implementation != NAME:
+    if getattr(layer.config, "_attn_implementation", None) != NAME:
         return f"{kind} refused the implementation (see transformers' warning)"
     if getattr(layer, "is_causal", True):
         return f"{kind} is causal: SDPA"

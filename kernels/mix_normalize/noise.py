@@ -64,7 +64,7 @@ def _noise_of(images: list[tuple[int, Box]]) -> list[Tensor]:
     lengths = [len(row) for row in rows]
     key = torch.tensor(keys).T.repeat_interleave(torch.tensor(lengths), dim=1)
     zero = torch.zeros(sum(lengths), dtype=torch.int64)
-    words = philox((torch.cat(groups), torch.cat(rows), zero, zero), key)
+    words = philox((torch.cat(groups), torch.cat(rows), zero, zero), key.unbind())
 
     u0, u1, u2, u3 = (word.bitwise_right_shift_(9).float().add_(0.5).mul_(2.0**-23) for word in words)
     normals = torch.stack((*_box_muller(u0, u1), *_box_muller(u2, u3)), dim=-1)

@@ -69,7 +69,7 @@ class _Samples:
         self.shift = 255.0 * images.new_tensor(mean, dtype=torch.float64).float().repeat(W)
         self.scale = (1.0 / (255.0 * images.new_tensor(std, dtype=torch.float64))).float().repeat(W)
         self.erased: dict[int, tuple[Box, Tensor]] = {}
-        if erase_box is not None:
+        if erase_box is not None and erase_seed is not None:
             boxes = [_clip(box, H, W) for box in erase_box.tolist()]
             erased = [i for i, (y0, x0, y1, x1) in enumerate(boxes) if y1 > y0 and x1 > x0]
             seeds = erase_seed.tolist()

@@ -32,7 +32,7 @@ class Augmentation:
     repeats: int = 3  # repeated augmentation: views of an image in an epoch
     fill: tuple[int, int, int] = (124, 116, 104)  # what geometric operations uncover: ImageNet's mean colour
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability and must be in [0, 1], got {getattr(self, name)}")
@@ -111,7 +111,7 @@ def _draw_operations(a: Augmentation, draws: Draws) -> tuple[np.ndarray, np.ndar
 
 def draw_mix(
     a: Augmentation, seed: int, epoch: int, steps: np.ndarray, indices: np.ndarray, copies: np.ndarray, size: int
-):
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Who is mixed with whom in the batches of `steps`, N samples in all, one batch after the other: partner (N,)
     int64, a position in the sample's own batch, lam (N,) float32, box (N, 4) int32."""
     N = len(indices)

@@ -75,7 +75,9 @@ def mixing_rows(mode: str, seed: int, epoch: int, steps: np.ndarray, indices: np
     return Draws(seed, epoch, indices, copies)
 
 
-def spread_over_batch(mode: str, lam: np.ndarray, box: np.ndarray, batch_size: int):
+def spread_over_batch(
+    mode: str, lam: np.ndarray, box: np.ndarray, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows of `mixing_rows` turned into rows of samples: partner (N,) int64, lam (N,) float32, box (N, 4) int32."""
     times = {"batch": batch_size, "pair": 2, "elem": 1}[mode]
     lam, box = np.repeat(lam, times), np.repeat(box, times, axis=0)

@@ -6,6 +6,7 @@ those that fail are reported, kept out of all later plans, and the batch is made
 
 import os
 from collections import deque
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -19,15 +20,22 @@ AHEAD = 2  # batches in the making while one is used
 ATTEMPTS = 3  # at a batch in which no single image is at fault: a network disk may fail once
 
 
+class Views(Protocol):
+    """What decodes and augments, see cpu.py and gpu.py: collect in the order of submit. It may raise DecodeError."""
+
+    def submit(self, plan: Plan) -> None: ...
+    def collect(self, plan: Plan) -> Tensor: ...
+
+
 class Supply:
     """Not safe between threads: let one thread take.
 
     plans: what to make
-    views: who makes it, see cpu.py and gpu.py: submit(plan), collect(plan) -> images or DecodeError, in the same order
+    views: what makes it
     bad_files: where bad images are reported; those it lists from an earlier part of the run are avoided at once
     """
 
-    def __init__(self, plans: TrainPlans | EvaluationPlans, views, bad_files: BadFiles):
+    def __init__(self, plans: TrainPlans | EvaluationPlans, views: Views, bad_files: BadFiles):
         self.plans, self.index, self.views, self.bad_files = plans, plans.index, views, bad_files
         self.in_flight: deque[Plan] = deque()  # submitted, not collected
         self.bad: set[int] = set()

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from .records import Listing, Records, load_records, save_records
 
 log = logging.getLogger(__name__)
 
-_KINDS = {
+_KINDS: dict[str, tuple[Callable[[Listing], Records], type["Reader"]]] = {
     "folder": (folder.read_records, folder.FolderReader),
     "webdataset": (webdataset.read_records, webdataset.WebDatasetReader),
     "parquet": (parquet.read_records, parquet.ParquetReader),
@@ -38,6 +38,9 @@ _KINDS = {
 class Reader(Protocol):
     """Where the encoded images lie. Usable from several threads, and after pickling."""
 
+    root: str
+
+    def __init__(self, root: str, records: Records): ...
     def name(self, i: int) -> str: ...
     def path(self, i: int) -> str | None: ...
     def encoded(self, i: int) -> np.ndarray: ...
@@ -97,7 +100,7 @@ class Index:
         digest = hashlib.sha256("\0".join([*self.classes, "", *records.shards]).encode("utf-8", "surrogateescape"))
         for array in (records.names.blob, records.names.ends, records.sizes, self.labels, records.shard_ids):
             if array is not None:
-                digest.update(np.ascontiguousarray(array))
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 
@@ -138,9 +141,9 @@ def open_files(paths: Sequence[str | os.PathLike], *, cache_dir: str | os.PathLi
 
     Raises ValueError for a path that does not exist, NoImages if there are no images.
     """
-    paths = [os.fspath(path) for path in paths]
-    what = f"the path {paths[0]}" if len(paths) == 1 else f"{len(paths)} paths"
-    return _open_unlabelled(folder.list_files(paths), what, cache_dir)
+    names = [os.fspath(path) for path in paths]
+    what = f"the path {names[0]}" if len(names) == 1 else f"{len(names)} paths"
+    return _open_unlabelled(folder.list_files(names), what, cache_dir)
 
 
 def _open_unlabelled(listing: Listing, what: str, cache_dir: str | os.PathLike | None) -> Index:
@@ -150,7 +153,7 @@ def _open_unlabelled(listing: Listing, what: str, cache_dir: str | os.PathLike |
 
 
 def _open(listing: Listing, what: str, classes: Sequence[str] | None, cache_dir: str | os.PathLike | None) -> Index:
-    read_records, reader = _KINDS[listing.kind]
+    read_records, make_reader = _KINDS[listing.kind]
     records = _cached(listing, what, cache_dir) if cache_dir is not None else read_records(listing)
     bad = tuple(one._replace(name=os.path.join(listing.root, one.name)) for one in records.bad)
     for note in (*listing.notes, *records.notes):
@@ -160,7 +163,7 @@ def _open(listing: Listing, what: str, classes: Sequence[str] | None, cache_dir:
     labels, classes = _labels_among(records, classes, what)
     if turned := int(records.rotated.sum()):
         log.info("%s: the EXIF orientation of %d images is not applied, as in timm", what, turned)
-    reader = reader(listing.root, records)
+    reader = make_reader(listing.root, records)
     return Index(classes, labels, records.heights, records.widths, bad, records, reader, listing.split)
 
 
