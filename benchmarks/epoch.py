@@ -37,12 +37,12 @@ from fastdeit.distill.cached_teacher import CachedTeacher, LoaderWithTargets
 from fastdeit.distributed.world import World
 from fastdeit.pipelines import Loader, SyntheticIndex, open_index
 from fastdeit.pipelines.augment.sampler import epoch_order
-from fastdeit.training.trainer import Trainer
+from fastdeit.training.loop import Loop
 
 from . import charts, peers
 from .pipeline import CORES, Epoch, make_images, measure, needs_dali, timm_loader
 from .record import Headline, Record, parser
-from .steps import CLASSES, configuration, fill_in, pick_place, random_store, speed, trainer_on
+from .steps import CLASSES, configuration, fill_in, loop_on, pick_place, random_store, speed
 
 COLUMNS = ("contender", "cores", "images_an_epoch", "images_per_s", "images_per_cpu_s", "share_of_noise")
 VIEWS = 4  # of the store; epochs go round
@@ -63,11 +63,11 @@ def taught(loader: Loader, folder: Path) -> LoaderWithTargets:
     return LoaderWithTargets(loader, random_store(folder, np.stack(orders), plans.batch_size))
 
 
-def our_epochs(trainer: Trainer, loader: LoaderWithTargets) -> Epoch:
+def our_epochs(loop: Loop, loader: LoaderWithTargets) -> Epoch:
     def epoch() -> Iterator[int]:
-        trainer.train_loader = loader
-        trainer.train_epoch(trainer.steps_done // trainer.steps_per_epoch)
-        yield trainer.steps_per_epoch * trainer.global_batch
+        loop.train_loader = loader
+        loop.train_epoch(loop.state.step // loop.steps_per_epoch)
+        yield loop.steps_per_epoch * loop.trainer.global_batch
 
     return epoch
 
@@ -82,9 +82,9 @@ def ours(arguments: argparse.Namespace, root: Path, world: World, folder: Path) 
     for name, source in zip(SOURCES, (index, SyntheticIndex(len(index), CLASSES))):
         loader, _ = loaders(config, (source, source), world, None)
         sources[name] = taught(loader, folder / name)
-    trainer = trainer_on(config, world, sources["from disk"])
-    trainer.teacher = CachedTeacher(sources["from disk"].cache, config)
-    return {f"fastdeit, {name}": our_epochs(trainer, loader) for name, loader in sources.items()}
+    loop = loop_on(config, world, sources["from disk"])
+    loop.trainer.teacher = CachedTeacher(sources["from disk"].cache, config)
+    return {f"fastdeit, {name}": our_epochs(loop, loader) for name, loader in sources.items()}
 
 
 def theirs(arguments: argparse.Namespace, root: Path, device: torch.device) -> dict[str, Epoch]:

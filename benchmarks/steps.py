@@ -22,6 +22,7 @@ from fastdeit.distill.cached_teacher import targets_of
 from fastdeit.distributed.world import World, pick_device
 from fastdeit.models.build import build_student
 from fastdeit.pipelines import Batch, Loader
+from fastdeit.training.loop import Loop
 from fastdeit.training.trainer import Trainer
 
 from .timing import Timing
@@ -66,26 +67,24 @@ def noise(config: Config, world: World) -> Loader:
     return loaders(config, open_images(config, world), world, None)[0]
 
 
-def trainer_on(config: Config, world: World, loader) -> Trainer:
-    """The trainer, without a teacher yet, silent, writing nothing."""
-    trainer = Trainer(
-        config, world, build_student(config, CLASSES)[0], None, (loader, None), [str(i) for i in range(CLASSES)], None
-    )  # fmt: skip
-    trainer.log.close()
-    trainer.log.console.quiet = True
+def loop_on(config: Config, world: World, loader) -> Loop:
+    """A run without a teacher yet, silent, writing nothing."""
+    trainer = Trainer(config, world, build_student(config, CLASSES)[0], None, steps_per_epoch=len(loader))
     trainer.model.train()
-    return trainer
+    loop = Loop(trainer, (loader, None), [str(i) for i in range(CLASSES)], None)
+    loop.log.close()
+    loop.log.console.quiet = True
+    return loop
 
 
-def our_step(trainer: Trainer, teacher, batches: list[Batch]) -> Step:
-    """Trainer.step, and the look at what lies behind that the trainer's loop takes after it. A loss that is not finite
-    raises there."""
+def our_step(loop: Loop, teacher, batches: list[Batch]) -> Step:
+    """Loop.step, and the look at earlier steps' losses that the loop takes after it. One that is not finite raises."""
     endless = itertools.cycle(batches)
 
     def step() -> torch.Tensor:
-        trainer.teacher = teacher
-        loss = trainer.step(next(endless))[0]
-        trainer.keeper.look()
+        loop.trainer.teacher = teacher
+        loss = loop.step(next(endless))[0]
+        loop.checkpointing.look()
         return loss
 
     return step

@@ -26,6 +26,7 @@ from torch import nn
 
 from fastdeit.distill.teacher import Teacher
 from fastdeit.models.loading import LoadedModel, mean_std
+from fastdeit.training.loop import Loop
 from fastdeit.training.trainer import Trainer
 
 from . import charts, peers, steps
@@ -83,23 +84,25 @@ def states(network: nn.Module, trainer: Trainer, *, compiled: bool) -> dict[str,
     return made
 
 
-def compare_steps(arguments, network: nn.Module, trainer: Trainer) -> dict[str, Timing]:
-    device, batches = trainer.world.device, list(islice(trainer.train_loader, steps.RESIDENT))
+def compare_steps(arguments, network: nn.Module, loop: Loop) -> dict[str, Timing]:
+    trainer = loop.trainer
+    device, batches = trainer.world.device, list(islice(loop.train_loader, steps.RESIDENT))
     with tempfile.TemporaryDirectory() as folder:
         teachers = states(network, trainer, compiled=arguments.compile)
         teachers["stored answers"] = steps.stored_answers(Path(folder), arguments.batch_size, device)
         ready = torch.zeros(arguments.batch_size, dtype=torch.int64, device=device)
         teachers[FLOOR] = lambda images, batch: ready
-        calls = {name: steps.our_step(trainer, teacher, batches) for name, teacher in teachers.items()}
+        calls = {name: steps.our_step(loop, teacher, batches) for name, teacher in teachers.items()}
         for step in calls.values():
             steps.built(lambda step=step: step, device, 1 if arguments.quick else 2)
         return steps.in_turn(calls, device, arguments.rounds)
 
 
 @torch.no_grad()
-def compare_forwards(arguments, network: nn.Module, trainer: Trainer) -> dict[str, Timing]:
+def compare_forwards(arguments, network: nn.Module, loop: Loop) -> dict[str, Timing]:
+    trainer = loop.trainer
     device, dtype = trainer.world.device, trainer.precision
-    images = trainer.prepare(next(iter(trainer.train_loader)))
+    images = trainer.prepare(next(iter(loop.train_loader)))
     ours = best_teacher(network, trainer, compiled=arguments.compile)
     calls = {"fastdeit": lambda: ours(images)}
     if (lacking := peers.timm_lacks()) is not None:
@@ -164,12 +167,12 @@ def main() -> None:
     config = steps.configuration(
         arguments.student, batch_size=arguments.batch_size, pixels=arguments.pixels, compile=arguments.compile
     )
-    trainer = steps.trainer_on(config, world, steps.noise(config, world))
+    loop = steps.loop_on(config, world, steps.noise(config, world))
     network = timm.create_model(arguments.teacher, num_classes=steps.CLASSES)
-    whole = compare_steps(arguments, network, trainer)
+    whole = compare_steps(arguments, network, loop)
     report(record, "step", whole, arguments.batch_size)
     record.write()
-    forwards = compare_forwards(arguments, network, trainer)
+    forwards = compare_forwards(arguments, network, loop)
     report(record, "forward", forwards, arguments.batch_size)
     if len(forwards) > 1:
         record.headlines.append(headline(arguments, forwards, world.device))

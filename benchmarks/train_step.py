@@ -120,13 +120,13 @@ class Case:
 
     def ours(self, make: Callable | None, *, attention: str = "sdpa", compile: bool | None = None) -> Step:
         """make: of the timm model and the trainer its teacher; None for stored answers."""
-        trainer = steps.trainer_on(self._configuration(attention, compile), self.world, self.noise)
+        loop = steps.loop_on(self._configuration(attention, compile), self.world, self.noise)
         if make is None:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             teacher = steps.stored_answers(folder, self.arguments.batch_size, self.device)
         else:
-            teacher = make(self.network, trainer)
-        return steps.our_step(trainer, teacher, self.batches)
+            teacher = make(self.network, loop.trainer)
+        return steps.our_step(loop, teacher, self.batches)
 
     def timm(self, *, channels_last: bool) -> Step:
         step = peers.Timm(

@@ -169,3 +169,18 @@ def loaders(config: Config, indices, world: World, folder: Path | None):
             validation, batch_size=data.batch_size, crop_pct=data.eval_crop_ratio, bad_files=bad_files[1], **shared
         ),
     )
+
+
+def remarks(config: Config, indices) -> list[str]:
+    """What of the data a user should know before a run, in sentences."""
+    training, validation = indices
+    said = []
+    if getattr(validation, "split", "val") == "test":
+        said.append(
+            f"{config.data.data_path} has no val: the test images are the validation images, and the checkpoint best "
+            "is chosen on them, so its top-1 is no longer that of images it never saw; keep a val of its own for that"
+        )
+    without_names = config.model.pretrained or (config.model.finetune and Path(config.model.finetune).is_file())
+    if without_names and config.data.classes is None and (order := order_of_numbers(training.classes)):
+        said.append(order)
+    return said

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastdeit.distributed.parallel import whole
+from fastdeit.distributed.parallel import full
 from fastdeit.errors import UserError
 
 from . import files
@@ -45,7 +45,7 @@ class Snapshot:
             return type(tree)(self._copy(value, (*path, i), here) for i, value in enumerate(tree))
         if not isinstance(tree, torch.Tensor):
             return tree
-        tensor = whole(tree.detach())
+        tensor = full(tree.detach())
         return self._to_memory(tensor, path) if here else None
 
     def _to_memory(self, tensor: torch.Tensor, path: tuple) -> torch.Tensor:
@@ -56,7 +56,7 @@ class Snapshot:
         return memory.copy_(tensor, non_blocking=True)
 
 
-class Saver:
+class AsyncWriter:
     """Writes the checkpoints of one run. `run` is None in the processes that write none.
 
     A checkpoint that cannot be written (the disk is full) is reported through `say`, and training goes on: `last` stays

@@ -76,9 +76,9 @@ def check_unchanged(config: Config, run: Path) -> None:
                 )
 
 
-def check_same(progress: dict, trainer) -> None:
+def check_same(progress: dict, trainer, index) -> None:
     """Refuse another data set, another teacher, and a number of processes that makes another batch."""
-    if trainer.train_loader.index.fingerprint != progress["data"]:
+    if index.fingerprint != progress["data"]:
         more = trainer.config.distillation.unlabelled_path
         where, flags = (f" and {more}", "--data-path and --unlabelled-path") if more else ("", "--data-path")
         raise UserError(

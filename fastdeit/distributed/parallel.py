@@ -1,7 +1,7 @@
-"""One model over several processes: every process a whole one (DDP), or each a share of it (FSDP2).
+"""One model on several processes: a full replica in each (DDP), or a shard of every parameter in each (FSDP2).
 
-Blocks are compiled one by one, and shared out one by one: so the exchange of one block's gradients overlaps with the
-backward pass of the block before it. A single process gains from compiling the whole model.
+Blocks are compiled one by one and sharded one by one, so that the all-reduce of one block's gradients overlaps with the
+backward pass of the block before it. A single process gains from compiling the entire model.
 """
 
 from contextlib import nullcontext
@@ -20,21 +20,21 @@ def compile_model(model: nn.Module, world: World) -> None:
         part.compile()
 
 
-def spread(model: nn.Module, ema: nn.Module | None, sharding: str, world: World) -> nn.Module:
-    """Lay a model and its moving average over the processes; returns what training steps call in the model's place."""
+def distribute(model: nn.Module, ema: nn.Module | None, sharding: str, world: World) -> nn.Module:
+    """Put a model and its moving average on all processes; returns the module that training steps call."""
     if world.world_size == 1:
         return model
     if sharding == "fsdp":
-        for whole in (model, ema):
-            if whole is not None:
-                _shard(whole, world)
+        for module in (model, ema):
+            if module is not None:
+                _shard(module, world)
         return model
     devices = [world.device.index] if world.device.index is not None else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def _shard(model: nn.Module, world: World) -> None:
-    """FSDP2, in place: each process keeps a share of every parameter, and gathers a block when its turn comes.
+    """FSDP2, in place: each process keeps a shard of every parameter, and gathers a block's when its turn comes.
 
     Weights are gathered as they are stored, in float32: the numbers are those of DDP up to the order of sums.
     """
@@ -50,10 +50,10 @@ def _shard(model: nn.Module, world: World) -> None:
         register_fsdp_forward_method(model, "forward_heads")  # evaluation enters here, not in forward
 
 
-def without_exchange(forward: nn.Module, last: bool):
-    """A context for all but the last of the parts whose gradients add up to one step: DDP exchanges only their sum.
-    FSDP adds up the shares, which is what it is for: no process ever holds all gradients."""
-    if isinstance(forward, DistributedDataParallel) and not last:
+def gradient_sync(forward: nn.Module, *, when: bool):
+    """The context of a micro-batch: DDP all-reduces gradients only where `when`, in the last of a step. FSDP
+    accumulates its shards' gradients, so that no process ever holds all of them."""
+    if isinstance(forward, DistributedDataParallel) and not when:
         return forward.no_sync()
     return nullcontext()
 
@@ -63,39 +63,39 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whole tensors and what a process holds of them. Sharded ones are DTensors, which are known here by their methods:
-# importing their class takes a second, and few runs meet one.
+# Full tensors and the shards of a process. Sharded ones are DTensors, which are recognised by their methods: importing
+# their class takes a second, and few runs need it.
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full(tensor: torch.Tensor) -> torch.Tensor:
     """Gathered from all processes, which must all call."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def own_share(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    """Every parameter and buffer from its whole tensor in `saved`."""
+    """Every parameter and buffer from its full tensor in `saved`."""
     own = model.state_dict()
     if own.keys() != saved.keys() or any(own[name].shape != saved[name].shape for name in own):
         raise UserError("the checkpoint is of another model than the settings beside it name")
     for name, tensor in own.items():
-        tensor.copy_(_share(saved[name], tensor))
+        tensor.copy_(_local(saved[name], tensor))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """The state of an optimizer from its state_dict of whole tensors; how it computes is this run's choice."""
+    """The state of an optimizer from its state_dict of full tensors; how it computes is this run's choice."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         i: {
-            key: _share(value, parameters[i]) if getattr(value, "shape", None) == parameters[i].shape else value
+            key: _local(value, parameters[i]) if getattr(value, "shape", None) == parameters[i].shape else value
             for key, value in values.items()
         }
         for i, values in saved["state"].items()
@@ -107,9 +107,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _share(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _local(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if is_sharded(like):
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return torch.empty_like(like, dtype=whole.dtype).copy_(whole)  # with the strides of `like`: channels_last stays
+        return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return torch.empty_like(like, dtype=full.dtype).copy_(full)  # with the strides of `like`: channels_last stays

@@ -37,6 +37,10 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over all processes."""
+        return self.sum(tensor) / self.world_size
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

@@ -1,6 +1,7 @@
 """Pictures of a run: the first augmented batch, the curves, the cosine similarity of the two tokens."""
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ from . import charts
 SHOWN = 32  # images in the grid
 
 
-def first_batch(trainer, path: Path) -> None:
+def first_batch(loader, prepare: Callable, mean, std, classes: Sequence[str], path: Path) -> None:
     """The first batch of epoch 0 as the student sees it, each image with its label (both labels where mixed)."""
-    trainer.train_loader.set_epoch(0)
-    batch = next(iter(trainer.train_loader))
-    trainer.train_loader.set_epoch(0)
-    images = trainer.prepare(batch)[:SHOWN].float().cpu()
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (trainer.mean, trainer.std))
+    loader.set_epoch(0)
+    batch = next(iter(loader))
+    loader.set_epoch(0)
+    images = prepare(batch)[:SHOWN].float().cpu()
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (mean, std))
     pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     columns = min(8, len(pixels))
     rows = math.ceil(len(pixels) / columns)
@@ -31,7 +32,7 @@ def first_batch(trainer, path: Path) -> None:
         axis.axis("off")
     for i, (axis, image) in enumerate(zip(axes.flat, pixels)):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(_label(batch, i, trainer.classes), fontsize=8, parse_math=False)
+        axis.set_title(_label(batch, i, classes), fontsize=8, parse_math=False)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
@@ -53,17 +54,15 @@ def curves(folder: Path) -> None:
     charts.png(folder / "curves.png", charts.of_training(*metrics_log.read(folder / "metrics.jsonl")))
 
 
-def token_similarity(trainer, folder: Path) -> list[float] | None:
+def token_similarity(model, loader, prepare: Callable, folder: Path) -> list[float] | None:
     """Cosine similarity of class and distillation token at the input and after each block, over one validation batch;
     drawn as token_similarity.png. None for a model without a distillation token."""
-    if not (isinstance(trainer.model, DeiT) and trainer.model.arch.distilled):
+    if not (isinstance(model, DeiT) and model.arch.distilled):
         return None
-    if is_sharded(trainer.model.cls_token):
-        return None  # this process holds a share of the weights
-    batch = next(iter(trainer.val_loader))
+    if is_sharded(model.cls_token):
+        return None  # this process holds a shard of the weights
+    batch = next(iter(loader))
     real = batch.indices >= 0
-    values = token_cosine_similarity(
-        trainer.model, trainer.prepare(batch)[real.to(batch.labels.device)].float()
-    ).tolist()
+    values = token_cosine_similarity(model, prepare(batch)[real.to(batch.labels.device)].float()).tolist()
     charts.png(folder / "token_similarity.png", [charts.of_tokens(values)])
     return [round(value, 3) for value in values]

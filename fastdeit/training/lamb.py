@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdeit.distributed.parallel import is_sharded, own_share
+from fastdeit.distributed.parallel import is_sharded, local_shard
 
 
 class Lamb(torch.optim.Optimizer):
@@ -36,7 +36,7 @@ class Lamb(torch.optim.Optimizer):
         groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         sharded = any(is_sharded(p) for params in groups for p in params)
         hold = self.found_inf
-        grads = [own_share(p.grad) for params in groups for p in params]
+        grads = [local_shard(p.grad) for params in groups for p in params]
         if hold is not None:
             for grad in grads:
                 grad.masked_fill_(hold > 0, 0)  # 0 times nan is nan
@@ -56,9 +56,9 @@ class Lamb(torch.optim.Optimizer):
                     "exp_avg_sq": torch.zeros_like(p),
                 }
         (beta1, beta2), weight_decay = group["betas"], group["weight_decay"]
-        weights, grads = [own_share(p) for p in params], [own_share(p.grad) for p in params]
+        weights, grads = [local_shard(p) for p in params], [local_shard(p.grad) for p in params]
         steps, means, squares = (
-            [own_share(self.state[p][key]) for p in params] for key in ("step", "exp_avg", "exp_avg_sq")
+            [local_shard(self.state[p][key]) for p in params] for key in ("step", "exp_avg", "exp_avg_sq")
         )
         torch._foreach_add_(steps, keep)
         _approach(means, grads, (1 - beta1) * keep)

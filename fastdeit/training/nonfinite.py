@@ -10,7 +10,6 @@ the step, ready to be saved and to be repeated: what a step computes is a functi
 
 import json
 import math
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -59,25 +58,17 @@ class Guard:
         step, *losses, norm = self.rows[min(number, len(self.slots) - 1)].tolist()
         return int(step), losses, norm
 
-
-class Recent:
-    """The files of the last few batches, for the host, which hears of a bad step some steps later."""
-
-    def __init__(self, index, length: int):
-        self.index, self.batches = index, deque(maxlen=length)
-
-    def add(self, step: int, batch) -> None:
-        self.batches.append((step, batch.indices))
-
-    def files(self, step: int) -> list[str]:
-        return [self.index.name(i) for at, indices in self.batches if at == step for i in indices.tolist()]
+    def rewind(self, number: int) -> int:
+        """Forget the bad step `number` and all after it, which changed nothing. Returns its step, to be repeated."""
+        self.count.fill_(number)
+        return self.incident(number)[0]
 
 
-def report(guard: Guard, number: int, recent: Recent, world: World, run: Path | None, *, skipped: bool) -> str:
+def report(guard: Guard, number: int, names: list[str], world: World, run: Path | None, *, skipped: bool) -> str:
     """Gather what every process knows of the bad step `number`, append it to RUN/nonfinite.jsonl, and say it in a
-    sentence. All processes call."""
+    sentence. names: of the images that this process saw in it. All processes call."""
     step, losses, norm = guard.incident(number)
-    ranks = world.gather({"rank": world.rank, "losses": losses, "files": recent.files(step)})
+    ranks = world.gather({"rank": world.rank, "losses": losses, "files": names})
     guilty = [rank for rank in ranks if not all(map(math.isfinite, rank["losses"]))]
     files = [name for rank in guilty or ranks for name in rank["files"]]
     if run is not None:

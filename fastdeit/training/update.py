@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fastdeit.config import Config
-from fastdeit.distributed.parallel import own_share, whole
+from fastdeit.distributed.parallel import full, local_shard
 
 from .nonfinite import Guard
 from .optimizer import average_decay
@@ -54,12 +54,12 @@ class Update:
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        return whole(norm)
+        return full(norm)
 
     def _average(self, weight: torch.Tensor) -> None:
         """ema += weight * (model - ema). Not torch._foreach_lerp_, whose weight is a number of the host's."""
-        averages = [own_share(parameter) for parameter in self.ema.parameters()]
-        difference = torch._foreach_sub([own_share(parameter) for parameter in self.model.parameters()], averages)
+        averages = [local_shard(parameter) for parameter in self.ema.parameters()]
+        difference = torch._foreach_sub([local_shard(parameter) for parameter in self.model.parameters()], averages)
         torch._foreach_mul_(difference, weight)
         torch._foreach_add_(averages, difference)
         for average, buffer in zip(self.ema.buffers(), self.model.buffers()):

@@ -11,7 +11,7 @@ from timm.data.mixup import mixup_target
 
 from benchmarks import peers, train_step
 from benchmarks.gpu_work import work_in
-from benchmarks.steps import configuration, noise, our_step, trainer_on
+from benchmarks.steps import configuration, loop_on, noise, our_step
 from benchmarks.teacher import best_teacher
 from benchmarks.timing import Timing
 from fastdeit.distributed.world import World
@@ -27,27 +27,28 @@ def teacher():
 
 
 @pytest.fixture
-def trainer():
+def loop():
     config = configuration(STUDENT, batch_size=BATCH, pixels=PIXELS, compile=False)
     config.model.drop_path, config.optimization.warmup_epochs = 0.0, 0
     config.optimization.unscale_lr, config.optimization.lr = True, LR
     world = World(CPU)
-    trainer = trainer_on(config, world, noise(config, world))
+    loop = loop_on(config, world, noise(config, world))
     with torch.no_grad():  # so that the loss depends on the images, which at the start it hardly does
-        for head in (trainer.model.head, trainer.model.head_dist):
+        for head in (loop.trainer.model.head, loop.trainer.model.head_dist):
             head.weight.mul_(30)
-    return trainer
+    return loop
 
 
 def three(step):
     return [step().item() for _ in range(3)]
 
 
-def test_all_train_alike(trainer, teacher):
+def test_all_train_alike(loop, teacher):
     """On the same images, unmixed: the losses of three steps, so that optimizer and weight decay take part too."""
     if (lacking := peers.timm_lacks()) is not None:
         pytest.skip(lacking)
-    batch = next(iter(trainer.train_loader))._replace(mix=None)
+    batch = next(iter(loop.train_loader))._replace(mix=None)
+    trainer = loop.trainer
     images = trainer.prepare(batch)
     targets = mixup_target(batch.labels, CLASSES, smoothing=peers.SMOOTHING)
 
@@ -64,7 +65,7 @@ def test_all_train_alike(trainer, teacher):
         ),
         "deit": peers.Deit(student(), copy.deepcopy(teacher), **settings),
     }
-    ours = three(our_step(trainer, best_teacher(teacher, trainer, compiled=False), [batch]))
+    ours = three(our_step(loop, best_teacher(teacher, trainer, compiled=False), [batch]))
     assert abs(ours[0] - ours[2]) > 0.2  # it learns: what follows compares more than the start
     for name, step in steps.items():
         theirs = three(lambda step=step: step(images, targets))
@@ -72,14 +73,14 @@ def test_all_train_alike(trainer, teacher):
         assert theirs[0] == pytest.approx(ours[0], rel=1e-5), name
 
 
-def test_averages_move_alike(trainer, teacher):
+def test_averages_move_alike(loop, teacher):
     """The moving average is the recipe's in all: after a step it stands where decay has it."""
     theirs = peers.student_of_timm(STUDENT, classes=CLASSES, pixels=PIXELS, drop_path=0.0)
     before = copy.deepcopy(theirs.state_dict())
     images, targets = torch.randn(4, 3, PIXELS, PIXELS), torch.full((4, CLASSES), 1 / CLASSES)
     step = peers.Deit(theirs, copy.deepcopy(teacher), device=CPU, dtype=torch.float32, lr=LR)
     step(images, targets)
-    assert trainer.config.model.model_ema_decay == peers.DECAY
+    assert loop.trainer.config.model.model_ema_decay == peers.DECAY
     weight, average = theirs.head.weight.detach(), step.ema.ema.head.weight
     expected = peers.DECAY * before["head.weight"] + (1 - peers.DECAY) * weight
     assert torch.allclose(average, expected, atol=1e-9) and not torch.equal(average, weight)

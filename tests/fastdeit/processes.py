@@ -92,7 +92,7 @@ class At:
         self.step, self.action = step, action
 
     def __call__(self, trainer):
-        if trainer.steps_done == self.step:
+        if trainer.state.step == self.step:
             self.action()
 
 

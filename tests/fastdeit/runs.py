@@ -36,8 +36,8 @@ def run_until(monkeypatch, step, *arguments, part=0, signal=signals.signal.SIGTE
     parts_seen = []
 
     def be_told(trainer):
-        parts_seen.append(trainer.steps_done)
-        if trainer.steps_done == step and parts_seen.count(step) == part + 1:
+        parts_seen.append(trainer.state.step)
+        if trainer.state.step == step and parts_seen.count(step) == part + 1:
             trainer.world.stop.received = signal
 
     with monkeypatch.context() as patch:

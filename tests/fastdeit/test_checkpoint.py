@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastdeit.checkpoint import atomic, files
-from fastdeit.checkpoint.async_writer import Saver, Snapshot
+from fastdeit.checkpoint.async_writer import AsyncWriter, Snapshot
 from fastdeit.errors import UserError
 from fastdeit.training.log import Log
 
@@ -248,7 +248,7 @@ def test_a_snapshot_is_of_its_moment():
 def test_writing_does_not_hold_up_the_caller(tmp_path, monkeypatch):
     written = files.save
     monkeypatch.setattr(files, "save", lambda *args, **kwargs: (time.sleep(0.5), written(*args, **kwargs)))
-    saver = Saver(tmp_path, pytest.fail)
+    saver = AsyncWriter(tmp_path, pytest.fail)
     weights = {"weight": torch.zeros(64)}
     since = time.monotonic()
     saver.save({"model": weights, "ema": weights, "training": {"step": 0}}, {}, step=0, keep=False)

@@ -9,10 +9,9 @@ from PIL import Image
 
 from fastdeit import evaluate, train
 from fastdeit.cli import parse_config
-from fastdeit.data import open_images, order_of_numbers
+from fastdeit.data import open_images, order_of_numbers, remarks
 from fastdeit.distributed.world import join
 from fastdeit.evaluation import plots
-from fastdeit.train import _about_the_data
 
 from .conftest import COLORS, refused, write_folder
 
@@ -62,22 +61,22 @@ def test_numbers_sorted_as_strings_are_said_where_the_weights_have_no_names(numb
     weights = tmp_path / "weights.pth"
     weights.touch()
     config, indices = opened(numbers)
-    assert _about_the_data(config, indices) == []
+    assert remarks(config, indices) == []
     config.model.finetune = str(weights)
-    (said,) = _about_the_data(config, indices)
+    (said,) = remarks(config, indices)
     assert said.startswith("the classes are sorted as strings (0, 1, 10, 2, ...)") and "--classes FILE" in said
     config.data.classes = "order.txt"
-    assert _about_the_data(config, indices) == []
+    assert remarks(config, indices) == []
     assert order_of_numbers(["1", "2", "9"]) is order_of_numbers(["n01", "n10", "n9a"][:2]) is None
     assert order_of_numbers(["class10", "class2"]) is not None
 
 
 def test_images_of_test_that_validate_are_said(colors, tmp_path):
     config, indices = opened(colors)
-    assert _about_the_data(config, indices) == []
+    assert remarks(config, indices) == []
     (tmp_path / "train").symlink_to(colors / "train")
     (tmp_path / "test").symlink_to(colors / "val")
-    (said,) = _about_the_data(*opened(tmp_path))
+    (said,) = remarks(*opened(tmp_path))
     assert "has no val: the test images are the validation images, and the checkpoint best is chosen on them" in said
 
 

@@ -114,7 +114,7 @@ def test_a_rank_that_ends_ends_the_job(data, tmp_path, action, cause):
 
 def spoil_the_loss(trainer):
     """In step 3."""
-    if trainer.steps_done == 3:
+    if trainer.state.step == 3:
         objective = trainer.objective
         trainer.objective = lambda *args: [float("nan") * value for value in objective(*args)]
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastdeit.config import Config
+from fastdeit.training import checkpointing
 from fastdeit.training.nonfinite import TERMS, Guard, NonFinite
 from fastdeit.training.optimizer import build_optimizer
 from fastdeit.training.update import Update
@@ -20,16 +21,14 @@ NAN, INF = float("nan"), float("inf")
 class Poison:
     """on_micro_batch: spoil a term of the loss, or the gradient, in the batches of certain steps."""
 
-    def __init__(self, steps, what="class term", lag=0):
-        self.steps, self.what, self.lag, self.on, self.trainer = set(steps), what, lag, False, None
+    def __init__(self, steps, what="class term"):
+        self.steps, self.what, self.on, self.trainer = set(steps), what, False, None
 
     def __call__(self, trainer):
         if trainer is not self.trainer:
-            self.trainer, keeper = trainer, trainer.keeper
-            keeper.later.lag = self.lag  # as on a GPU, where the host reads some steps later
-            keeper.recent.batches = type(keeper.recent.batches)(maxlen=self.lag + 1)
+            self.trainer = trainer
             trainer.objective = self.spoil(trainer.objective, self.what)
-        self.on = trainer.steps_done in self.steps
+        self.on = trainer.state.step in self.steps
 
     def spoil(self, objective, what):
         def spoiled(*args):
@@ -60,11 +59,12 @@ def straight(colors, tmp_path_factory):
         ("gradient", "the gradient's norm is", 2),
     ],
 )
-def test_stops_before_the_update(straight, colors, tmp_path, what, words, lag):
+def test_stops_before_the_update(straight, colors, tmp_path, monkeypatch, what, words, lag):
+    monkeypatch.setitem(checkpointing.LAG, "cpu", lag)  # as on a GPU, where the host reads some steps later
     folder = tmp_path / "run"
     command = [*RANDOM, "--data-path", colors, "--output-dir", folder]
     with pytest.raises(NonFinite) as error:
-        run(*command, on_micro_batch=Poison([4], what, lag))
+        run(*command, on_micro_batch=Poison([4], what))
     message = str(error.value)
     assert words in message and "step 4" in message and f"--resume {folder}" in message
     # The names in the message and in the file are those of the batch.
@@ -88,9 +88,10 @@ def test_the_same_step_stops_again(colors, tmp_path):
 
 
 @pytest.mark.parametrize("lag", [0, 2])
-def test_skips_as_many_as_allowed(colors, tmp_path, lag, capfd):
+def test_skips_as_many_as_allowed(colors, tmp_path, monkeypatch, lag, capfd):
+    monkeypatch.setitem(checkpointing.LAG, "cpu", lag)
     folder = tmp_path / "run"
-    command, poison = [*RANDOM, "--data-path", colors, "--output-dir", folder], Poison([1, 2, 5, 7], lag=lag)
+    command, poison = [*RANDOM, "--data-path", colors, "--output-dir", folder], Poison([1, 2, 5, 7])
     with pytest.raises(NonFinite, match="step 7"):
         run(*command, "--skip-nonfinite", 3, on_micro_batch=poison)
     assert step_of(folder) == 7

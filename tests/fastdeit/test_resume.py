@@ -76,7 +76,7 @@ def test_resume_is_exact_on_a_gpu(colors, tmp_path, monkeypatch, options):
 def test_a_kill_during_evaluation_repeats_only_that(straight, colors, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("fastdeit.training.trainer.Trainer.evaluate", lambda self: 1 / 0)
+        patch.setattr("fastdeit.training.loop.Loop.evaluate", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(*RANDOM, "--data-path", colors, "--output-dir", folder)
     assert step_of(folder) == 3 and "accuracy" not in json.loads((folder / "last" / "config.json").read_text())
@@ -130,7 +130,7 @@ def test_the_comparison_run_goes_on_too(colors, tmp_path, monkeypatch, capfd):
     command += ["--teacher-model", "test_resnet", "--teacher-path", tmp_path / "teacher.safetensors"]
     table = run(*command, "--output-dir", tmp_path / "straight")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_undistilled", lambda *_: 1 / 0)
+        patch.setattr("fastdeit.training.run.run_undistilled", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(*command, "--output-dir", tmp_path / "run")
     # The student is finished; the comparison is stopped in its second step, then finished.

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastdeit import data, train
+from fastdeit import data
 from fastdeit.config import Config
 from fastdeit.distill.teacher import load_teacher
 from fastdeit.distributed.world import World
@@ -25,6 +25,7 @@ from fastdeit.errors import UserError
 from fastdeit.models.build import build_student
 from fastdeit.models.deit import create_model
 from fastdeit.pipelines import SyntheticIndex
+from fastdeit.training import run
 from fastdeit.training.trainer import Trainer
 
 CLASSES = ("a", "b", "c")
@@ -98,13 +99,13 @@ class Built:
             torch.manual_seed(1)
             hookable = create_model("deit_nano_patch4_16", num_classes=len(CLASSES)).eval().requires_grad_(False)
             teacher = SimpleNamespace(hookable=lambda: hookable, name="nano", fingerprint="nano")
-        trainer = Trainer(self.config, PLACE, student, teacher, self.loaders, CLASSES, None)
+        trainer = Trainer(self.config, PLACE, student, teacher, steps_per_epoch=len(self.loaders[0]))
         trainer.model.train()
         return trainer
 
     def lr(self, share: float) -> float:
         """The learning rate after that share of all steps."""
-        self.trainer.steps_done = round(share * self.trainer.total_steps)
+        self.trainer.state.step = round(share * self.trainer.total_steps)
         return self.trainer.lr()
 
     def step(self):
@@ -117,7 +118,7 @@ class Built:
     @property
     def refused(self) -> str:
         """Why no run is built."""
-        return refusal(lambda: train.build(self.config, PLACE, (self.index, self.index)))
+        return refusal(lambda: run.build(self.config, PLACE, (self.index, self.index)))
 
 
 def near(*pair):

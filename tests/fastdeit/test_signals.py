@@ -47,7 +47,7 @@ def test_in_a_step(start, straight, tmp_path, action, number):
         ({"first": Within("fastdeit.data", "open_index", terminate_and_hang)}, None, None),
         ({"on_micro_batch": At(0, terminate_and_hang)}, None, "nothing is trained yet"),  # the first step: compilation
         (
-            {"first": Within("fastdeit.training.trainer:Trainer", "evaluate", terminate_and_hang)},
+            {"first": Within("fastdeit.training.loop:Loop", "evaluate", terminate_and_hang)},
             3,
             "saved at step 3 of 9",
         ),

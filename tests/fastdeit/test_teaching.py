@@ -180,7 +180,7 @@ def test_weights_of_a_file_are_not_asked_of_the_hub_too(tmp_path, monkeypatch):
 
 
 def test_without_a_teacher_there_is_nothing_to_compare_with(colors, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastdeit.train.train_undistilled", lambda *_: pytest.fail("the same student again"))
+    monkeypatch.setattr("fastdeit.training.run.run_undistilled", lambda *_: pytest.fail("the same student again"))
     flags = ["--data-path", colors, "--output-dir", tmp_path / "run", "--epochs", 1, "--compare-undistilled"]
     summary = runs.run(*runs.RANDOM, *flags)
     assert set(summary) == {"cls", "dist", "both"}

@@ -13,6 +13,7 @@ from fastdeit.distributed.world import World
 from fastdeit.models.architectures import Architecture
 from fastdeit.models.deit import DeiT
 from fastdeit.pipelines import Batch, Mix, SyntheticIndex
+from fastdeit.training.loop import Loop
 from fastdeit.training.trainer import Trainer
 
 from . import reference_loop
@@ -156,7 +157,7 @@ def test_every_step_is_that_of_the_formulas(name):
     model = make()
     expected = reference_loop.train(copy.deepcopy(model), [*seen] * EPOCHS, recipe, teacher)
     world = World(torch.device("cpu"))
-    trainer = Trainer(settings_of(recipe, **how), world, model, teacher, (seen, seen), list("abcde"), None)
+    trainer = Trainer(settings_of(recipe, **how), world, model, teacher, steps_per_epoch=len(seen))
     trainer.model.train()
     for batch, (lr, losses, weights, moments, ema) in zip([*seen] * EPOCHS, expected, strict=True):
         got = trainer.step(batch)
@@ -187,21 +188,22 @@ def test_what_a_checkpoint_holds_is_all_that_a_step_needs():
     """In fp16, with a scale of the gradients that is not that of the start."""
     seen = batches()
 
-    def trainer():
+    def loop():
         config = settings_of(Recipe(total_steps=EPOCHS * STEPS, peak=0.02, ema_decay=0.5))
         config.speed.precision = "fp16"
-        made = Trainer(config, World(torch.device("cpu")), deit(), None, (seen, seen), list("abcde"), None)
-        made.model.train()
-        return made
+        trainer = Trainer(config, World(torch.device("cpu")), deit(), None, steps_per_epoch=len(seen))
+        trainer.model.train()
+        return Loop(trainer, (seen, seen), list("abcde"), None)
 
-    first, second = trainer(), trainer()
+    loops = loop(), loop()
+    first, second = (one.trainer for one in loops)
     first.step(seen[0])
     first.scaler.update(8.0)
-    second.load({"description": first.description() | {"step": 1}, **copy.deepcopy(first.tensors())})
+    loops[1].load({"description": loops[0].description() | {"step": 1}, **copy.deepcopy(first.tensors())})
     assert first.scaler.get_scale() == second.scaler.get_scale() == 8.0
     for one in (first, second):
         one.step(seen[1])
-    assert (first.steps_done, first.lr()) == (second.steps_done, second.lr())
+    assert (first.state.step, first.lr()) == (second.state.step, second.lr())
     for kind in ("model", "ema"):
         left, right = first.tensors()[kind], second.tensors()[kind]
         assert all(torch.equal(left[key], right[key]) for key in left)

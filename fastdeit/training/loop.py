@@ -1,0 +1,166 @@
+"""A run: epochs of steps; what of them is logged, evaluated and saved, and how a run resumes."""
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdeit.checkpoint import files, resume
+from fastdeit.evaluation.metrics import accuracy
+from fastdeit.models.heads import logits_by_head
+
+from .checkpointing import Checkpointing
+from .log import Log
+from .trackers import open_tracker
+from .trainer import Trainer
+
+LOG_STEPS = 50  # the host waits for the device only this often
+
+
+class Loop:
+    """`fit()` trains to the last epoch. folder: the run's, None where nothing is written (dry run, ranks above 0)."""
+
+    def __init__(self, trainer: Trainer, loaders, classes, folder: Path | None, title: str = ""):
+        self.trainer, self.state, self.world, self.config = trainer, trainer.state, trainer.world, trainer.config
+        self.classes, (self.train_loader, self.val_loader) = classes, loaders
+        self.steps_per_epoch = len(self.train_loader)
+        tracker = open_tracker(self.config.run.tracker, folder, self.config.to_dict()) if folder else None
+        self.log = Log(
+            folder, total_steps=trainer.total_steps, title=title, quiet=not self.world.is_main, tracker=tracker
+        )
+        self.checkpointing = Checkpointing(trainer, self.train_loader.index, folder, self.log, self.description)
+        self.warm = False  # compiled, by its first step in this process
+
+    def fit(self) -> dict[str, dict]:
+        """Returns the last accuracies: {"model": {"cls": {"top1": ...}, ...}, "ema": {...}}."""
+        try:
+            self.log.begin()
+            with self.checkpointing:
+                for epoch in range(self.state.epochs_evaluated, self.config.optimization.epochs):
+                    figures = self.train_epoch(epoch)
+                    self.checkpointing.save()  # before the evaluation, so that a signal may end that at once
+                    self.checkpointing.poll(False)
+                    since = time.perf_counter()
+                    self.state.accuracies = self.evaluate()
+                    self.state.epochs_evaluated = epoch + 1
+                    self._report(epoch, figures, time.perf_counter() - since)
+        finally:
+            self.log.close()
+            gc.unfreeze()
+        return self.state.accuracies
+
+    def train_epoch(self, epoch: int) -> dict:
+        """One pass over the training images, from where the run stands in it. Returns the last figures logged."""
+        self.trainer.model.train()
+        self.checkpointing.poll(self.warm)
+        self.train_loader.set_epoch(epoch)
+        self.train_loader.load_state_dict({"position": self.state.step - epoch * self.steps_per_epoch})
+        end = (epoch + 1) * self.steps_per_epoch
+        figures, waited, since = {}, 0.0, time.perf_counter()
+        batches = iter(self.train_loader)
+        while True:
+            before = time.perf_counter()
+            self.trainer.timer.enter("data")
+            batch = next(batches, None)
+            waited += time.perf_counter() - before
+            if batch is None:
+                self.trainer.timer.stop()
+                return figures
+            self.step(batch)
+            is_logged = self.state.step % LOG_STEPS == 0 or self.state.step == end
+            save = self.checkpointing.look(everything=is_logged)
+            if is_logged:
+                figures = self._figures(waited, since)
+                if self.world.is_main:
+                    self.log.train(step=self.state.step, epoch=epoch, **figures)
+                waited, since = 0.0, time.perf_counter()
+            if save:
+                self.checkpointing.save()
+
+    def step(self, batch) -> Tensor:
+        """Trainer.step, and what the processes tell each other with it. Returns the losses, (4,)."""
+        losses = self.trainer.step(batch, self.checkpointing.exchange)
+        self.checkpointing.after_step(batch)
+        if not self.warm:
+            self.warm = True
+            self.checkpointing.poll(True)
+            gc.collect()
+            gc.freeze()  # what exists now stays: later collections need not look at it again
+        return losses
+
+    def _figures(self, waited: float, since: float) -> dict:
+        losses, steps = self.state.take_means()
+        seconds = time.perf_counter() - since
+        return {
+            **dict(zip(("loss", "class_loss", "teacher_loss", "attention_loss"), losses)),
+            "lr": self.trainer.optimizer.param_groups[0]["lr"],
+            "images_per_s": steps * self.trainer.global_batch / seconds, "data_share": waited / seconds,
+            "seconds": {phase: round(value, 4) for phase, value in self.trainer.timer.read().items()},
+        }  # fmt: skip
+
+    def _report(self, epoch: int, figures: dict, seconds: float) -> None:
+        """Write down the accuracies after an epoch: in the log, and beside the weights they are of."""
+        state = self.state
+        score = max(head["top1"] for head in state.accuracies["model"].values())
+        best, state.best = score > state.best, max(score, state.best)
+        if not self.world.is_main:
+            return
+        top1 = {
+            source: {head: value["top1"] for head, value in heads.items()} for source, heads in state.accuracies.items()
+        }
+        self.log.evaluated(
+            step=state.step, epoch=epoch, epochs=self.config.optimization.epochs, figures=figures, seconds=seconds,
+            accuracy=top1,
+        )  # fmt: skip
+        self.checkpointing.note(state.accuracies, best=best)
+
+    def evaluate(self) -> dict[str, dict]:
+        """Accuracies on the validation images, of the weights and of their moving average."""
+        trainer = self.trainer
+        sources = {"model": trainer.model} if trainer.ema is None else {"model": trainer.model, "ema": trainer.ema}
+        result = {}
+        for name, model in sources.items():
+            model.eval()
+            result[name] = self.accuracy_of(lambda images, model=model: logits_by_head(model, images))
+            model.train()
+        return result
+
+    def accuracy_of(self, logits: Callable) -> dict[str, dict]:
+        """Accuracies of `logits` (images -> logits by head) on the validation images."""
+        with self.trainer.autocast():
+            return accuracy(logits, self.val_loader, self.trainer.prepare, self.world)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Resuming
+
+    def description(self) -> dict:
+        """What a checkpoint's config.json says."""
+        trainer, state = self.trainer, self.state
+        return files.describe(trainer.model, self.config, self.classes, trainer.mean, trainer.std) | {
+            "progress": {
+                "epochs_evaluated": state.epochs_evaluated,
+                "best": state.best,
+                "skipped": self.checkpointing.bad_steps,
+                "sums": state.sums.tolist(),
+                "global_batch": trainer.global_batch,
+                "data": self.train_loader.index.fingerprint,
+                "teacher": trainer.teacher.fingerprint if trainer.teacher is not None else None,
+            }
+        }
+
+    def load(self, saved: dict | None) -> None:
+        """Resume from what `checkpoint.files.read` returned; None begins at step 0."""
+        if saved is None:
+            return
+        description, progress = saved["description"], saved["description"]["progress"]
+        resume.check_same(progress, self.trainer, self.train_loader.index)
+        self.trainer.load(saved)
+        state = self.state
+        state.step, state.epochs_evaluated = description["step"], progress["epochs_evaluated"]
+        state.best, state.accuracies = progress["best"], description.get("accuracy", {})
+        state.sums.copy_(torch.tensor(progress["sums"]))
+        self.checkpointing.load(description)
+        self.log.say(f"resumes at step {state.step} of {self.trainer.total_steps}")

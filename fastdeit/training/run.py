@@ -1,0 +1,176 @@
+"""One run, from its settings to the closing table."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastdeit.checkpoint import atomic, resume, run_dir
+from fastdeit.config import Config
+from fastdeit.data import first_views, loaders, open_images, remarks
+from fastdeit.distill import cached_teacher
+from fastdeit.distill.logit_cache import LogitCache
+from fastdeit.distill.teacher import load_teacher
+from fastdeit.distributed.world import World
+from fastdeit.errors import UserError
+from fastdeit.evaluation import plots, tables
+from fastdeit.models.build import build_student, normalise
+from fastdeit.models.loading import mean_std
+
+from .dry_run import dry_run
+from .loop import Loop
+from .optimizer import average_in_words, rates_in_words
+from .trainer import Trainer
+
+MicroBatchHook = Callable[[Trainer], None]  # see Trainer
+
+
+def run(config: Config, world: World, on_micro_batch: MicroBatchHook | None = None) -> dict[str, float]:
+    """Train as the settings say; --data-path must be given. Returns the closing table: top-1 as fractions, by the names
+    of evaluation.tables.NAMES."""
+    if (summary := run_dir.summary_of_finished(config)) is not None:
+        if world.is_main:
+            print(f"{tables.summary_table(summary)}\n{run_dir.to_resume(config)} is finished")
+        return summary
+    indices = open_images(config, world)
+    built = build(config, world, indices, on_micro_batch)
+    if config.run.dry_run:
+        return dry_run(built.loop)
+    loop, trainer = built.loop, built.loop.trainer
+    _begin(loop, indices, built.folder)
+    loop.load(built.saved)
+    built.saved = None  # its memory is the training's from here on
+    accuracy = loop.fit()
+    summary = {head: value["top1"] for head, value in accuracy["model"].items()}
+    if trainer.teacher is not None and config.distillation.teacher_store is None:
+        summary["teacher"] = loop.accuracy_of(lambda images: {"cls": trainer.teacher(images)})["cls"]["top1"]
+    if config.distillation.compare_undistilled and config.distillation.distillation_type != "none":
+        summary["undistilled"] = run_undistilled(config, world, indices, built.folder, on_micro_batch)
+    _end(loop, summary, built.folder)
+    return summary
+
+
+@dataclass
+class Built:
+    """loop: ready to `fit`. folder: the run's. saved: the checkpoint that it resumes from, for `loop.load`. The latter
+    two are None for a dry run."""
+
+    loop: Loop
+    folder: Path | None
+    saved: dict | None
+
+
+def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook | None = None) -> Built:
+    """All that can be refused without the run's folder is refused before it is claimed."""
+    classes = indices[0].classes
+    model, notes = build_student(resume.without_start(config), len(classes), classes)
+    if (saved_in := resume.checkpoint_to_come(config)) is not None:
+        normalise(model, saved_in["mean"], saved_in["std"])
+    mean, std = mean_std(model)
+    teacher = cache = None
+    if config.distillation.teacher_store is not None:
+        cache = LogitCache(config.distillation.teacher_store)
+    elif config.distillation.distillation_type != "none":
+        teacher = load_teacher(config, classes, student_mean=mean, student_std=std, world=world)
+
+    folder = saved = None
+    if not config.run.dry_run:
+        folder = world.broadcast(run_dir.open_folder(config, world) if world.is_main else None)
+        saved = resume.start(folder, world)
+    own_folder = folder if world.is_main else None
+    both_loaders = loaders(config, indices, world, own_folder)
+    if cache is not None:
+        teacher, both_loaders = cached_teacher.from_cache(cache, config, world, both_loaders, mean, std)
+    trainer = Trainer(
+        config, world, model, teacher, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch
+    )
+    loop = Loop(trainer, both_loaders, classes, own_folder, title="student")
+    if teacher is not None:
+        views = first_views(loop.train_loader, trainer.prepare, parts=config.optimization.accumulate)
+        notes = [*notes, *teacher.check(views)]
+    for sentence in notes:
+        loop.log.say(sentence)
+    return Built(loop, folder, saved)
+
+
+def run_undistilled(
+    config: Config, world: World, indices, folder: Path, on_micro_batch: MicroBatchHook | None = None
+) -> float:
+    """The same student without teacher and distillation token, for the same number of steps. Returns its top-1."""
+    settings = type(config).from_dict(config.to_dict())
+    settings.distillation.distillation_type = "none"
+    settings.model.model = config.model.model.replace("_distilled", "")
+    classes = indices[0].classes
+    folder = folder / "undistilled"
+    own_folder = folder if world.is_main else None
+    if own_folder is not None:
+        own_folder.mkdir(exist_ok=True)
+    saved = resume.start(folder, world)
+    model, _ = build_student(settings, len(classes), classes)
+    both_loaders = loaders(settings, indices, world, own_folder)
+    trainer = Trainer(settings, world, model, None, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch)
+    loop = Loop(trainer, both_loaders, classes, own_folder, title="undistilled")
+    loop.load(saved)
+    return max(head["top1"] for head in loop.fit()["model"].values())
+
+
+def _begin(loop: Loop, indices, folder: Path) -> None:
+    """What is drawn and said before the first step."""
+    if not loop.world.is_main:
+        return
+    trainer = loop.trainer
+    if not (folder / "first_batch.png").exists():
+        plots.first_batch(
+            loop.train_loader, trainer.prepare, trainer.mean, trainer.std, loop.classes, folder / "first_batch.png"
+        )
+    said = [_sizes(trainer, indices), *remarks(trainer.config, indices), *_pace(trainer), f"writing to {folder}"]
+    loop.log.say("\n".join(said))
+
+
+def _sizes(trainer: Trainer, indices) -> str:
+    training, validation = indices
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    steps = f"{trainer.total_steps:,} step{'s' * (trainer.total_steps != 1)}"
+    return (
+        f"{trainer.config.model.model}: {parameters / 1e6:.2f} M parameters, {len(training):,} training and "
+        f"{len(validation):,} validation images of {len(training.classes)} classes, {steps} of "
+        f"{trainer.global_batch} images, {trainer.world.device}"
+    )
+
+
+def _pace(trainer: Trainer) -> list[str]:
+    settings = trainer.config
+    rates = rates_in_words(
+        trainer.rates, lr=settings.optimization.lr, global_batch=trainer.global_batch,
+        total_steps=trainer.total_steps, warmup_steps=trainer.warmup_steps,
+    )  # fmt: skip
+    if trainer.ema is None:
+        return [rates]
+    return [rates, average_in_words(settings.model.model_ema_decay, trainer.total_steps)]
+
+
+def _end(loop: Loop, summary: dict, folder: Path) -> None:
+    """What is written, drawn and said after the last step."""
+    if not loop.world.is_main:
+        return
+    atomic.replace_json(folder / "summary.json", summary)
+    plots.curves(folder)
+    trainer = loop.trainer
+    similarity = plots.token_similarity(trainer.model, loop.val_loader, trainer.prepare, folder)
+    print(tables.summary_table(summary))
+    if similarity:
+        values = " ".join(map(str, similarity))
+        loop.log.say(f"cosine similarity of class and distillation token, input and after each block: {values}")
+    loop.log.say(f"curves.png, summary.json and the checkpoints last and best are in {folder}")
+
+
+def set_up(config: Config, world: World) -> None:
+    """What holds for the whole process. --deterministic: an operation without a deterministic algorithm raises."""
+    if config.speed.attention == "xformers" and world.device.type != "cuda":
+        raise UserError("--attention xformers runs on CUDA devices only: omit --attention on this one")
+    if config.speed.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
