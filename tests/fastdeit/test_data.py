@@ -96,10 +96,8 @@ def test_class_names_that_are_formulas_to_matplotlib(tmp_path):
         def set_epoch(self, epoch):
             pass
 
-    trainer = types.SimpleNamespace(
-        train_loader=Loader([batch]), prepare=lambda batch: torch.zeros(3, 3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3,
-        classes=("$a_{$", "$x^{$"),
-    )  # fmt: skip
-    plots.first_batch(trainer, tmp_path / "first_batch.png")
+    half = (0.5,) * 3
+    path = tmp_path / "first_batch.png"
+    plots.first_batch(Loader([batch]), lambda batch: torch.zeros(3, 3, 8, 8), half, half, ("$a_{$", "$x^{$"), path)
     with Image.open(tmp_path / "first_batch.png") as drawn:
         assert np.asarray(drawn).std() > 0
