@@ -1,5 +1,5 @@
-"""What the commands of this package share: help from a function's signature and docstring, and mistakes of the user
-that end in one sentence and exit code 2. (fastdeit/command.py does it for the others, and is out of reach from here.)
+"""What the commands of this package share: the command line from a function's signature and docstring, user errors as
+one sentence with exit code 2, and the progress bar.
 """
 
 import os
@@ -15,9 +15,9 @@ EXTRA = {"matplotlib", "nvidia", "PIL", "pyarrow", "rich", "scipy", "tyro"}
 
 
 def run(function: Callable[..., None], prog: str, positional: dict[str, str], *, stopped: str = "stopped") -> None:
-    """Call `function` with the arguments of the command line. FASTDEIT_TRACEBACK=1 shows where an error came from.
+    """Call `function` with the arguments of the command line. FASTDEIT_TRACEBACK=1 shows the traceback of an error.
 
-    positional: what the help calls each positional parameter. stopped: what to say after Ctrl-C.
+    positional: the name of each positional parameter in the help. stopped: the message after Ctrl-C.
     """
     try:
         _call(function, prog, positional)
@@ -25,7 +25,7 @@ def run(function: Callable[..., None], prog: str, positional: dict[str, str], *,
         print(stopped, file=sys.stderr)
         sys.exit(130)
     except (ModuleNotFoundError, OSError, ValueError, TooManyBadFiles) as error:
-        message = _in_words(error)
+        message = _message_of(error)
         if message is None or os.environ.get("FASTDEIT_TRACEBACK") == "1":
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -40,8 +40,8 @@ def _call(function: Callable[..., None], prog: str, positional: dict[str, str]) 
     tyro.cli(function, prog=prog)
 
 
-def _in_words(error: Exception) -> str | None:
-    """What to tell the user, or None for a defect."""
+def _message_of(error: Exception) -> str | None:
+    """The message for the user, None for a defect."""
     if isinstance(error, ModuleNotFoundError):
         known = (error.name or "").split(".")[0] in EXTRA
         return f"{error.name} is not installed: pip install 'fastdeit[train]' brings it" if known else None
@@ -53,9 +53,31 @@ def _in_words(error: Exception) -> str | None:
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class PlainProgress:
-    """Prints a line every ten seconds, and one at the end. `finished` images count as done, not as speed."""
+@contextmanager
+def show_progress(
+    what: str, total: int, finished: int = 0, stream: TextIO | None = None
+) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, elsewhere a line every ten seconds and one at the end. Yields update(done).
 
+    finished: how many of `total` were done before; they count as done, not as speed
+    """
+    stream = stream or sys.stderr
+    if stream.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(file=stream)) as bar:
+            task = bar.add_task(what, total=total, completed=finished)
+            yield lambda done: bar.update(task, completed=done)
+            bar.update(task, completed=total)
+    else:
+        lines = _Lines(what, total, finished, stream)
+        yield lines.update
+        lines.print(total)
+
+
+class _Lines:
     def __init__(self, what: str, total: int, finished: int, stream: TextIO):
         self.what, self.total, self.finished, self.stream = what, total, finished, stream
         self.started = self.printed = time.monotonic()
@@ -68,41 +90,8 @@ class PlainProgress:
         self.printed = time.monotonic()
         rate = (done - self.finished) / max(self.printed - self.started, 1e-9)
         left = f", {_duration((self.total - done) / rate)} left" if rate and done < self.total else ""
-        share = done / self.total
-        print(
-            f"{self.what} {done:,} of {self.total:,} ({share:.1%}), {rate:,.0f}/s{left}", file=self.stream, flush=True
-        )
-
-
-@contextmanager
-def show_progress(what: str, total: int, finished: int = 0, stream: TextIO | None = None) -> Iterator:
-    """Yields an object whose update(done) shows that `done` of `total` are ready, `finished` of them from before."""
-    stream = stream or sys.stderr
-    if not stream.isatty():
-        plain = PlainProgress(what, total, finished, stream)
-        yield plain
-        plain.print(total)
-        return
-    with _rich_bar(stream) as bar:
-        task = bar.add_task(what, total=total, completed=finished)
-        yield _BarUpdate(bar, task)
-        bar.update(task, completed=total)
-
-
-class _BarUpdate:
-    def __init__(self, bar, task):
-        self.bar, self.task = bar, task
-
-    def update(self, done: int) -> None:
-        self.bar.update(self.task, completed=done)
-
-
-def _rich_bar(stream: TextIO):
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(file=stream))
+        text = f"{self.what} {done:,} of {self.total:,} ({done / self.total:.1%}), {rate:,.0f}/s{left}"
+        print(text, file=self.stream, flush=True)
 
 
 def _duration(seconds: float) -> str:

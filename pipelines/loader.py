@@ -1,11 +1,16 @@
-"""Batches for training and for evaluation, from an index of images; usable without the rest of fastdeit.
+"""Batches for training and evaluation from an index of images; usable without the rest of fastdeit.
 
-index = open_index("imagenet", "train")
-loader = train_loader(index, batch_size=256, augmentation=Augmentation(aa="3aug"), device="cuda")
-for epoch in range(300):
-    loader.set_epoch(epoch)
-    for images, labels, indices, mix in loader:
-        x = mix_normalize(images, mean, std, **mix._asdict())       # fastdeit.kernels
+    index = open_index("imagenet", "train")
+    loader = train_loader(index, batch_size=256, augmentation=Augmentation(aa="3aug"), device="cuda")
+    for epoch in range(300):
+        loader.set_epoch(epoch)
+        for images, labels, indices, mix in loader:
+            x = mix_normalize(images, mean, std, **mix._asdict())       # fastdeit.kernels
+
+The last station of a batch:
+
+    in    (Plan, images) of each step, from decode/prefetch.py, and the labels of the index
+    out   Batch: images (B, size, size, 3) uint8, labels (B,) int64, indices (B,) int64, Mix or None
 """
 
 import os
@@ -22,10 +27,10 @@ from torch import Tensor
 from .augment.augmentation import Augmentation
 from .augment.plan import EvaluationPlans, Plan, TrainPlans
 from .bad_files import BadFiles
-from .decode.prefetch import AHEAD, Supply, Views
+from .decode.prefetch import PREFETCH, Decoder, Prefetcher
 from .index.image_index import Index, WithUnlabelled
 from .index.labels import UNLABELLED
-from .synthetic import ResidentViews, SyntheticIndex
+from .synthetic import SyntheticDecoder, SyntheticIndex
 
 AnyIndex = Index | SyntheticIndex | WithUnlabelled
 
@@ -41,16 +46,16 @@ class Mix(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B samples. The memory is the batch's own: it stays as it is for as long as somebody holds it."""
+    """B samples. Owns its memory: no later batch overwrites it."""
 
     images: Tensor  # (B, size, size, 3) uint8 on the device
     labels: Tensor  # (B,) int64 on the device; UNLABELLED (-100) where there is no label
-    indices: Tensor  # (B,) int64 on the CPU; position in the index, -1 for what fills up an evaluation batch
+    indices: Tensor  # (B,) int64 on the CPU; position in the index, -1 for the padding of an evaluation batch
     mix: Mix | None  # None in evaluation
 
 
 def batch_of(plan: Plan, images: Tensor, index_labels: np.ndarray) -> Batch:
-    """The plan as it was carried out, with its images; the rest goes to the images' device."""
+    """The images of a plan with their labels and what to mix, all on the images' device (indices on the CPU)."""
     labels = np.where(plan.counted, index_labels[plan.indices], UNLABELLED)
     indices = torch.from_numpy(np.where(plan.counted, plan.indices, -1))
     if plan.partner is None or plan.lam is None or plan.box is None:
@@ -62,7 +67,7 @@ def batch_of(plan: Plan, images: Tensor, index_labels: np.ndarray) -> Batch:
 
 
 def on_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays as tensors on the device. To a GPU they travel as one block of pinned memory, without waiting."""
+    """The arrays as tensors on the device; to a GPU in one asynchronous copy from pinned memory."""
     if device.type == "cpu":
         return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     starts = np.cumsum([0, *(-(-array.nbytes // 16) * 16 for array in arrays)]).tolist()
@@ -89,18 +94,18 @@ def train_loader(
     num_threads: int | None = None,
     bad_files: BadFiles | None = None,
 ) -> "Loader":
-    """Shuffled, augmented batches, with what to mix and to erase; the incomplete last batch is dropped.
+    """Shuffled and augmented batches, with what to mix and erase; the incomplete last batch is dropped.
 
-    index: from open_index, open_folder or open_files, or SyntheticIndex() for images that cost nothing
-    batch_size: samples of this process in a step; even, if mixup or cutmix is on
+    index: from open_index, open_folder or open_files, or SyntheticIndex() to measure without a data pipeline
+    batch_size: samples of this process in a step; even if mixup or cutmix is on
     input_size: height and width of the views
     augmentation: the DeiT recipe if None
-    seed: in [0, 2**32). What a sample looks like is a function of (seed, epoch, its place in the index, its copy), how
-        it is mixed one of (seed, epoch, step): neither depends on rank, world_size or num_threads. "cpu" and "cuda"
-        draw the same views; their pixels differ by a few levels, because other libraries decode and resize.
+    seed: in [0, 2**32). The view of a sample is a function of (seed, epoch, position in the index, copy), its mixing
+        one of (seed, epoch, step): neither depends on rank, world_size or num_threads. "cpu" and "cuda" draw the same
+        views; their pixels differ by a few levels, because different libraries decode and resize.
     num_threads: for decoding and augmenting; all cores if None
-    bad_files: takes note of images that cannot be decoded, and says when there are too many; BadFiles.of(index) if
-        None. Other images, drawn from the same random numbers, take their places.
+    bad_files: counts images that cannot be decoded and raises when there are too many; BadFiles.of(index) if None.
+        They are replaced by other images, chosen with the same counter-based random numbers.
 
     Raises ValueError for an odd batch_size with mixing, or fewer images than one global batch.
     """
@@ -129,10 +134,10 @@ def eval_loader(
     num_threads: int | None = None,
     bad_files: BadFiles | None = None,
 ) -> "Loader":
-    """Every image once over all ranks, in order: the shorter side resized to input_size / crop_pct, the centre cropped.
+    """Every image once over all ranks, in order: shorter side resized to input_size / crop_pct, then a centre crop.
 
-    All ranks take the same number of steps. What fills up the last batch, and what stands in the place of an image that
-    cannot be decoded, has index -1 and label -100.
+    All ranks take the same number of steps. Padding of the last batch, and the replacement of an image that cannot be
+    decoded, have index -1 and label -100.
     """
     plans = EvaluationPlans(
         index, batch_size=batch_size, size=input_size, crop_pct=crop_pct, rank=rank, world_size=world_size
@@ -141,9 +146,9 @@ def eval_loader(
 
 
 class Loader:
-    """Iterate it for the batches of the current epoch; `len` is their number. One iteration at a time.
+    """Iterates over the batches of the current epoch; `len` is their number. One iterator at a time.
 
-    A resumed run calls set_epoch, then load_state_dict: the next iteration starts after the batches already given.
+    To resume, call set_epoch, then load_state_dict: the next iteration starts after the batches already returned.
     """
 
     def __init__(
@@ -156,66 +161,66 @@ class Loader:
     ):
         self.plans, self.index, self.device = plans, plans.index, torch.device(device)
         self.bad_files = bad_files if bad_files is not None else BadFiles.of(self.index)
-        self.supply = Supply(plans, self._views(num_threads or _usable_cores(), augmentation), self.bad_files)
-        self.ahead = AHEAD
+        decoder = self._decoder(num_threads or _usable_cores(), augmentation)
+        self.prefetcher = Prefetcher(plans, decoder, self.bad_files)
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="fastdeit-loader")
         self.start = self.position = 0
 
-    def _views(self, num_threads: int, augmentation: Augmentation | None) -> Views:
+    def _decoder(self, num_threads: int, augmentation: Augmentation | None) -> Decoder:
         if isinstance(self.index, SyntheticIndex):
-            return ResidentViews(self.plans.batch_size, self.plans.size, self.device)
-        what = (self.index, self.plans.batch_size, self.plans.size, num_threads)
+            return SyntheticDecoder(self.plans.batch_size, self.plans.size, self.device)
+        shared = (self.index, self.plans.batch_size, self.plans.size, num_threads)
         if self.device.type == "cuda":
-            from .decode.gpu import GpuViews
+            from .decode.gpu import GpuDecoder
 
-            return GpuViews(*what, self.device, augmentation)
-        from .decode.cpu import CpuViews
+            return GpuDecoder(*shared, self.device, augmentation)
+        from .decode.cpu import CpuDecoder
 
-        return CpuViews(*what, augmentation.fill if augmentation else (0, 0, 0))
+        return CpuDecoder(*shared, augmentation.fill if augmentation else (0, 0, 0))
 
     def __len__(self) -> int:
         return self.plans.steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives, from its beginning."""
-        self._abandon()
+        """Choose the epoch of the next iteration, which starts at its first batch."""
+        self._reset()
         self.plans.set_epoch(epoch)
         self.start = self.position = 0
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of this epoch have been given."""
+        """The number of batches of this epoch returned so far."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         if not 0 <= state["position"] <= len(self):
-            raise ValueError(f"cannot go on after {state['position']} batches of an epoch of {len(self)}")
+            raise ValueError(f"cannot resume after {state['position']} batches of an epoch of {len(self)}")
         self.start = self.position = state["position"]
 
     def __iter__(self) -> Iterator[Batch]:
         start, self.start = self.start, 0
-        self._abandon()
+        self._reset()
         steps = range(start, len(self))
-        # On a GPU DALI works in its own threads and streams, and a batch must be handed over on the stream that is
-        # going to use it. On the CPU there is work left to do in Python.
-        for batch in map(self._make, steps) if self.device.type == "cuda" else self._made_ahead(iter(steps)):
+        # On a GPU DALI decodes ahead in its own threads and streams, and a batch must be handed over on the stream that
+        # uses it. On the CPU part of the work is in Python: a thread does it ahead.
+        for batch in map(self._batch, steps) if self.device.type == "cuda" else self._prefetched(iter(steps)):
             start += 1
             self.position = start
             yield batch
 
-    def _made_ahead(self, steps: Iterator[int]) -> Iterator[Batch]:
-        made = deque(self.worker.submit(self._make, step) for step in islice(steps, self.ahead))
-        while made:
-            batch = made.popleft().result()
-            made.extend(self.worker.submit(self._make, step) for step in islice(steps, 1))
+    def _prefetched(self, steps: Iterator[int]) -> Iterator[Batch]:
+        pending = deque(self.worker.submit(self._batch, step) for step in islice(steps, PREFETCH))
+        while pending:
+            batch = pending.popleft().result()
+            pending.extend(self.worker.submit(self._batch, step) for step in islice(steps, 1))
             yield batch
 
-    def _make(self, step: int) -> Batch:
-        plan, images = self.supply.take(step)
+    def _batch(self, step: int) -> Batch:
+        plan, images = self.prefetcher.get(step)
         return batch_of(plan, images, self.index.labels)
 
-    def _abandon(self) -> None:
-        """Drop what an iteration that was broken off has left behind."""
-        self.worker.submit(self.supply.abandon).result()
+    def _reset(self) -> None:
+        """Discard what an unfinished iteration left in flight."""
+        self.worker.submit(self.prefetcher.reset).result()
 
 
 def _usable_cores() -> int:

@@ -1,13 +1,13 @@
-"""Re-encode a data set once, so that large photos, slow disks and many small files stop mattering.
+"""Re-encode a data set once: smaller images, in few large files, for large photos and slow disks.
 
     python -m fastdeit.pipelines.prepare DIR OUT
 
 DIR is any data set that open_index reads (class folders, WebDataset, Parquet; train, val or both). OUT receives
-WebDataset shards (train-000000.tar ...), classes.txt and bad_files.txt, and is then used in DIR's place. Images keep
-their order and labels; bad ones are named and left out.
+WebDataset shards (train-000000.tar ...), classes.txt and bad_files.txt, and is then used instead of DIR. Images keep
+their order and labels; bad ones are listed and omitted.
 
-It may be killed at any instant: the same command goes on with the shards that are missing. A shard is written under
-another name and renamed when it is complete, and its bytes depend only on the images and the settings.
+It may be killed at any time: the same command then writes the shards that are missing. A shard is written under a
+temporary name and renamed when it is complete, and its bytes depend only on the images and the settings.
 """
 
 import json
@@ -25,7 +25,6 @@ import numpy as np
 
 from . import cli
 from .bad_files import BadFiles
-from .cli import show_progress
 from .index.image_index import Index, open_index
 from .index.layout import list_split, splits
 
@@ -34,7 +33,7 @@ FORMAT = 2  # raise it when the same settings give other shards
 
 
 class Shard(NamedTuple):
-    """A run of images that becomes one file."""
+    """A range of images that becomes one file."""
 
     file: Path
     start: int
@@ -56,17 +55,17 @@ def prepare(
     max_bad: float = 0.01,
     label_column: str | None = None,
 ) -> None:
-    """Re-encode DIR's images, smaller, as shards in OUT. After a stop, run it again.
+    """Re-encode DIR's images, smaller, as shards in OUT. The same command resumes after a stop.
 
     Args:
         dir: The data set: DIR/train/CLASS/*.jpg (and val), tar shards or Parquet files.
-        out: A new folder for the shards, or one that this command has begun.
-        size: Pixels of the shorter side; smaller images are not scaled up. 288 serves training at 224.
+        out: A new folder for the shards, or one to resume.
+        size: Pixels of the shorter side; smaller images are not scaled up. 288 is for training at 224.
         quality: Of the JPEGs, 1 to 95.
-        workers: Processes; one a core if not given.
+        workers: Processes; one per core if not given.
         images_per_shard: Images in a tar file.
-        max_bad: Stop if more than this share of the images cannot be read.
-        label_column: Of Parquet files; label, labels, ..., or the one with class names if not given.
+        max_bad: Stop if more than this fraction of the images cannot be read.
+        label_column: Label column of Parquet files; by default label, labels, ..., or the one with class names.
     """
     _check(size, quality, workers, images_per_shard, max_bad)
     indexes = _open_splits(dir, label_column)
@@ -86,9 +85,9 @@ def _check(size: int, quality: int, workers: int | None, images_per_shard: int, 
         if value is not None and value < 1:
             raise ValueError(f"{flag} {value}: must be at least 1")
     if not 1 <= quality <= 95:
-        raise ValueError(f"--quality {quality}: goes from 1 to 95 (above, files grow and nothing is gained)")
+        raise ValueError(f"--quality {quality}: must be from 1 to 95 (above, files only grow)")
     if not 0 <= max_bad <= 1:
-        raise ValueError(f"--max-bad {max_bad}: is a share between 0 and 1")
+        raise ValueError(f"--max-bad {max_bad}: must be a fraction from 0 to 1")
 
 
 def _open_splits(source: str, label_column: str | None) -> dict[str, Index]:
@@ -103,7 +102,7 @@ def _open_splits(source: str, label_column: str | None) -> dict[str, Index]:
 
 
 def _begin(root: Path, settings: dict, source: str) -> None:
-    """Make OUT, or see to it that it was begun with the same images and settings."""
+    """Make OUT, or check that it was begun with the same images and settings."""
     file = root / SETTINGS
     if file.exists():
         begun = json.loads(file.read_text())
@@ -132,7 +131,7 @@ def _shards(root: Path, split: str, total: int, images_per_shard: int) -> list[S
 def _write_split(
     index: Index, shards: list[Shard], size: int, quality: int, workers: int | None, bad_files: BadFiles
 ) -> None:
-    from . import reencode  # Pillow, which command.run names where it is missing
+    from . import reencode  # needs Pillow, which cli.run names if it is missing
 
     missing = [shard for shard in shards if not shard.file.exists()]
     if not missing:
@@ -140,7 +139,7 @@ def _write_split(
     finished = len(index) - sum(shard.stop - shard.start for shard in missing)
     workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
     what = f"{shards[0].file.name.partition('-')[0]} images"
-    with _pool(workers) as (pool, images_done), show_progress(what, len(index), finished) as progress:
+    with _pool(workers) as (pool, images_done), cli.show_progress(what, len(index), finished) as progress:
         jobs = {
             pool.submit(
                 reencode.write_shard,
@@ -155,9 +154,9 @@ def _write_split(
         pending = set(jobs)
         while pending:
             ready, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            progress.update(finished + images_done.value)
+            progress(finished + images_done.value)
             for job in ready:
-                # Named before the shard counts as written: a stop in between repeats both.
+                # Reported before the shard counts as written: after a stop in between, both are repeated.
                 for bad in job.result():
                     bad_files.report(bad.name, bad.cause)
                 os.replace(jobs[job].temporary, jobs[job].file)
@@ -165,13 +164,13 @@ def _write_split(
 
 @contextmanager
 def _pool(workers: int) -> Iterator:
-    """Worker processes and the number of images they have done; an error here stops them in the middle of a shard.
+    """Worker processes and the number of images they have written; an error stops them in the middle of a shard.
 
-    Raises ChildProcessError when one of them was killed.
+    Raises ChildProcessError if one of them was killed.
     """
     from . import reencode
 
-    context = mp.get_context("forkserver")  # no fork of a process with threads, no import of it all in each worker
+    context = mp.get_context("forkserver")  # no fork of a process with threads; imports once
     context.set_forkserver_preload([reencode.__name__])
     images_done, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(workers, context, reencode.start_worker, (images_done, stop))
@@ -179,7 +178,7 @@ def _pool(workers: int) -> Iterator:
         yield pool, images_done
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "a worker was killed, for want of memory perhaps: run the command again, with fewer --workers"
+            "a worker was killed, perhaps for lack of memory: run the command again with fewer --workers"
         ) from error
     except BaseException:
         stop.set()
@@ -189,19 +188,19 @@ def _pool(workers: int) -> Iterator:
 
 
 def _report(root: Path, indexes: dict[str, Index]) -> None:
-    """Open what was written, as its reader will."""
+    """Open what was written, and say what it contains."""
     for split, index in indexes.items():
         written = open_index(root, split, classes=index.classes)
         bad = len(index) + sum(one.images for one in index.bad) - len(written)
-        left_out = f", {bad} bad ones left out ({root / 'bad_files.txt'})" if bad else ""
-        print(f"{split}: {len(written):,} images of {len(index.classes)} classes in {root}{left_out}")
+        omitted = f", {bad} bad ones omitted ({root / 'bad_files.txt'})" if bad else ""
+        print(f"{split}: {len(written):,} images of {len(index.classes)} classes in {root}{omitted}")
 
 
 def main() -> None:
     logging.basicConfig(format="%(message)s")
     cli.run(
         prepare, "python -m fastdeit.pipelines.prepare", {"dir": "DIR", "out": "OUT"},
-        stopped="stopped; the same command goes on from here",
+        stopped="stopped; the same command resumes",
     )  # fmt: skip
 
 

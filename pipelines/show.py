@@ -1,9 +1,9 @@
-"""A picture of what training sees.
+"""Draw what training sees.
 
     python -m fastdeit.pipelines.show DIR OUT.png [--aa rand-m9-mstd0.5-inc1]
 
-From the top: an image and each operation of RandAugment at magnitude 9; views of it as --aa makes them; a batch as the
-model gets it, erased and mixed, with the labels it is asked for.
+From the top: an image and each operation of RandAugment at magnitude 9; its views with --aa; a batch as the model gets
+it, erased and mixed, with its targets.
 """
 
 from dataclasses import replace
@@ -14,6 +14,7 @@ from . import cli
 from .augment.augmentation import Augmentation
 from .augment.auto_augment import OPERATIONS, RandAugment
 from .augment.operations import Operation
+from .bad_files import BadFiles
 from .index.image_index import open_index
 
 COLUMNS, SIZE = 8, 224
@@ -21,7 +22,7 @@ MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375
 
 
 def operations(image: np.ndarray, fill) -> list[tuple[str, np.ndarray]]:
-    """The image, then each operation of RandAugment at magnitude 9, the signed ones in the positive direction."""
+    """The image, then each operation of RandAugment at magnitude 9, signed ones in the positive direction."""
     from .decode.cpu import apply_operations
 
     ops = np.array(OPERATIONS)
@@ -33,12 +34,13 @@ def operations(image: np.ndarray, fill) -> list[tuple[str, np.ndarray]]:
     return cells
 
 
-def views(index, i: int, augmentation: Augmentation, count: int) -> list[tuple[str, np.ndarray]]:
-    """Views of image i as training sees them over the epochs."""
+def views(index, i: int, augmentation: Augmentation, count: int, bad_files: BadFiles) -> list[tuple[str, np.ndarray]]:
+    """Views of image i in the first epochs."""
     from .loader import train_loader
 
     only = replace(augmentation, repeats=1, mixup=0.0, cutmix=0.0)
-    loader = train_loader(index.take(np.array([i])), batch_size=1, augmentation=only, input_size=SIZE)
+    settings = {"batch_size": 1, "input_size": SIZE, "bad_files": bad_files}
+    loader = train_loader(index.take(np.array([i])), augmentation=only, **settings)
     cells = []
     for epoch in range(count):
         loader.set_epoch(epoch)
@@ -46,13 +48,13 @@ def views(index, i: int, augmentation: Augmentation, count: int) -> list[tuple[s
     return cells
 
 
-def batch(index, augmentation: Augmentation, count: int) -> list[tuple[str, np.ndarray]]:
-    """A batch after erasing and mixing, elementwise so that every kind is seen."""
+def batch(index, augmentation: Augmentation, count: int, bad_files: BadFiles) -> list[tuple[str, np.ndarray]]:
+    """A batch after erasing and mixing; mixed elementwise, to show mixup and cutmix."""
     from .loader import train_loader
 
-    loader = train_loader(
-        index, batch_size=count, augmentation=replace(augmentation, mixup_mode="elem", reprob=0.5), input_size=SIZE
-    )
+    elementwise = replace(augmentation, mixup_mode="elem", reprob=0.5)
+    settings = {"batch_size": count, "input_size": SIZE, "bad_files": bad_files}
+    loader = train_loader(index, augmentation=elementwise, **settings)
     images, labels, _, mix = next(iter(loader))
     pixels = [_erased(*sample) for sample in zip(images.numpy(), mix.erase_box.tolist(), mix.erase_seed.tolist())]
     cells = []
@@ -66,7 +68,7 @@ def batch(index, augmentation: Augmentation, count: int) -> list[tuple[str, np.n
 
 
 def _erased(image: np.ndarray, box: list[int], seed: int) -> np.ndarray:
-    """float; the erased pixels are normal noise in normalised units, as the kernel makes it (with other numbers)."""
+    """float64; erased pixels are normal noise in normalized units, as in the kernel, from other random numbers."""
     image = image.astype(np.float64)
     y0, x0, y1, x1 = box
     image[y0:y1, x0:x1] = np.random.default_rng(seed).normal(MEAN, STD, (y1 - y0, x1 - x0, 3))
@@ -104,21 +106,23 @@ def show(
         dir: The data set: DIR/train/CLASS/*.jpg, tar shards or Parquet files.
         out: The picture to write.
         split: train or val.
-        image: Which image to show the operations and views of, counted from 0.
+        image: Image to show operations and views of, counted from 0.
         aa: none, 3aug (DeiT III), or RandAugment in timm's notation.
-        label_column: Of Parquet files; label, labels, ..., or the one with class names if not given.
+        label_column: Label column of Parquet files; by default label, labels, ..., or the one with class names.
     """
     from .loader import eval_loader
 
     index = open_index(dir, split, label_column=label_column)
     if not 0 <= image < len(index):
-        raise ValueError(f"--image {image}: the images are counted from 0 to {len(index) - 1}")
+        raise ValueError(f"--image {image}: the images are numbered from 0 to {len(index) - 1}")
     augmentation = Augmentation(aa=aa, repeats=1)
-    pixels = next(iter(eval_loader(index.take(np.array([image])), batch_size=1, input_size=SIZE))).images[0].numpy()
+    bad_files = BadFiles.of(index, limit=1)  # some bad images do not keep the others from being shown
+    loader = eval_loader(index.take(np.array([image])), batch_size=1, input_size=SIZE, bad_files=bad_files)
+    pixels = next(iter(loader)).images[0].numpy()
     cells = operations(pixels, augmentation.fill)
     for kind in (aa, "3aug"):
-        cells += views(index, image, replace(augmentation, aa=kind), COLUMNS)
-    cells += batch(index, augmentation, 2 * COLUMNS)
+        cells += views(index, image, replace(augmentation, aa=kind), COLUMNS, bad_files)
+    cells += batch(index, augmentation, 2 * COLUMNS, bad_files)
     draw(cells, out)
 
 

@@ -1,4 +1,4 @@
-"""Images that cost nothing: for measuring everything but the data pipeline (`--data-path synthetic`)."""
+"""Synthetic images without decoding, to measure all but the data pipeline (`--data-path synthetic`)."""
 
 from collections import deque
 
@@ -9,7 +9,7 @@ from .augment.plan import Plan
 
 
 class SyntheticIndex:
-    """An index of images that exist nowhere, for train_loader and eval_loader. Labels go round through the classes."""
+    """An index without files, for train_loader and eval_loader. Labels cycle through the classes."""
 
     bad = ()
 
@@ -26,8 +26,8 @@ class SyntheticIndex:
         return f"synthetic:{i}"
 
 
-class ResidentViews:
-    """The same noise on the device for every batch. What to mix and to erase is drawn as for real images."""
+class SyntheticDecoder:
+    """The same noise on the device for every batch. Mixing and erasing are drawn as for real images."""
 
     def __init__(self, batch_size: int, size: int, device: torch.device):
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a view of an image is: crop, operations and mixing, decided before a pixel is read.
+"""Which images a step has and what their views are: order, crop, operations, mixing, all drawn before decoding.
 
 May import: bad_files, index.
 """

@@ -1,4 +1,4 @@
-"""What a training view is: the settings, under the names of timm's and facebookresearch/deit's flags, and the draws."""
+"""Settings of the training views, named as the flags of timm and facebookresearch/deit, and the views they draw."""
 
 import math
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from .operations import Operation
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The DeiT recipe by default. Raises ValueError for settings that cannot be meant."""
+    """The DeiT recipe by default. Raises ValueError for settings out of range."""
 
-    scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area that a crop covers
+    scale: tuple[float, float] = (0.08, 1.0)  # area of a crop as a fraction of the image
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of a crop
     src: bool = False  # DeiT III's simple random crop instead of the random resized one
     hflip: float = 0.5
     aa: str = "rand-m9-mstd0.5-inc1"  # "none", "rand-..." in timm's grammar, or "3aug" (DeiT III)
-    color_jitter: float = 0.3  # with 3aug, and without aa (as in timm: RandAugment switches it off)
+    color_jitter: float = 0.3  # with 3aug or no aa (as in timm, RandAugment turns it off)
     reprob: float = 0.25  # probability of erasing a rectangle
     mixup: float = 0.8  # alpha, 0 for none
     cutmix: float = 1.0  # alpha, 0 for none
     mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5  # of cutmix, where both are on
-    mixup_mode: str = "batch"  # one lambda a "batch", a "pair" or an "elem"ent
-    repeats: int = 3  # repeated augmentation: views of an image in an epoch
-    fill: tuple[int, int, int] = (124, 116, 104)  # what geometric operations uncover: ImageNet's mean colour
+    mixup_switch_prob: float = 0.5  # probability of cutmix where both are on
+    mixup_mode: str = "batch"  # one lambda per "batch", "pair" or "elem"(ent)
+    repeats: int = 3  # repeated augmentation: copies of an image in an epoch
+    fill: tuple[int, int, int] = (124, 116, 104)  # of pixels from outside the image: ImageNet's mean colour
 
     def __post_init__(self) -> None:
         for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
@@ -38,7 +38,7 @@ class Augmentation:
                 raise ValueError(f"{name} is a probability and must be in [0, 1], got {getattr(self, name)}")
         for name in ("color_jitter", "mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative (0 switches it off), got {getattr(self, name)}")
+                raise ValueError(f"{name} must not be negative (0 turns it off), got {getattr(self, name)}")
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "scale" and high > 1):
@@ -58,7 +58,7 @@ class Augmentation:
 
     @cached_property
     def layers(self) -> tuple[frozenset[Operation], ...]:
-        """The operations that may come first, second, ... in a view."""
+        """The operations that each layer may have."""
         if self.rand_augment is not None:
             return (frozenset(OPERATIONS) | {Operation.IDENTITY},) * self.rand_augment.layers
         three = (frozenset({Operation.COLOR, Operation.SOLARIZE, Operation.BLUR}),) if self.aa == "3aug" else ()
@@ -67,7 +67,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Views:
-    """How B views are to be made; a row each."""
+    """What to make of B images, one row a view."""
 
     geometry: Geometry
     flip: np.ndarray  # (B,) bool
@@ -84,7 +84,7 @@ class Views:
 
 
 def draw_views(a: Augmentation, draws: Draws, heights: np.ndarray, widths: np.ndarray, size: int) -> Views:
-    """The views of the samples that `draws` names, whose images have these heights and widths, at size x size."""
+    """Views, size x size, of the samples in `draws`, whose images have these heights and widths (B,)."""
     if a.src:
         geometry = simple_random_crop(draws, heights, widths, size)
     else:
@@ -112,8 +112,8 @@ def _draw_operations(a: Augmentation, draws: Draws) -> tuple[np.ndarray, np.ndar
 def draw_mix(
     a: Augmentation, seed: int, epoch: int, steps: np.ndarray, indices: np.ndarray, copies: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Who is mixed with whom in the batches of `steps`, N samples in all, one batch after the other: partner (N,)
-    int64, a position in the sample's own batch, lam (N,) float32, box (N, 4) int32."""
+    """How the N samples of the batches of `steps`, concatenated, are mixed: partner (N,) int64, a position in the
+    sample's own batch, lam (N,) float32, box (N, 4) int32."""
     N = len(indices)
     if not a.mixes:
         return np.arange(N) % (N // len(steps)), np.ones(N, np.float32), np.zeros((N, 4), np.int32)

@@ -1,7 +1,11 @@
-"""RandAugment (Cubuk et al., arXiv 1909.13719) as timm defines it (timm/data/auto_augment.py), from timm's string.
+"""Policies that draw the operations of a view: RandAugment, 3-Augment and colour jitter.
 
-Each of n layers picks one of 15 operations, applies it with probability p, at a magnitude drawn from a normal
-distribution around m and clipped to [0, mmax]; half of the signed operations go the other way.
+RandAugment (Cubuk et al., arXiv 1909.13719) as timm defines it (timm/data/auto_augment.py), from timm's string: each of
+n layers picks one of 15 operations and applies it with probability p, at a magnitude drawn from a normal distribution
+around m and clipped to [0, mmax]; signed operations change their direction with probability 1/2.
+
+3-Augment and colour jitter of DeiT III (Touvron et al., arXiv 2204.07118; facebookresearch/deit, augment.py), which is
+torchvision's ColorJitter without hue.
 """
 
 import re
@@ -42,11 +46,11 @@ class RandAugment:
     probability: float = 0.5  # p, of each layer
     magnitude_std: float = 0.0  # mstd; above 100 the magnitude is uniform in [0, m]
     magnitude_max: int = 10  # mmax
-    increasing: bool = False  # inc: posterize, solarize and the enhancers get stronger as the magnitude grows
+    increasing: bool = False  # inc: posterize, solarize and the enhancers get stronger with the magnitude
 
     @classmethod
     def parse(cls, text: str) -> "RandAugment":
-        """Raises ValueError for a string that is not timm's grammar (sections m, n, p, mstd, mmax, inc)."""
+        """Raises ValueError for a string that does not follow timm's grammar (sections m, n, p, mstd, mmax, inc)."""
         name, *sections = text.split("-")
         keys = {
             "m": ("magnitude", int),
@@ -92,10 +96,10 @@ class RandAugment:
         return np.clip(magnitude, 0, self.magnitude_max)
 
     def arguments(self, ops: np.ndarray, magnitude: np.ndarray, sign: np.ndarray) -> np.ndarray:
-        """timm's LEVEL_TO_ARG: the argument of each operation at its magnitude and sign; float32, shapes alike."""
+        """timm's LEVEL_TO_ARG: the argument of each operation at its magnitude and sign; float32, of the same shape."""
         level = magnitude / 10
         bits, threshold = np.floor(level * 4), np.minimum(256, np.floor(level * 256))
-        # Keeping no bit at all would be a black image, and an error in Pillow 13.
+        # With no bits left the image would be black, and Pillow 13 raises.
         posterize = np.maximum(1, 4 - bits if self.increasing else bits)
         solarize = 256 - threshold if self.increasing else threshold
         enhance = np.maximum(0.1, 1 + sign * level * 0.9) if self.increasing else level * 1.8 + 0.1
@@ -121,7 +125,7 @@ ORDERS = np.array(list(permutations(JITTERED)), np.int32)
 
 
 def draw_three_augment(draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-    """One of grey, solarize (at 128) and blur, each as likely: operations (B, 1) int32, arguments (B, 1) float32."""
+    """One of grey, solarize (at 128) and blur, equally likely: operations (B, 1) int32, arguments (B, 1) float32."""
     choice, radius = draws.uniform(Purpose.THREE_AUGMENT, 2).T
     kind = integers(choice, 3)
     ops = np.array([Operation.COLOR, Operation.SOLARIZE, Operation.BLUR], np.int32)[kind]

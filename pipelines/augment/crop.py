@@ -1,4 +1,4 @@
-"""Which part of an image becomes the view: pure geometry, vectorised over a batch of images of different sizes.
+"""The geometry of a view, vectorised over a batch of images of different sizes.
 
 B images have heights and widths (B,); everything is in pixels, rows first. The view is size x size.
 """
@@ -10,16 +10,16 @@ import numpy as np
 from .draws import Draws, Purpose, integers
 
 TRIES = 10
-LONG = 8  # times the view: of a longer image only the part around the view is resized, which could be gigabytes
+LONG = 8  # views: of images longer than this only the part around the view is resized; the rest could be gigabytes
 PADDING = 4  # of the simple random crop, in pixels of the resized image
 
 
 class Geometry(NamedTuple):
-    """Three steps from image to view: take `window`, resize it to `resized`, of that take size x size from `corner`."""
+    """Three steps from image to view: crop `window`, resize it to `resized`, crop size x size at `corner`."""
 
     window: np.ndarray  # (B, 4) int64  top, left, height, width in the image
     resized: np.ndarray  # (B, 2) int64  height, width
-    corner: np.ndarray  # (B, 2) int64  top, left; beyond the border (by up to PADDING) it sees reflections
+    corner: np.ndarray  # (B, 2) int64  top, left; up to PADDING beyond the border, which is reflected
 
 
 def random_resized_crop(
@@ -32,8 +32,8 @@ def random_resized_crop(
 ) -> Geometry:
     """torchvision's RandomResizedCrop (get_params).
 
-    The area is uniform in scale * image area, the logarithm of width / height uniform between those of `ratio`; of ten
-    tries the first that fits is taken, at a uniform place. If none fits: the largest central window within `ratio`.
+    The area is uniform in scale * image area, log(width / height) uniform in log(ratio); the first of ten tries that
+    fits is placed uniformly. If none fits: the largest central window within `ratio`.
     """
     H, W = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     uniform = draws.uniform(Purpose.CROP, 2 * TRIES + 2)
@@ -64,14 +64,14 @@ def shorter_side_to(size: int, heights: np.ndarray, widths: np.ndarray) -> np.nd
     return sides * size // sides.min(1, keepdims=True)
 
 
-def whole(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Windows (B, 4) int64 that are the whole images."""
+def full_windows(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Windows (B, 4) int64 that cover the full images."""
     return np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], 1).astype(np.int64)
 
 
 def simple_random_crop(draws: Draws, heights: np.ndarray, widths: np.ndarray, size: int) -> Geometry:
     """DeiT III's simple random crop (facebookresearch/deit, augment.py): the shorter side resized to `size`, padded by
-    PADDING pixels of reflection on each side, a size x size window of that at a uniform place."""
+    PADDING pixels of reflection on each side, then a uniformly placed size x size crop."""
     resized = shorter_side_to(size, heights, widths)
     uniform = draws.uniform(Purpose.CROP, 2)
     corner = integers(uniform, resized + 2 * PADDING - size + 1) - PADDING
@@ -79,22 +79,22 @@ def simple_random_crop(draws: Draws, heights: np.ndarray, widths: np.ndarray, si
 
 
 def evaluation_crop(heights: np.ndarray, widths: np.ndarray, size: int, crop_pct: float) -> Geometry:
-    """torchvision's Resize(floor(size / crop_pct)) and CenterCrop(size), which rounds half a pixel to the even side."""
+    """torchvision's Resize(floor(size / crop_pct)) and CenterCrop(size), which rounds half to even."""
     target = int(size / crop_pct)
     resized = shorter_side_to(target, heights, widths)
     return around_view(heights, widths, target, resized, np.rint((resized - size) / 2).astype(np.int64), size)
 
 
 def around_view(heights, widths, target: int, resized: np.ndarray, corner: np.ndarray, size: int) -> Geometry:
-    """The view at `corner` of whole images of which the shorter side is resized to `target`; where the longer one would
-    exceed LONG views, of a part of them.
+    """The view at `corner` of full images whose shorter side is resized to `target`; if the longer side would exceed
+    LONG views, of the part of the image around the view.
 
-    The part begins and ends at multiples of the shorter side, which are multiples of `target` when resized: pixels lie
-    where they lay, but for the fraction of one by which `resized` was rounded down.
+    The part begins and ends at multiples of the shorter side, which are multiples of `target` when resized: the pixels
+    stay where they were, up to the fraction of a pixel by which `resized` was rounded down.
     """
     sides = np.stack([heights, widths], 1).astype(np.int64)
     shorter = sides.min(1, keepdims=True)
-    margin = np.maximum(1, -(-2 // shorter))  # a bicubic filter sees two pixels, of the larger of both grids
+    margin = np.maximum(1, -(-2 // shorter))  # a bicubic filter reaches two pixels of the coarser grid
     long = resized > LONG * size
     first = np.where(long, np.maximum(corner // target - margin, 0), 0)
     last = -(-(corner + size) // target) + margin

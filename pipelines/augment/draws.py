@@ -1,4 +1,4 @@
-"""Random numbers without a generator's state: every draw is a pure function of what it is for.
+"""Counter-based random numbers: each draw is a pure function of its key and counter, with no generator state.
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a key of two
 32-bit words and a counter of four into four random words. Here, for all samples of a batch at once,
@@ -6,7 +6,7 @@ Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 
     key      seed, epoch
     counter  index of the image, copy (repeated augmentation), block 0, 1, 2 ... of four words, purpose
 
-so what an image sees does not depend on its neighbours, its place in the epoch, or how many processes share the work.
+so the view of an image depends neither on its batch, nor on its position in the epoch, nor on the number of processes.
 """
 
 from enum import IntEnum
@@ -20,7 +20,7 @@ HALF = np.uint64(32)
 
 
 class Purpose(IntEnum):
-    """What a draw is for: the last word of the counter, so that no two purposes share random numbers."""
+    """The last word of the counter: no two purposes share random numbers."""
 
     CROP = 1
     FLIP = 2
@@ -47,9 +47,9 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 class Draws:
-    """The random numbers of B samples, each named by its index and its copy; (B,) integers in [0, 2**32).
+    """The random numbers of B samples, each identified by its index and copy; (B,) integers in [0, 2**32).
 
-    Asking twice gives the same numbers twice. Raises ValueError if seed or epoch is outside [0, 2**32).
+    The same call returns the same numbers. Raises ValueError if seed or epoch is outside [0, 2**32).
     """
 
     def __init__(self, seed: int, epoch: int, index: np.ndarray, copy: np.ndarray):
@@ -64,7 +64,7 @@ class Draws:
         return len(self.index)
 
     def words(self, purpose: Purpose, count: int) -> np.ndarray:
-        """(B, count) uint64, each a uniform 32-bit word."""
+        """(B, count) uint64, uniform 32-bit words."""
         blocks = -(-count // 4)
         counter = np.empty((4, len(self), blocks), np.uint64)
         counter[0], counter[1] = self.index[:, None], self.copy[:, None]
@@ -78,5 +78,5 @@ class Draws:
 
 
 def integers(uniform: np.ndarray, upper: np.ndarray | int) -> np.ndarray:
-    """Uniform numbers on (0, 1) turned into uniform integers in [0, upper); int64."""
+    """Uniform numbers in (0, 1) to uniform integers in [0, upper); int64."""
     return (uniform * upper).astype(np.int64)

@@ -1,9 +1,9 @@
-"""Random erasing, mixup and cutmix as draws: what to erase and to mix, for the kernel that does both.
+"""Draws of random erasing, mixup and cutmix, which one kernel then applies.
 
 Erasing: Zhong et al., "Random Erasing Data Augmentation", arXiv 1708.04896; mixup: Zhang et al., arXiv 1710.09412;
-cutmix: Yun et al., arXiv 1905.04899. Distributions as timm's (random_erasing.py, mixup.py), with one difference: timm
-mixes sample i of a process with sample B - 1 - i of it, here the neighbours 2i and 2i + 1 of the global order mix, so
-that nothing depends on how many processes share the batch.
+cutmix: Yun et al., arXiv 1905.04899. The distributions are timm's (random_erasing.py, mixup.py), with one difference:
+timm mixes sample i of a process with its sample B - 1 - i; here the neighbours 2i and 2i + 1 of the global order are
+mixed, so that nothing depends on the number of processes.
 
 Boxes are (y0, x0, y1, x1) in pixels, y1 and x1 exclusive, all 0 for none. B samples in the batch, an even number.
 """
@@ -13,13 +13,13 @@ import numpy as np
 from .draws import Draws, Purpose, integers
 
 TRIES = 10
-ERASE_AREA = (0.02, 1 / 3)  # share of the image
+ERASE_AREA = (0.02, 1 / 3)  # fraction of the image
 ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
 MODES = ("batch", "pair", "elem")
 
 
 def draw_erasing(draws: Draws, probability: float, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, 4) int32 boxes and (B,) int64 noise keys; `probability` of erasing one rectangle."""
+    """(B, 4) int32 boxes and (B,) int64 noise keys; a rectangle is erased with `probability`."""
     uniform = draws.uniform(Purpose.ERASE, 2 * TRIES + 3)
     area = size * size * (ERASE_AREA[0] + (ERASE_AREA[1] - ERASE_AREA[0]) * uniform[:, :TRIES])
     low, high = np.log(ERASE_ASPECT)
@@ -40,9 +40,9 @@ def draw_erasing(draws: Draws, probability: float, size: int) -> tuple[np.ndarra
 def draw_mixing(
     draws: Draws, *, size: int, mixup: float, cutmix: float, probability: float, switch_probability: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One draw a row of `draws`: lam (N,) float32 and cutmix boxes (N, 4) int32 on a size x size image.
+    """One draw for each row of `draws`: lam (N,) float32 and cutmix boxes (N, 4) int32 in a size x size image.
 
-    mixup, cutmix: the alpha of Beta(alpha, alpha), 0 for off; with both on, cutmix is taken with switch_probability.
+    mixup, cutmix: the alpha of Beta(alpha, alpha), 0 for off; with both on, cutmix has switch_probability.
     """
     from scipy.special import betaincinv
 
@@ -60,14 +60,14 @@ def draw_mixing(
 
 
 def _cutmix_box(lam: np.ndarray, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
-    """A square of area (1 - lam) * size**2 around (y, x), cut off at the borders."""
+    """A square of area (1 - lam) * size**2 around (y, x), clipped at the borders."""
     side = (size * np.sqrt(1 - lam)).astype(np.int64)
     before, after = side // 2, (side + 1) // 2
     return np.clip(np.stack([y - before, x - before, y + after, x + after], 1), 0, size)
 
 
 def mixing_rows(mode: str, seed: int, epoch: int, steps: np.ndarray, indices: np.ndarray, copies: np.ndarray) -> Draws:
-    """Whose random numbers decide: each step's (one row for a whole batch), each pair's or each sample's."""
+    """The draws that decide: one row for each step ("batch"), for each "pair" or for each sample ("elem")."""
     if mode == "batch":
         return Draws(seed, epoch, steps, np.zeros_like(steps))
     if mode == "pair":
@@ -78,7 +78,7 @@ def mixing_rows(mode: str, seed: int, epoch: int, steps: np.ndarray, indices: np
 def spread_over_batch(
     mode: str, lam: np.ndarray, box: np.ndarray, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows of `mixing_rows` turned into rows of samples: partner (N,) int64, lam (N,) float32, box (N, 4) int32."""
+    """Rows of `mixing_rows` expanded to samples: partner (N,) int64, lam (N,) float32, box (N, 4) int32."""
     times = {"batch": batch_size, "pair": 2, "elem": 1}[mode]
     lam, box = np.repeat(lam, times), np.repeat(box, times, axis=0)
     position = np.arange(len(lam)) % batch_size

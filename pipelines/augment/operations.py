@@ -1,7 +1,7 @@
-"""The image operations of RandAugment, 3-Augment and colour jitter, and what their one argument means.
+"""The image operations of RandAugment, 3-Augment and colour jitter, and the meaning of their argument.
 
-A view carries a short sequence of (operation, argument), drawn on the host; decode.py (DALI) and cpu.py (Pillow) carry
-it out on uint8 images (height, width, 3). The meaning of record is Pillow's, through timm's auto_augment.py.
+A view has a short sequence of (operation, argument), drawn on the host; decode/dali_operations.py and decode/cpu.py
+(Pillow) apply it to uint8 images (height, width, 3). The reference is Pillow, called as timm's auto_augment.py does.
 """
 
 from enum import IntEnum
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Operation(IntEnum):
-    """The comment gives the argument's meaning; - stands for none."""
+    """Each comment gives the meaning of the argument; - for none."""
 
     IDENTITY = 0  # -
     AUTO_CONTRAST = 1  # -
@@ -25,10 +25,10 @@ class Operation(IntEnum):
     SHARPNESS = 10  # 0 is smoothed, 1 the image itself
     BLUR = 11  # standard deviation of a Gaussian, pixels
     ROTATE = 12  # degrees, counter-clockwise
-    SHEAR_X = 13  # pixels to the left a row
-    SHEAR_Y = 14  # pixels up a column
-    TRANSLATE_X = 15  # to the left, share of the width
-    TRANSLATE_Y = 16  # up, share of the height
+    SHEAR_X = 13  # pixels to the left per row
+    SHEAR_Y = 14  # pixels up per column
+    TRANSLATE_X = 15  # to the left, fraction of the width
+    TRANSLATE_Y = 16  # up, fraction of the height
 
 
 GEOMETRIC = (Operation.ROTATE, Operation.SHEAR_X, Operation.SHEAR_Y, Operation.TRANSLATE_X, Operation.TRANSLATE_Y)
@@ -36,7 +36,7 @@ GEOMETRIC = (Operation.ROTATE, Operation.SHEAR_X, Operation.SHEAR_Y, Operation.T
 
 def affine_matrices(ops: np.ndarray, args: np.ndarray, size: int) -> np.ndarray:
     """(..., 2, 3) float32 for ops and args (...) on a size x size image: where in the source (x, y) each pixel of the
-    result comes from, pixel centres at half integers as in Pillow. The identity for operations that are no geometry."""
+    result comes from, pixel centres at half integers as in Pillow. The identity for other operations."""
     rotate, shear_x, shear_y, move_x, move_y = (args.astype(np.float64) * (ops == op) for op in map(int, GEOMETRIC))
     angle = -np.radians(rotate)
     cos, sin, half = np.cos(angle), np.sin(angle), size / 2

@@ -1,7 +1,9 @@
-"""What each step of an epoch is made of: which images, which views of them, and how they mix. Decided, not yet done.
+"""The plan of a step: which images, which views of them, how they are mixed; decided before anything is decoded.
 
-A plan is a pure function of (seed, epoch, step, rank): the loader may make it early, late, or again after a resume.
-B is the batch size of one process, G = B * world_size the global batch.
+    in    the order of the epoch (sampler.py), heights and widths of the images, the Augmentation
+    out   Plan: for the B samples of this rank, indices (B,) int64, Views, and what to mix
+
+A plan is a pure function of (seed, epoch, step, rank): it can be made early, late, or again after a resume.
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from .crop import evaluation_crop
 from .draws import Draws, Purpose, integers
 from .sampler import batch_slice, epoch_order, evaluation_order, steps_per_epoch
 
-AT_ONCE = 1024  # samples drawn together: numpy's cost a call is spread over several small batches
+BLOCK = 1024  # samples drawn together, which spreads the cost of NumPy's calls over several small batches
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Plan:
     """One batch of one process."""
 
     step: int
-    indices: np.ndarray  # (B,) int64  which images to read
-    copies: np.ndarray  # (B,) int64  repeated augmentation: which view of it in this epoch
-    counted: np.ndarray  # (B,) bool  False for padding, whose image only fills the place
+    indices: np.ndarray  # (B,) int64  positions in the index
+    copies: np.ndarray  # (B,) int64  repeated augmentation: which copy of the image this is
+    counted: np.ndarray  # (B,) bool  False for padding
     views: Views
     partner: np.ndarray | None = None  # (B,) int64, None in evaluation, like the next two
     lam: np.ndarray | None = None  # (B,) float32
@@ -33,7 +35,7 @@ class Plan:
 
 
 class TrainPlans:
-    """The plans of training: shuffled, augmented, mixed; the incomplete last batch is dropped."""
+    """Plans of training: shuffled, augmented, mixed; the incomplete last batch is dropped."""
 
     def __init__(
         self,
@@ -55,12 +57,12 @@ class TrainPlans:
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        self.order = self.copies = None  # made when the first step asks: an epoch may be set and never run
+        self.order = self.copies = None  # made for the first step: an epoch may be set and never run
         self.block, self.drawn = None, None
 
     def __getitem__(self, step: int) -> Plan:
-        """The plan of one step; cheapest asked in rising order."""
-        per_block = max(1, AT_ONCE // self.batch_size)
+        """The plan of one step; cheapest in ascending order."""
+        per_block = max(1, BLOCK // self.batch_size)
         block, row = divmod(step, per_block)
         if block != self.block:
             steps = range(block * per_block, min((block + 1) * per_block, self.steps))
@@ -71,7 +73,7 @@ class TrainPlans:
         return Plan(step, indices[rows], copies[rows], counted, views[rows], *(part[rows] for part in mix))
 
     def _draw(self, steps: range) -> tuple:
-        """Indices, copies, views, partner, lam and box of these steps, one after the other."""
+        """Indices, copies, views, partner, lam and box of these steps, concatenated."""
         if self.order is None:
             self.order, self.copies = epoch_order(
                 len(self.index),
@@ -93,8 +95,8 @@ class TrainPlans:
         return views, *draw_mix(self.augmentation, self.seed, self.epoch, steps, indices, copies, self.size)
 
     def without(self, plan: Plan, bad: set[int]) -> Plan:
-        """The same plan with other images in the place of `bad` ones: drawn from the same random numbers, each keyed
-        by the image it stands in for, so the same image is chosen wherever and whenever the bad one is met."""
+        """The plan with `bad` images replaced. The replacement is drawn with the bad image's own random numbers, so
+        it is the same in any batch, on any rank, and after a resume."""
         indices = plan.indices.copy()
         for row in np.flatnonzero(np.isin(indices, list(bad))):
             indices[row] = self._substitute(int(indices[row]), int(plan.copies[row]), bad)
@@ -109,15 +111,15 @@ class TrainPlans:
             for choice in integers(draws.uniform(Purpose.REPLACE, count)[0], len(self.index)):
                 if int(choice) not in bad:
                     return int(choice)
-        raise ValueError(f"found no readable image among {len(self.index)} to take the place of a bad one")
+        raise ValueError(f"found no readable image among {len(self.index)} to replace a bad one")
 
 
 class EvaluationPlans:
-    """The plans of evaluation: every image once over all ranks, in order; the last batch is padded."""
+    """Plans of evaluation: every image once over all ranks, in order; the last batch is padded."""
 
     def __init__(self, index, *, batch_size: int, size: int, crop_pct: float, rank: int, world_size: int):
         if not 0 < crop_pct <= 1:
-            raise ValueError(f"crop_pct is a share of the resized image and must be in (0, 1], got {crop_pct}")
+            raise ValueError(f"crop_pct is a fraction of the resized image and must be in (0, 1], got {crop_pct}")
         self.index, self.batch_size, self.size, self.crop_pct = index, batch_size, size, crop_pct
         self.rank, self.world_size = rank, world_size
         self.steps = steps_per_epoch(len(index), batch_size, world_size, drop_last=False)
@@ -143,7 +145,7 @@ class EvaluationPlans:
         return Plan(step, indices, np.zeros(B, np.int64), counted, views)
 
     def without(self, plan: Plan, bad: set[int]) -> Plan:
-        """The same plan with padding in the place of `bad` images: evaluation must not count another image twice."""
+        """The plan with padding instead of `bad` images: a replacement would count twice in the metrics."""
         is_bad = np.isin(plan.indices, list(bad))
         if not is_bad.any():
             return plan

@@ -1,11 +1,11 @@
-"""In which order the images are seen: pure functions of (seed, epoch), with no state to save or to lose.
+"""The order of the images in an epoch: pure functions of (seed, epoch), with no state to save.
 
-Symbols: n images in the index, r repeats, m = ceil(n / r) distinct images in an epoch with repeated augmentation,
-G = batch_size * world_size, the global batch.
+    in    n images, seed, epoch, repeats; batch_size, rank, world_size
+    out   indices (n,) int64 and copies (n,) int64 of the epoch; the slice of them that a rank sees in a step
 
-One global order holds for all processes. The global batch of step s is its positions [s * G, (s + 1) * G), of which
-rank k takes the contiguous part starting at s * G + k * batch_size. So the same images meet in the same step on one
-GPU with batch 1024 as on eight with batch 128, and resuming needs no more than the number of the step.
+The order is global, for all ranks. With the global batch G = batch_size * world_size, step s has its positions
+[s * G, (s + 1) * G), of which rank k takes batch_size from s * G + k * batch_size on. So a step has the same images on
+one GPU with batch 1024 as on eight with batch 128, and to resume, the number of the step is enough.
 
 Training drops the incomplete last batch. Evaluation pads it with -1: every image is seen exactly once over all
 ranks, and all ranks take the same number of steps.
@@ -20,13 +20,13 @@ def epoch_order(
     """The global order of one epoch: (indices, copies), both (n,) int64.
 
     repeats: repeated augmentation (Hoffer et al., "Augment Your Batch", 2020; DeiT's samplers.py). Each of about
-        n / repeats distinct images comes `repeats` times, numbered by `copies` 0..repeats-1 so that each copy draws
+        n / repeats distinct images occurs `repeats` times, numbered by `copies` 0..repeats-1 so that each copy draws
         its own augmentation; the epoch keeps its length n, and another subset is drawn in the next epoch.
-    global_batch: how far apart the copies of an image stand. In DeiT they meet in one global batch, on different
-        GPUs, or on a single GPU in one batch. Here no batch of up to this size ever holds an image twice, and
-        the copies fall into consecutive batches, where the optimiser's momentum still averages over them.
+    global_batch: sets the distance between the copies of an image. In DeiT they are in one global batch, on different
+        GPUs, or on a single GPU in one batch. Here no batch of up to this size contains an image twice, and the
+        copies are in consecutive batches, where the optimizer's momentum still averages over them.
         None: as far apart as the epoch allows, which suits any batch size but loses that averaging.
-        With fewer than about G distinct images in the epoch they stand closer, evenly spaced.
+        With fewer than about G distinct images in the epoch they are closer, evenly spaced.
     """
     _check_order(n, repeats)
     images = _permutation(n, seed, epoch) if shuffle else np.arange(n)
@@ -42,8 +42,8 @@ def epoch_order(
 
 
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """0..n-1 shuffled. By sorting raw Philox words, whose stream NumPy promises to keep, unlike that of permutation():
-    a run must be resumed in the same order by another version."""
+    """0..n-1 shuffled, by sorting raw Philox words: NumPy guarantees their stream over its versions, unlike that of
+    permutation(), and a run must resume in the same order with another version."""
     if seed < 0 or epoch < 0:
         raise ValueError(f"seed and epoch must not be negative, got seed={seed}, epoch={epoch}")
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n), kind="stable")
@@ -62,7 +62,7 @@ def _rows_between_copies(rows: int, repeats: int, global_batch: int | None) -> i
 
 
 def evaluation_order(n: int, batch_size: int, world_size: int = 1) -> np.ndarray:
-    """0..n-1 in order, padded with -1 to whole global batches; int64."""
+    """0..n-1 in order, padded with -1 to a multiple of the global batch; int64."""
     padded = np.full(
         steps_per_epoch(n, batch_size, world_size, drop_last=False) * batch_size * world_size, -1, np.int64
     )

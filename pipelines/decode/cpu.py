@@ -1,8 +1,11 @@
-"""Views on the CPU: DALI decodes the windows, PyTorch resizes them, Pillow carries out the operations.
+"""Decoding on the CPU: DALI decodes the crop windows, PyTorch resizes them, Pillow applies the operations.
 
-DALI's own resize takes two thirds of its time on a CPU; PyTorch's uint8 one (vectorised, antialiased, bicubic, after
-Pillow's) is several times faster and closer to Pillow. Pillow's operations are the very ones that define timm's
-RandAugment. All three let go of the interpreter's lock, so plain threads share the work.
+    in    Plan: indices (B,) int64, views
+    out   images (B, size, size, 3) uint8
+
+DALI's resize takes two thirds of its time on a CPU; PyTorch's for uint8 (vectorised, antialiased bicubic, modelled on
+Pillow's) is several times faster and closer to Pillow. The operations are those of Pillow itself, which define timm's
+RandAugment and torchvision's ColorJitter. All three release the GIL, so threads share the work.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +21,12 @@ from fastdeit.pipelines.augment.plan import Plan
 
 from .graph import window_graph, window_inputs
 
-SHARE = 4  # samples a thread takes at a time: operations differ so much in cost that equal parts would not end together
-PYTORCH_GRAIN = 32768  # elements up to which PyTorch keeps an operation in one thread (at::internal::GRAIN_SIZE)
+CHUNK = 4  # samples a thread takes at a time: operations differ so much in cost that equal shares would be unbalanced
+PYTORCH_GRAIN = 32768  # elements up to which PyTorch runs an operation in one thread (at::internal::GRAIN_SIZE)
 
 
-class CpuViews:
-    """Submit plans, collect their images in the same order; decoding runs ahead of the collecting."""
+class CpuDecoder:
+    """submit(plan) starts decoding, collect(plan) returns the images, in the same order."""
 
     def __init__(self, index, batch_size: int, size: int, num_threads: int, fill: tuple[int, int, int]):
         self.index, self.graph = index, window_graph(index, batch_size, num_threads)
@@ -34,7 +37,7 @@ class CpuViews:
         self.graph.submit(window_inputs(self.index, plan.indices, plan.views.geometry.window))
 
     def collect(self, plan: Plan) -> torch.Tensor:
-        """(B, size, size, 3) uint8, memory of its own. Raises DecodeError, having consumed the batch."""
+        """(B, size, size, 3) uint8, newly allocated. After a DecodeError, the batch counts as collected."""
         (windows,) = self.graph.collect()
         B, views = len(plan.indices), plan.views
         images = torch.empty(B, self.size, self.size, 3, dtype=torch.uint8)
@@ -49,7 +52,7 @@ class CpuViews:
                 views.args.tolist(),
             )
         )
-        list(self.pool.map(self._finish, (rows[i : i + SHARE] for i in range(0, B, SHARE))))
+        list(self.pool.map(self._finish, (rows[i : i + CHUNK] for i in range(0, B, CHUNK))))
         return images
 
     def _finish(self, rows) -> None:
@@ -63,16 +66,16 @@ class CpuViews:
 
 
 def mirror(image: np.ndarray) -> None:
-    """Left to right, in place. In pieces so small that PyTorch does not call its own threads to help, which would be
-    waiting for a core that ours are using."""
+    """Flip left to right, in place. In chunks small enough for PyTorch to use one thread: its own thread pool would
+    compete with ours for the cores."""
     rows = max(1, PYTORCH_GRAIN // image[0].size)
     for part in torch.from_numpy(image).split(rows):
         part.copy_(part.flip(1))
 
 
 def resized_view(window: torch.Tensor, resized: list[int], corner: list[int], size: int) -> torch.Tensor:
-    """window (h, w, 3) uint8 to (size, size, 3) uint8: see crop.Geometry."""
-    image = window[None].permute(0, 3, 1, 2)  # in this order it counts as channels_last, which is resized twice as fast
+    """window (h, w, 3) uint8 to (size, size, 3) uint8, as augment/crop.py's Geometry says."""
+    image = window[None].permute(0, 3, 1, 2)  # channels_last, which resizes twice as fast
     if list(image.shape[2:]) != resized:
         image = F.interpolate(image, size=resized, mode="bicubic", antialias=True)
     (height, width), (top, left) = resized, corner
@@ -110,7 +113,7 @@ PILLOW_OPERATIONS = {
 def apply_operations(
     image_HWC: np.ndarray, ops: list[int], args: list[float], fill: tuple[int, int, int]
 ) -> np.ndarray:
-    """A square uint8 image after `ops` with `args`, one after the other; a new array."""
+    """A square uint8 image (size, size, 3) after `ops` with their `args`, in order; a new array."""
     image = Image.fromarray(image_HWC)
     for op, arg in zip(ops, args):
         if op in GEOMETRIC:

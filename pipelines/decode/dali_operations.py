@@ -1,9 +1,10 @@
-"""The operations as DALI graphs, for views made on a GPU (and, for tests, on the CPU).
+"""The operations of augment/operations.py as DALI graphs, for views made on a GPU (in tests, on the CPU).
 
-Images are uint8 HWC, `arg` is a float32 scalar a sample. Against Pillow with the same argument: exact for invert,
-posterize, solarize, solarize_add, color, contrast and brightness; for sharpness too, but for the border of one pixel,
-which Pillow leaves alone; within a level for auto_contrast and equalize. The geometric operations interpolate linearly,
-because DALI has no cubic warp; blur is a true Gaussian, Pillow's one of three boxes. The tests state the bounds.
+Images are uint8 HWC, `arg` is a float32 scalar a sample. Compared with Pillow at the same argument: exact for invert,
+posterize, solarize, solarize_add, color, contrast and brightness; for sharpness except on the border of one pixel,
+which Pillow does not filter; within one level for auto_contrast and equalize. The geometric operations interpolate
+linearly, because DALI has no cubic warp; blur is a true Gaussian, where Pillow repeats a box blur three times. The
+tests state the bounds.
 """
 
 import numpy as np
@@ -22,17 +23,17 @@ def floats(image):
 
 
 def truncated(image):
-    """To uint8 as Pillow does it: clipped, then cut off."""
+    """To uint8 as in Pillow: clipped, then truncated."""
     return fn.cast(math.floor(math.clamp(image, 0.0, 255.0)), dtype=types.UINT8)
 
 
 def blend(degenerate, image, factor):
-    """Pillow's Image.blend: 0 gives `degenerate`, 1 the image, more goes beyond it."""
+    """Pillow's Image.blend: 0 gives `degenerate`, 1 the image, larger factors extrapolate."""
     return truncated(degenerate + factor * (floats(image) - degenerate))
 
 
 def grey(image):
-    """(H, W, 1) float with whole values."""
+    """(H, W, 1) float, integer values."""
     luma = fn.reductions.sum(floats(image) * types.Constant(LUMA), axis_names="C", keep_dims=True)
     return math.floor(luma + 0.5)
 
@@ -40,9 +41,9 @@ def grey(image):
 def auto_contrast(image, arg):
     low = floats(fn.reductions.min(image, axis_names="HW", keep_dims=True))
     high = floats(fn.reductions.max(image, axis_names="HW", keep_dims=True))
-    flat = fn.cast(high <= low, dtype=types.FLOAT)  # such a channel stays as it is
+    flat = fn.cast(high <= low, dtype=types.FLOAT)  # a constant channel is left unchanged
     stretched = (floats(image) - low) * (255.0 / (high - low + flat))
-    # Pillow computes in double precision: without the nudge whole values can fall just short of themselves.
+    # Pillow computes in double precision: without the 1e-4 an integer result may be truncated to the one below.
     return truncated(flat * floats(image) + (1.0 - flat) * stretched + 1e-4)
 
 
@@ -51,7 +52,7 @@ def invert(image, arg):
 
 
 def equalize(image, arg):
-    # DALI counts the pixels up to a value, Pillow those below it: the same, seen from the other end.
+    # DALI counts pixels up to and including a value, Pillow those below it: the same after inversion.
     return invert(fn.equalize(invert(image, arg)), arg)
 
 
@@ -94,7 +95,7 @@ def blur(image, sigma):
 
 
 def affine(image, matrix, fill):
-    """matrix: operations.affine_matrices. DALI fills with one value for all channels, so they are shifted around it."""
+    """matrix: operations.affine_matrices. DALI fills with one value for all channels, so `fill` is subtracted first."""
     shift = types.Constant(np.array(fill, np.float32))
     moved = fn.warp_affine(floats(image) - shift, matrix=matrix, fill_value=0.0, interp_type=types.INTERP_LINEAR)
     return fn.cast(math.clamp(moved + shift, 0.0, 255.0), dtype=types.UINT8)  # the cast rounds
@@ -115,15 +116,15 @@ COLOUR = {
 
 
 def layer(image, op, arg, matrix, possible, fill):
-    """One operation a sample: `op` (scalar Operation) chooses among the `possible` ones; the five geometric operations
-    are one branch, told apart by their matrix. `op`, `arg` and `matrix` are on the CPU, wherever the images are: DALI
-    wants the arguments of its operators there, and takes what it computes with to the images."""
+    """One operation a sample: `op` (scalar Operation) selects among the `possible` ones; the five geometric operations
+    share a branch and differ in their matrix. `op`, `arg` and `matrix` are on the CPU wherever the images are: DALI
+    wants its operators' arguments there, and copies operands to the images' device."""
     branches = sorted({Operation.ROTATE if o in GEOMETRIC else o for o in possible})
     return _select(image, op, arg, matrix, branches, fill)
 
 
 def _select(image, op, arg, matrix, branches, fill):
-    # A binary search for the branch: every sample passes log2(len(branches)) splits instead of len(branches).
+    # A binary search for the branch: a sample passes log2(len(branches)) splits instead of len(branches).
     if len(branches) == 1:
         return _apply(image, arg, matrix, branches[0], fill)
     middle = len(branches) // 2

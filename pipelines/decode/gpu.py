@@ -1,4 +1,8 @@
-"""Views on a GPU: DALI does everything, from the encoded bytes to the finished view, and no pixel passes the host."""
+"""Decoding on a GPU: DALI does everything, from the encoded bytes to the finished view; no pixel passes the host.
+
+in    Plan: indices (B,) int64, views
+out   images (B, size, size, 3) uint8 on the GPU
+"""
 
 import torch
 from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -9,8 +13,8 @@ from fastdeit.pipelines.augment.plan import Plan
 from .graph import view_graph, view_inputs
 
 
-class GpuViews:
-    """Submit plans, collect their images in the same order.
+class GpuDecoder:
+    """submit(plan) starts decoding, collect(plan) returns the images, in the same order.
 
     augmentation: None for evaluation
     """
@@ -25,7 +29,7 @@ class GpuViews:
         augmentation: Augmentation | None,
     ):
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())  # later, in another thread, it may be another
+            device = torch.device("cuda", torch.cuda.current_device())  # in another thread it may be another one
         self.index, self.size, self.device = index, size, device
         self.layers = augmentation.layers if augmentation else ()
         self.crop = "centre" if augmentation is None else "padded" if augmentation.src else "window"
@@ -46,18 +50,18 @@ class GpuViews:
     def collect(self, plan: Plan) -> torch.Tensor:
         """(B, size, size, 3) uint8 on the device, ready on PyTorch's current stream.
 
-        Copied on the device (77 MB read and written for 256 views of 224): memory that DALI shares by DLPack it takes
-        back only after a cudaDeviceSynchronize for each batch, in a thread of its own (DLTensorGraveyard in its
-        dltensor.cc). That is a core that spins, and a call that CUDA forbids while a graph is captured.
+        A copy on the device (77 MB for 256 views of 224 x 224): DALI reclaims memory shared by DLPack only after a
+        cudaDeviceSynchronize for each batch, in a thread of its own (DLTensorGraveyard in its dltensor.cc). That keeps
+        a core busy, and CUDA forbids the call while a graph is captured.
 
-        Raises DecodeError, having consumed the batch.
+        After a DecodeError, the batch counts as collected.
         """
         if self.device.type == "cpu":
-            return self._copied(plan, None)
-        with torch.cuda.device(self.device):  # or DALI takes its default stream for another device's
-            return self._copied(plan, torch.cuda.current_stream())
+            return self._copy(plan, None)
+        with torch.cuda.device(self.device):  # otherwise DALI assumes its default stream is another device's
+            return self._copy(plan, torch.cuda.current_stream())
 
-    def _copied(self, plan: Plan, stream) -> torch.Tensor:
+    def _copy(self, plan: Plan, stream) -> torch.Tensor:
         (views,) = self.graph.collect(stream)
         images = torch.empty(len(plan.indices), self.size, self.size, 3, dtype=torch.uint8, device=self.device)
         return feed_ndarray(views.as_tensor(), images, stream)

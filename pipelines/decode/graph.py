@@ -1,10 +1,13 @@
-"""From encoded images to pixels, in DALI: one definition for the GPU and for the CPU.
+"""DALI graphs from encoded images to pixels: one definition for the GPU and the CPU.
 
-    read -> decode the window -> resize -> crop -> flip -> one operation a layer     see crop.Geometry, operations.py
+    read -> decode the window -> resize -> crop -> flip -> operations, one a layer
 
-Nothing here is random: which window, which flip, which operations come in with each batch, drawn on the host, so the
-pixels of a sample do not depend on the batch around it, on threads or on processes. On the CPU only the first two
-stations are used in earnest (cpu.py does the rest faster), the others in tests.
+    in    encoded bytes or paths, windows, sizes, flips and operations of a batch (`window_inputs`, `view_inputs`)
+    out   uint8 HWC images: decoded windows (`window_graph`), or finished views (`view_graph`)
+
+Nothing here is random: windows, flips and operations are drawn on the host (augment/) and fed with each batch, so the
+pixels of a sample do not depend on the rest of its batch, on threads or on processes. Training on the CPU uses only the
+first two steps (cpu.py does the rest faster); the others run there in tests.
 """
 
 from collections.abc import Callable
@@ -22,19 +25,19 @@ from fastdeit.pipelines.bad_files import DecodeError
 from .dali_operations import layer
 
 ON_GPU = {
-    # Otherwise chroma values are repeated where libjpeg interpolates them.
+    # Otherwise chroma is upsampled by repetition, where libjpeg interpolates.
     "jpeg_fancy_upsampling": True,
-    # The hardware decoder's pixels are not those of the CUDA one. Which images of a batch it gets depends on the others
-    # and on timing, unless it gets all that it can decode.
+    # The hardware decoder's pixels differ from the CUDA decoder's. Which images of a batch it gets depends on the
+    # other images and on timing, unless it gets all that it can decode.
     "hw_decoder_load": 1.0,
 }
 
 
 class Graph:
-    """A DALI pipeline that is handed its inputs batch by batch and runs ahead of whoever collects them."""
+    """A DALI pipeline whose inputs are fed batch by batch: submit() starts a batch, collect() waits for the oldest."""
 
     def __init__(self, define: Callable[[], tuple], batch_size: int, num_threads: int, device_id: int | None):
-        # Batches queue up by being submitted; with a queue of its own DALI would want the first few all at once.
+        # The queue is made of submitted batches; with its own, DALI would require the first few at once.
         build = pipeline_def(define, enable_conditionals=True)
         self.pipeline = build(
             batch_size=batch_size, num_threads=num_threads, device_id=device_id, prefetch_queue_depth=1
@@ -47,7 +50,7 @@ class Graph:
         self.pipeline.schedule_run()
 
     def collect(self, cuda_stream=None) -> tuple:
-        """The outputs of the oldest batch that was submitted; it is consumed even when this raises DecodeError."""
+        """The outputs of the oldest submitted batch, which counts as collected even after a DecodeError."""
         try:
             return self.pipeline.outputs(cuda_stream=cuda_stream)
         except RuntimeError as error:
@@ -55,7 +58,7 @@ class Graph:
 
 
 def window_graph(index, batch_size: int, num_threads: int) -> Graph:
-    """Decoding alone, on the CPU: one uint8 HWC image a sample, each of its own size. Inputs: `window_inputs`."""
+    """Decoding only, on the CPU: one uint8 HWC image a sample, of varying size. Inputs: `window_inputs`."""
     from_files = index.path(0) is not None
 
     def define():
@@ -85,12 +88,12 @@ def view_graph(
     crop: str = "window",
     fill: tuple[int, int, int] = (0, 0, 0),
 ) -> Graph:
-    """Whole views, (size, size, 3) uint8 a sample, on the GPU `device_id` or, with None, on the CPU. Inputs:
+    """Finished views, (size, size, 3) uint8 a sample, on the GPU `device_id` or, if None, on the CPU. Inputs:
     `view_inputs`.
 
     layers: the operations that may come first, second, ... (Augmentation.layers)
-    crop: "window" where the resized window is the view, "centre" where a part of it is, "padded" where that part may
-        reach beyond the border
+    crop: "window" if the resized window is the view, "centre" if the view is cropped from it, "padded" if that crop may
+        extend beyond the border
     """
     from_files, decoder = index.path(0) is not None, "cpu" if device_id is None else "mixed"
 
@@ -121,7 +124,7 @@ def view_inputs(index, indices: np.ndarray, views: Views, size: int, layers, cro
     if crop != "window":
         inputs["corner"] = (views.geometry.corner + (PADDING if crop == "padded" else 0)).astype(np.int32)
     inputs["flip"] = views.flip.astype(np.int32)
-    # A row a layer. The geometric operations are one branch, told apart by their matrix.
+    # One row a layer. The geometric operations share a branch; they differ in their matrix.
     ops, args = np.ascontiguousarray(views.ops.T), np.ascontiguousarray(views.args.T)
     matrices = affine_matrices(ops, args, size)
     ops = np.where((ops[..., None] == GEOMETRIC).any(-1), np.int32(Operation.ROTATE), ops)
@@ -133,8 +136,8 @@ def view_inputs(index, indices: np.ndarray, views: Views, size: int, layers, cro
 
 
 def _sources(index, indices: np.ndarray) -> np.ndarray | list[np.ndarray]:
-    """What each image is read from: its path or its bytes. Paths come as one array, (B, longest) padded with zeros:
-    DALI takes that in an eighth of the time of a list, and a path ends at its first zero."""
+    """The paths or the encoded bytes of the images. Paths as one array (B, longest), padded with zeros: DALI takes that
+    in an eighth of the time of a list, and a path ends at its first zero."""
     if index.path(0) is not None:
         paths = np.array([index.path(i).encode("utf-8", "surrogateescape") for i in indices.tolist()])
         return paths.view(np.uint8).reshape(len(paths), -1)
@@ -145,7 +148,7 @@ def _encoded(index, i: int) -> np.ndarray:
     try:
         return index.encoded(i)
     except OSError:
-        return np.zeros(1, np.uint8)  # fails by its length, which is where bad images are dealt with
+        return np.zeros(1, np.uint8)  # fails the check of its length, where bad images are handled
 
 
 def _decoded_windows(from_files: bool, device: str):
@@ -155,7 +158,7 @@ def _decoded_windows(from_files: bool, device: str):
         encoded = fn.io.file.read(encoded)
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-    start = _start_where_sound(encoded, start, shape)
+    start = _checked_start(encoded, start, shape)
     return fn.decoders.image_slice(
         encoded,
         start,
@@ -167,14 +170,14 @@ def _decoded_windows(from_files: bool, device: str):
     )
 
 
-def _start_where_sound(encoded, start, shape):
-    """`start`, having made sure that the image has the length that it was indexed with, that its header can be read,
-    and that the window lies within it.
+def _checked_start(encoded, start, shape):
+    """`start`, after checking that the image has the length it was indexed with, that its header can be read and that
+    the window lies within it.
 
-    DALI 2.4's decoders look at the headers and windows of 32 images or more in several threads, one of which is that of
-    the operator: what it raises destroys what the others still use, which ends in a segmentation fault. Raised here
-    before, it is an error as any other. Headers that pass here and are refused there do not get into an index, see
-    inspection.py; the length tells what was changed since.
+    DALI 2.4's decoders read the headers and windows of 32 images or more in several threads, one of which is the
+    operator's own: an error raised there destroys what the others still use, and the process ends in a segmentation
+    fault. Raised here, before the decoder, it is an ordinary error. Headers that pass here and are refused there are
+    not in an index (index/inspection.py); the length shows what changed since.
     """
     expected = fn.external_source(name="encoded_bytes", dtype=types.INT64, ndim=0)
     unchanged = fn.cast(encoded.shape(device="cpu")[0] == expected, dtype=types.INT32)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdeit.pipelines import Augmentation, BadFiles, eval_loader, open_folder, train_loader
-from fastdeit.pipelines.augment.crop import whole
+from fastdeit.pipelines.augment.crop import full_windows
 from fastdeit.pipelines.decode.graph import window_graph, window_inputs
 
 BATCH = 64
@@ -27,7 +27,7 @@ def main(folder: str, out: str) -> None:
         pass
     causes = {Path(name).name: cause for name, cause in bad_files.causes.items()}
     good = np.array([i for i in range(len(index)) if index.name(i) not in bad_files])
-    windows = whole(index.heights[good], index.widths[good])
+    windows = full_windows(index.heights[good], index.widths[good])
     parts = np.stack([windows[:, 2] // 3, windows[:, 3] // 4, (windows[:, 2] + 1) // 2, (windows[:, 3] + 2) // 3], 1)
     arrays = {"causes": np.array(json.dumps(causes))}
     for what, boxes in (("whole", windows), ("part", parts)):

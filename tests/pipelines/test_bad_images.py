@@ -94,7 +94,10 @@ def test_a_resumed_run_avoids_the_listed_files_from_the_start(mixed, tmp_path):
     settings = {"batch_size": 8, "input_size": 32, "augmentation": PLAIN}
     reference = whole_epoch(train_loader(index, bad_files=tolerant(index, path), **settings))
     resumed = train_loader(index, bad_files=tolerant(index, path), **settings)
-    assert {Path(index.name(i)).name.split("_")[1] for i in resumed.supply.bad} == {"truncated.jpg", "truncated.tif"}
+    assert {Path(index.name(i)).name.split("_")[1] for i in resumed.prefetcher.bad} == {
+        "truncated.jpg",
+        "truncated.tif",
+    }
     resumed.load_state_dict({"position": 5})
     for ours, theirs in zip(whole_epoch_from(resumed), reference[5:], strict=True):
         assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])

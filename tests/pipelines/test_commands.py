@@ -1,15 +1,17 @@
 """The commands prepare and show: their help, and one sentence with exit code 2 for what the user can put right."""
 
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
 import odd_images
 import pytest
 from PIL import Image
 
+from fastdeit.pipelines import Augmentation, BadFiles, prepare, show
 from fastdeit.pipelines import cli as pipelines_cli
-from fastdeit.pipelines import prepare, show
 
 COMMANDS = {"prepare": prepare, "show": show}
 
@@ -46,11 +48,6 @@ def test_help(call, monkeypatch, name, words):
 def test_a_wrong_folder(call, tmp_path, name):
     code, _, err = call(name, tmp_path, tmp_path / "out")
     assert code == 2 and err.startswith("error: ") and "has no split 'train': expected" in err and err.count("\n") == 1
-
-
-def test_an_image_that_is_not_there(call, tiny, tmp_path):
-    code, _, err = call("show", tiny.reader.root, tmp_path / "out.png", "--image", 100)
-    assert (code, err) == (2, "error: --image 100: the images are counted from 0 to 99\n")
 
 
 def test_a_place_that_cannot_be_written_to(call, tiny, tmp_path):
@@ -100,7 +97,7 @@ def test_control_c(call, tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare, "_write_split", interrupted)
     assert call("prepare", tiny.reader.root, tmp_path / "out")[::2] == (
-        130, "stopped; the same command goes on from here\n",
+        130, "stopped; the same command resumes\n",
     )  # fmt: skip
 
 
@@ -116,11 +113,36 @@ def _die(*_):
     os._exit(9)
 
 
-def test_a_picture_of_what_training_sees(call, photos, tmp_path):
+def test_show_draws_what_training_sees(call, tmp_path):
+    """Also with more bad images than training tolerates."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("nvidia.dali")
-    code, _, err = call("show", photos.reader.root, tmp_path / "out.png", "--aa", "none")
+    images = {f"{n}.jpg": odd_images.encoded(odd_images.picture(60, 80, seed=n)) for n in range(16)}
+    odd_images.write(
+        tmp_path / "train/ant", images | {"bad.jpg": b"", "cut.jpg": odd_images.bad_by_body()["truncated.jpg"]}
+    )
+    code, _, err = call("show", tmp_path, tmp_path / "out.png", "--aa", "rand-m5")
     assert code == 0, err
     with Image.open(tmp_path / "out.png") as picture:
-        picture.load()
         assert picture.width == 8 * 136  # columns of 1.7 inches at 80 dots an inch
+        assert np.asarray(picture.convert("L")).std() > 40  # not empty
+
+
+def test_a_batch_is_shown_mixed_and_with_its_targets(photos):
+    pytest.importorskip("nvidia.dali")
+    cells = show.batch(photos, Augmentation(), 8, BadFiles.of(photos))
+    assert len(cells) == 8 and all(image.shape == (224, 224, 3) for _, image in cells)
+    assert all(re.fullmatch(r"[01]\.\d\d class\d \+ [01]\.\d\d class\d", title) for title, _ in cells)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--image", "100"], "--image 100: the images are numbered from 0 to 99"),
+        (["--aa", "nonsense"], "RandAugment"),
+        (["--split", "x"], "x"),
+    ],
+)
+def test_show_refuses_in_a_sentence(call, tiny, tmp_path, options, words):
+    code, _, err = call("show", tiny.reader.root, tmp_path / "out.png", *options)
+    assert code == 2 and re.match(f"error: .*{words}", err)

@@ -13,6 +13,7 @@ from odd_images import encoded, picture, write
 from PIL import Image
 
 from fastdeit.pipelines import open_folder
+from fastdeit.pipelines.index import inspection
 from fastdeit.pipelines.index.inspection import HEAD_BYTES, BadHeader, inspect, inspect_bytes
 
 pytest.importorskip("nvidia.nvimgcodec")
@@ -77,19 +78,18 @@ def test_files_are_released(tmp_path):
         assert str(tmp_path) not in maps.read()
 
 
-def test_without_dali_the_index_says_what_is_missing(tmp_path):
+def test_without_dali_the_index_says_what_is_missing(tmp_path, monkeypatch):
     write(tmp_path, {"a.jpg": encoded(picture())})
-    lines = f"""
-import sys
-sys.modules["nvidia.nvimgcodec"] = None
-import fastdeit.kernels
-from fastdeit.pipelines import open_folder
-open_folder({str(tmp_path)!r})
-"""
-    run = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
-    last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("ModuleNotFoundError: images are checked and decoded by NVIDIA DALI, which is not installed")
-    assert last.endswith("pip install 'fastdeit[train]'")
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)  # importing it raises
+    inspection._parser.cache_clear()
+    try:
+        with pytest.raises(ModuleNotFoundError) as raised:
+            open_folder(tmp_path)
+    finally:
+        inspection._parser.cache_clear()
+    said = str(raised.value)
+    assert said.startswith("images are checked and decoded by NVIDIA DALI, which is not installed")
+    assert said.endswith("pip install 'fastdeit[train]'")
 
 
 def mutated(numbers: random.Random, contents: bytes) -> bytes:

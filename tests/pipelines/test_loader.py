@@ -103,7 +103,7 @@ def test_resume_in_the_middle(photos):
     for ours, theirs in zip(rest, batches[2:]):
         assert torch.equal(ours.images, theirs.images) and torch.equal(ours.indices, theirs.indices)
         assert all(torch.equal(a, b) for a, b in zip(ours.mix, theirs.mix))
-    with pytest.raises(ValueError, match="cannot go on after 7 batches of an epoch of 6"):
+    with pytest.raises(ValueError, match="cannot resume after 7 batches of an epoch of 6"):
         resumed.load_state_dict({"position": 7})
 
 

@@ -258,6 +258,6 @@ def test_progress_without_a_terminal(monkeypatch):
     monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
     stream = io.StringIO()
     with cli.show_progress("images", 1000, finished=100, stream=stream) as shown:
-        shown.update(300)
+        shown(300)
     lines = ["images 300 of 1,000 (30.0%), 20/s, 35 s left", "images 1,000 of 1,000 (100.0%), 22/s"]
     assert stream.getvalue().splitlines() == lines

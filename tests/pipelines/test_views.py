@@ -12,8 +12,8 @@ pytest.importorskip("nvidia.dali")
 from fastdeit.pipelines import Augmentation
 from fastdeit.pipelines.augment.operations import GEOMETRIC
 from fastdeit.pipelines.augment.plan import EvaluationPlans, TrainPlans
-from fastdeit.pipelines.decode.cpu import PILLOW_OPERATIONS, CpuViews
-from fastdeit.pipelines.decode.gpu import GpuViews
+from fastdeit.pipelines.decode.cpu import PILLOW_OPERATIONS, CpuDecoder
+from fastdeit.pipelines.decode.gpu import GpuDecoder
 
 B, SIZE, CPU = 32, 224, torch.device("cpu")
 NONE = Augmentation(aa="none", color_jitter=0)
@@ -30,12 +30,12 @@ def train_plans(index, augmentation):
 
 
 def on_cpu(index, augmentation):
-    return CpuViews(index, B, SIZE, 2, augmentation.fill if augmentation else (0, 0, 0))
+    return CpuDecoder(index, B, SIZE, 2, augmentation.fill if augmentation else (0, 0, 0))
 
 
 def as_graph(index, augmentation):
     """What runs on a GPU, built for the CPU."""
-    return GpuViews(index, B, SIZE, 2, CPU, augmentation)
+    return GpuDecoder(index, B, SIZE, 2, CPU, augmentation)
 
 
 def made(views, plan) -> np.ndarray:
@@ -108,5 +108,5 @@ def test_small_images_are_enlarged(tiny):
     expected = [
         Image.open(tiny.path(int(i))).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC) for i in plan.indices
     ]
-    for views, bound in ((CpuViews(tiny, B, 16, 1, (0, 0, 0)), 0.05), (GpuViews(tiny, B, 16, 1, CPU, None), 1.0)):
+    for views, bound in ((CpuDecoder(tiny, B, 16, 1, (0, 0, 0)), 0.05), (GpuDecoder(tiny, B, 16, 1, CPU, None), 1.0)):
         assert np.abs(np.stack(expected).astype(int) - made(views, plan)).mean() <= bound  # of noise
