@@ -55,7 +55,7 @@ def prepare(
     max_bad: float = 0.01,
     label_column: str | None = None,
 ) -> None:
-    """Re-encode DIR's images, smaller, as shards in OUT. The same command resumes after a stop.
+    """Re-encode DIR's images, smaller, as shards in OUT. Run it again to resume.
 
     Args:
         dir: The data set: DIR/train/CLASS/*.jpg (and val), tar shards or Parquet files.
