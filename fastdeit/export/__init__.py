@@ -11,6 +11,8 @@ python -m fastdeit.export CHECKPOINT --format onnx --output FOLDER
 Every export is read back by the library it is meant for and its logits are compared with the checkpoint's; the folder
 appears only after that. The last three take normalised images (batch, 3, height, width) in float32 and give logits
 (batch, classes), the average of both heads; preprocessing.json beside them says how images become such input.
+
+May import: checkpoint, cli, distributed, errors, models.
 """
 
 import sys

@@ -1,4 +1,7 @@
-"""Recipes: files with one function, `config()`, whose docstring states the command, the cost and what to expect."""
+"""Recipes: files with one function, `config()`, whose docstring states the command, the cost and what to expect.
+
+May import: config, errors.
+"""
 
 import importlib
 import pkgutil
