@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from fastdeit.distill.teacher import Teacher
-from fastdeit.models.loading import LoadedModel, mean_std
+from fastdeit.models.build import mean_std
+from fastdeit.models.loading import LoadedModel
 from fastdeit.training.loop import Loop
 from fastdeit.training.trainer import Trainer
 

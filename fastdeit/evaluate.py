@@ -5,7 +5,7 @@
     python -m fastdeit.evaluate deit_small_patch16_224.fb_in1k --pretrained --data-path DIR
 
 With --output FOLDER also: accuracy.json; classes.csv, the top-1 of each head in each class; confusion.png, the
-confusion matrix of the model's answer (confusion_ema.png for the moving average); calibration.png, accuracy over
+confusion matrix of the model's predictions (confusion_ema.png for the moving average); calibration.png, accuracy over
 confidence.
 """
 
@@ -57,6 +57,7 @@ def main() -> None:
     arguments = parse(Evaluate, prog="python -m fastdeit.evaluate", description=__doc__)
 
     from fastdeit.distributed.world import join
+    from fastdeit.evaluation.evaluator import about, evaluate
     from fastdeit.evaluation.tables import accuracy_table
     from fastdeit.models.inference import load
     from fastdeit.models.loading import has_moving_average
@@ -87,88 +88,6 @@ def main() -> None:
     else:
         print(accuracy_table({source: result[source] for source in sources}))
         print(about(classifiers["model"], result["data"]))
-
-
-def evaluate(classifiers: dict, loader, world, output: Path | None = None) -> dict:
-    """{"model": {head: {"top1", "top5", "loss", "ece"}}, "ema": ..., "data": {...}}
-
-    "data" tells the number of "images" that count, of "classes", the "input_size", and the "unreadable" images with the
-    cause of each.
-    classifiers: "model" and perhaps "ema", which take the same input: every image is decoded once. output: the folder
-    for the files that the head of this page names, or None.
-    """
-    from fastdeit.evaluation.confusion import Answers
-    from fastdeit.evaluation.metrics import Tally
-
-    if output is not None and world.is_main:
-        output.mkdir(parents=True, exist_ok=True)  # refused now, not when all images have been seen
-    tallies = {source: Tally() for source in classifiers}
-    answers = {source: Answers(len(loader.index), world.device) for source in classifiers}
-    for batch in _with_progress(loader, world):
-        images = classifiers["model"].prepare(batch)
-        for source, classifier in classifiers.items():
-            logits = classifier.logits(images)
-            tallies[source].add(logits, batch.labels)
-            if output is not None:
-                answers[source].add(logits, batch.indices)
-    result = {source: tally.result(world) for source, tally in tallies.items()}
-    unreadable = {}
-    for causes in world.gather(loader.bad_files.causes):  # each process has met its own
-        unreadable |= causes
-    result["data"] = {
-        "images": len(loader.index) + len(loader.index.bad) - len(unreadable), "classes": len(loader.index.classes),
-        "unreadable": unreadable, "input_size": classifiers["model"].input_size,
-    }  # fmt: skip
-    if output is not None:
-        answers = {source: kept.result(world) for source, kept in answers.items()}
-        if world.is_main:
-            _write(output, result, tallies, answers, loader.index)
-    return result
-
-
-def _write(output: Path, result: dict, tallies: dict, answers: dict, index) -> None:
-    from fastdeit.checkpoint.atomic import replace_json
-    from fastdeit.evaluation.calibration import draw_calibration
-    from fastdeit.evaluation.confusion import draw_confusion, write_classes
-    from fastdeit.evaluation.tables import NAMES
-
-    replace_json(output / "accuracy.json", result)
-    prefixes = {"model": "", "ema": "ema_"}
-    columns, diagrams = {}, {}
-    for source, heads in answers.items():
-        moving = ", moving average" if source == "ema" else ""
-        columns |= {f"{prefixes[source]}top1_{head}": kept for head, kept in heads.items()}
-        diagrams |= {NAMES[head] + moving: counts for head, counts in tallies[source].calibration().items()}
-        final = list(heads)[-1]  # what the model answers: both heads, or the only one
-        title = f"{NAMES[final]}{moving}: top-1 {100 * result[source][final]['top1']:.2f} %"
-        file = "confusion.png" if source == "model" else "confusion_ema.png"
-        draw_confusion(output / file, index.classes, heads[final], index.labels, title)
-    write_classes(output / "classes.csv", index.classes, index.labels, columns)
-    draw_calibration(diagrams, output / "calibration.png")
-
-
-def _with_progress(loader, world):
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(
-        loader, "evaluating", console=console, transient=True, disable=not (console.is_terminal and world.is_main)
-    )
-
-
-def about(classifier, data: dict) -> str:
-    size = data["input_size"]
-    sentences = [
-        f"{data['images']:,} images of {data['classes']:,} classes at {size} x {size} pixels, crop ratio "
-        f"{classifier.crop_pct:g}",
-        *classifier.notes,
-    ]
-    if data["unreadable"]:
-        name, cause = next(iter(data["unreadable"].items()))
-        count = len(data["unreadable"])
-        sentences.append(f"{count} images could not be read and do not count, the first: {name} ({cause})")
-    return "\n".join(sentences)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python -m fastdeit.predict deit_small.pth --model deit_small_patch16_224 holidays/ --json | jq '.classes[0]'
     python -m fastdeit.predict runs/RUN holidays/ --attention maps/
 
-Answers come in the order of the images, a batch at a time; a file that is meant twice is answered once. What cannot be
-read is named on stderr, and the rest goes on: the exit code is 2 only if nothing could be read. As in training, EXIF
+Predictions come in the order of the images, a batch at a time; a file that is given twice is predicted once. What
+cannot be read is named on stderr and skipped: the exit code is 2 only if nothing could be read. As in training, EXIF
 rotation is not applied.
 """
 
@@ -55,11 +55,11 @@ def as_line(
     image_width = min(max(map(len, images)), IMAGE_WIDTH)
     class_width = min(max(map(len, classes)), CLASS_WIDTH)
 
-    def form(answer: Prediction) -> str | None:
-        if answer.error is not None:
+    def form(prediction: Prediction) -> str | None:
+        if prediction.error is not None:
             return None
-        cells = [f"{name:<{class_width}} {100 * p:5.1f} %" for name, p in answer.classes]
-        line, *others = [f"{answer.image.translate(ON_ONE_LINE):<{image_width}}  {cells[0]}", *cells[1:]]
+        cells = [f"{name:<{class_width}} {100 * p:5.1f} %" for name, p in prediction.classes]
+        line, *others = [f"{prediction.image.translate(ON_ONE_LINE):<{image_width}}  {cells[0]}", *cells[1:]]
         for cell in others:
             if width is not None and len(line) + 2 + len(cell) > width:
                 break
@@ -69,22 +69,22 @@ def as_line(
     return form
 
 
-def as_json(answer: Prediction) -> str:
+def as_json(prediction: Prediction) -> str:
     """{"image": ..., "classes": [{"class": ..., "probability": ...}, ...]} or {"image": ..., "error": ...}"""
-    if answer.error is not None:
-        return json.dumps({"image": answer.image, "error": answer.error})
-    classes = [{"class": name, "probability": _rounded(p)} for name, p in answer.classes]
-    return json.dumps({"image": answer.image, "classes": classes})
+    if prediction.error is not None:
+        return json.dumps({"image": prediction.image, "error": prediction.error})
+    classes = [{"class": name, "probability": _rounded(p)} for name, p in prediction.classes]
+    return json.dumps({"image": prediction.image, "classes": classes})
 
 
 def csv_header(top: int) -> str:
     return _csv_line(["image", *(f"{column}_{i}" for i in range(1, top + 1) for column in ("class", "probability"))])
 
 
-def as_csv(answer: Prediction) -> str | None:
-    if answer.error is not None:
+def as_csv(prediction: Prediction) -> str | None:
+    if prediction.error is not None:
         return None
-    return _csv_line([answer.image, *(cell for name, p in answer.classes for cell in (name, _rounded(p)))])
+    return _csv_line([prediction.image, *(cell for name, p in prediction.classes for cell in (name, _rounded(p)))])
 
 
 def _csv_line(cells: Sequence) -> str:
@@ -94,12 +94,12 @@ def _csv_line(cells: Sequence) -> str:
 
 
 def _rounded(probability: float) -> float:
-    """To six significant digits, which is about what float32 knows."""
+    """To six significant digits, which is about the precision of float32."""
     return float(f"{probability:.6g}")
 
 
 def image_files(arguments: Sequence[str]) -> list[str]:
-    """The files that are meant, in the order of the arguments, each once, where it comes first.
+    """The files that the arguments name, in their order, each once, at its first mention.
 
     A folder, or a pattern such as "photos/**/*.jpg" that no shell has expanded, gives the files with an image's
     extension, sorted; a pattern those below the folders it matches too. Any other name is taken as it is, whatever its
@@ -179,11 +179,11 @@ def main() -> None:
     arguments = parse(Predict, prog="python -m fastdeit.predict", description=__doc__)
 
     from fastdeit.distributed.world import join
-    from fastdeit.models.inference import class_names, load
+    from fastdeit.models.inference import load
     from fastdeit.models.loading import has_moving_average
 
     if arguments.json and arguments.csv:
-        raise UserError("--json and --csv are two forms of the same answer: choose one")
+        raise UserError("--json and --csv are two formats of the same output: choose one")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("predict is one process: start it with python, not with torchrun")
     if arguments.top is not None and arguments.top < 1:
@@ -191,27 +191,27 @@ def main() -> None:
     files = image_files(arguments.images)
     pictures = None if arguments.attention is None else _picture_paths(files, arguments.attention)
     if arguments.ema and not has_moving_average(arguments.checkpoint, pretrained=arguments.pretrained):
-        raise UserError(f"{arguments.checkpoint} holds no moving average of the weights: leave --ema away")
+        raise UserError(f"{arguments.checkpoint} holds no moving average of the weights: omit --ema")
     with join(arguments.device) as world:
         classifier = load(
             arguments.checkpoint, device=world.device, weights="ema" if arguments.ema else "model",
             input_size=arguments.input_size, name=arguments.model, pretrained=arguments.pretrained,
             precision=arguments.precision, crop_pct=arguments.eval_crop_ratio,
         )  # fmt: skip
-        answers = predict(
+        predictions = predict(
             classifier, files, world, top=arguments.top or TOP, head=arguments.head,
             batch_size=arguments.batch_size, pictures=pictures,
         )  # fmt: skip
-        form, header = _form(arguments, files, class_names(classifier))
+        form, header = _form(arguments, files, classifier.class_names)
         for note in classifier.notes:
             print(note, file=sys.stderr)
-        some = _print(answers, header, form, len(files))
+        some = _print(predictions, header, form, len(files))
     if not some:
         raise UserError("no image could be read")
 
 
 def _form(arguments, files: Sequence[str], classes: Sequence[str]) -> tuple[Callable, str | None]:
-    """(what makes a line of an answer, the line above all answers or None)"""
+    """(what formats a prediction as a line, the header line or None)"""
     if arguments.json:
         return as_json, None
     if arguments.csv:
@@ -230,36 +230,34 @@ def predict(
     batch_size: int = 64,
     pictures: dict[str, Path] | None = None,
 ) -> Iterator[list[Prediction]]:
-    """The answers to `files`, in their order, a batch at a time.
+    """The predictions for `files`, in their order, a batch at a time.
 
     classifier: from inference.load. files: names, each once. top: classes to name, or as many as there are. head: see
     Classifier.probabilities. pictures: where the attention to each file is drawn; None for nowhere.
 
     Raises UserError for a head the model does not have, and for pictures of a model whose attention is not known.
     """
-    from fastdeit.models.inference import class_names
-
     if pictures is not None:
         _refuse_other_models(classifier.model)
-    classes = class_names(classifier)
+    classes = classifier.class_names
     missing = {file: "there is no such file" for file in files if not os.path.exists(file)}
     loader, errors = _loader(classifier, [file for file in files if file not in missing], batch_size, world)
     errors, waiting = ChainMap(missing, errors), deque(files)
     for step, batch in enumerate(_batches(loader)):
         images = classifier.prepare(batch)
         best = classifier.probabilities(images, head).topk(min(top, len(classes)), dim=1)
-        answers = {
+        predictions = {
             loader.index.name(i): [(classes[label], value) for label, value in zip(labels, values)]
             for i, labels, values in zip(batch.indices.tolist(), best.indices.tolist(), best.values.tolist())
             if i >= 0
         }
-        if pictures is not None and answers:
-            _draw(classifier, images[(batch.indices >= 0).to(images.device)], answers, pictures)
+        if pictures is not None and predictions:
+            _draw(classifier, images[(batch.indices >= 0).to(images.device)], predictions, pictures)
         last = loader.index.name(min((step + 1) * batch_size, len(loader.index)) - 1)
         done = [waiting.popleft()]
         while done[-1] != last:
             done.append(waiting.popleft())
-        yield [Prediction(name, answers.get(name, []), errors.get(name)) for name in done]
+        yield [Prediction(name, predictions.get(name, []), errors.get(name)) for name in done]
     yield [Prediction(name, [], errors[name]) for name in waiting]
 
 
@@ -317,39 +315,39 @@ def _refuse_other_models(model) -> None:
     if not isinstance(model, DeiT):
         raise UserError(
             f"--attention: where a {type(model).__name__} of timm's looks is not known here, only that of DeiT and "
-            "DeiT III; leave the flag away"
+            "DeiT III; omit the flag"
         )
 
 
-def _draw(classifier, images, answers: dict[str, list], pictures: dict[str, Path]) -> None:
+def _draw(classifier, images, predictions: dict[str, list], pictures: dict[str, Path]) -> None:
     from fastdeit.models.attention_maps import draw_attention
 
-    paths = [pictures[name] for name in answers]
+    paths = [pictures[name] for name in predictions]
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--attention: {path.parent} cannot be made: {error.strerror}") from error
-    captions = [f"{classes[0][0][:28]}\n{100 * classes[0][1]:.1f} %" for classes in answers.values()]
+    captions = [f"{classes[0][0][:28]}\n{100 * classes[0][1]:.1f} %" for classes in predictions.values()]
     draw_attention(classifier.model, images, classifier.mean, classifier.std, paths, captions)
 
 
-def _print(answers: Iterator[list[Prediction]], header: str | None, form: Callable, total: int) -> bool:
-    """Answers to stdout, images that cannot be read to stderr; whether there was an answer at all."""
+def _print(predictions: Iterator[list[Prediction]], header: str | None, form: Callable, total: int) -> bool:
+    """Predictions to stdout, images that cannot be read to stderr; whether there was a prediction at all."""
     logging.getLogger("fastdeit.pipelines.bad_files").addHandler(logging.NullHandler())  # they are named here
     sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 come out as they are
     some = False
     with _progress(total) as (say, advance):
-        for batch in answers:
-            for answer in batch:
+        for batch in predictions:
+            for prediction in batch:
                 if header is not None:
                     print(header)
                     header = None
-                if answer.error is not None:
-                    say(f"{answer.image.translate(ON_ONE_LINE)}: {answer.error}")
-                if (line := form(answer)) is not None:
+                if prediction.error is not None:
+                    say(f"{prediction.image.translate(ON_ONE_LINE)}: {prediction.error}")
+                if (line := form(prediction)) is not None:
                     print(line)
-                some |= answer.error is None
+                some |= prediction.error is None
             sys.stdout.flush()
             advance(len(batch))
     return some
@@ -357,7 +355,7 @@ def _print(answers: Iterator[list[Prediction]], header: str | None, form: Callab
 
 @contextmanager
 def _progress(total: int):
-    """(say, advance): a bar on stderr where that is a terminal and the answers go to a file; from a pipe they may come
+    """(say, advance): a bar on stderr where that is a terminal and stdout is a file; what goes into a pipe may come
     back to the terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -36,7 +36,7 @@ def train(config, world, on_micro_batch=None) -> dict:
 def evaluate_only(config, world) -> dict:
     """--eval: the accuracies of --resume or --finetune on the validation images, as a table. See fastdeit.evaluate."""
     from fastdeit.digits import with_digits
-    from fastdeit.evaluate import about, evaluate
+    from fastdeit.evaluation.evaluator import about, evaluate
     from fastdeit.evaluation.tables import accuracy_table
     from fastdeit.models.inference import load
     from fastdeit.models.loading import has_moving_average

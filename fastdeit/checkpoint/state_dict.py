@@ -73,7 +73,7 @@ def _read_pickle(path: Path) -> object:
         # facebookresearch/deit saves its command line, a Namespace, beside the weights: plain attributes, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler stumble anywhere
+    except Exception as error:  # a damaged file makes the unpickler raise anything
         refused = re.search(r"\bGLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused is None:
             raise ValueError(f"{path} is not a checkpoint that torch.load can read; download it again") from error

@@ -14,8 +14,7 @@ from fastdeit.config import Config
 from fastdeit.data import first_views, loaders, open_images, precision_of, prepare
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
-from fastdeit.models.build import build_student
-from fastdeit.models.loading import mean_std
+from fastdeit.models.build import build_student, mean_std
 
 from . import logit_cache
 from .cached_teacher import describe, probe_of

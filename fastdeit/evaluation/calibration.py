@@ -1,4 +1,4 @@
-"""Whether a model is as often right as it is sure: expected calibration error and the diagram behind it.
+"""Whether a model is as often right as it is confident: expected calibration error and the diagram behind it.
 
 Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599), section 2: images are put into bins of equal
 width by their highest probability; ECE = sum over bins of n_bin / n * |accuracy_bin - mean confidence_bin|.
@@ -16,14 +16,14 @@ FEW = 10  # images: the accuracy of a bin with fewer says next to nothing
 
 
 def calibration_counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """(BINS, 3) float64 on the device: images, right answers, sum of confidences. Add them up over batches.
+    """(BINS, 3) float64 on the device: images, correct predictions, sum of confidences. Add them up over batches.
 
     logits: (batch, classes) float32. labels: (batch,) int64, negative ones do not count. Bin b holds the confidences in
     (b / BINS, (b + 1) / BINS].
     """
-    confidence, answer = logits.softmax(1).max(1)
+    confidence, predicted = logits.softmax(1).max(1)
     bins = (confidence.double() * BINS).ceil().long().clamp(1, BINS) - 1
-    columns = torch.stack([torch.ones_like(confidence), (answer == labels).float(), confidence], dim=1).double()
+    columns = torch.stack([torch.ones_like(confidence), (predicted == labels).float(), confidence], dim=1).double()
     # A product with one-hot rows rather than a scatter, whose order of additions varies on a GPU.
     return (F.one_hot(bins, BINS) * (labels >= 0)[:, None]).double().T @ columns
 
@@ -35,8 +35,8 @@ def expected_calibration_error(counts) -> float:
 
 
 def draw_calibration(counts: dict[str, np.ndarray], path: Path) -> None:
-    """A reliability diagram for each title: accuracy over confidence, and how many images are that sure. Bins of few
-    images stand by themselves, and the line breaks where they or empty ones lie."""
+    """A reliability diagram for each title: accuracy over confidence, and how many images have that confidence. Bins
+    of few images are drawn alone, and the line breaks at them and at empty ones."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6 * len(counts), 4.6), layout="constrained")

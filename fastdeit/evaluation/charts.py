@@ -58,7 +58,7 @@ class Chart:
 
     @property
     def label(self) -> str:
-        """What a reader who does not see it is told."""
+        """The text alternative, for screen readers."""
         told = []
         for line in self.lines:
             values = [short(value) for _, value in line.points if math.isfinite(value)]

@@ -50,7 +50,7 @@ class Tally:
 
 
 def _counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """Right at first, right among five, sum of cross entropies, images; then the calibration's."""
+    """Correct top-1, correct top-5, sum of cross entropies, images; then the calibration's."""
     right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
     counts = torch.stack([right[:, 0].sum(), right.any(1).sum(), loss, (labels >= 0).sum()]).double()

@@ -1,5 +1,68 @@
+"""A trained checkpoint in the form others read.
+
+python -m fastdeit.export CHECKPOINT --format onnx --output FOLDER
+
+    timm           timm.create_model("local-dir:FOLDER", pretrained=True)
+    transformers   AutoModelForImageClassification.from_pretrained(FOLDER), and its image processor
+    onnx           FOLDER/model.onnx, any batch size
+    torch-export   torch.export.load("FOLDER/model.pt2").module(), any batch size
+    aotinductor    torch._inductor.aoti_load_package("FOLDER/model.pt2"), compiled for this kind of device
+
+Every export is read back by the library it is meant for and its logits are compared with the checkpoint's; the folder
+appears only after that. The last three take normalised images (batch, 3, height, width) in float32 and give logits
+(batch, classes), the average of both heads; preprocessing.json beside them says how images become such input.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastdeit.cli import parse
 from fastdeit.errors import run
 
-from . import main
 
-run(main)
+def main() -> None:
+    import tyro
+
+    @dataclass(kw_only=True)
+    class Export:
+        checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+        """A run's folder, or last or best in it; a folder of timm's or transformers' kind; a file of weights (with
+        --model)."""
+        output: Path
+        """Folder to write; must not exist."""
+        format: Literal["timm", "transformers", "onnx", "torch-export", "aotinductor"] = "timm"
+        """Who is to read it."""
+        ema: bool = False
+        """Export the moving average of the weights."""
+        model: str | None = None
+        """The model a file of weights is of: deit_*, deit3_*, or any other of timm's."""
+        input_size: int | None = None
+        """Pixels on a side, if another than in training: the position embedding is interpolated."""
+        opset: int = 23
+        """ONNX operators: 23 has attention as one operator; 20 is read by older runtimes."""
+        device: str | None = None
+        """aotinductor compiles for this one. Default: cuda where present."""
+
+    arguments = parse(Export, prog="python -m fastdeit.export", description=__doc__)
+
+    from fastdeit.distributed.world import join
+    from fastdeit.models.inference import load
+
+    from .formats import export
+
+    weights = "ema" if arguments.ema else "model"
+    with join(arguments.device) as world:
+        classifier = load(
+            arguments.checkpoint, device=world.device, weights=weights, input_size=arguments.input_size,
+            name=arguments.model,
+        )  # fmt: skip
+        for note in classifier.notes:
+            print(note, file=sys.stderr)
+        difference = export(classifier, arguments.format, arguments.output, opset=arguments.opset)
+        print(f"wrote {arguments.output}; read back, its logits differ by {difference:.1e} at most")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,44 +15,40 @@ from fastdeit.checkpoint import files
 from fastdeit.errors import UserError
 from fastdeit.models.architectures import without_prefix
 from fastdeit.models.deit import DeiT
+from fastdeit.models.loading import LoadedModel
 
 from .transformers import transformers_config, transformers_weights
 
 FORMATS = ("timm", "transformers", "onnx", "torch-export", "aotinductor")
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What is exported: the model in eval mode, the name it was made by, and what it takes and answers."""
-
-    model: nn.Module
-    name: str
-    classes: tuple[str, ...]
-    input_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float
-
-    def example(self, batch: int = 2) -> Tensor:
-        generator = torch.Generator().manual_seed(batch)
-        images = torch.randn(batch, 3, *self.input_size, generator=generator)
-        return images.to(next(self.model.parameters()).device)
-
-    def preprocessing(self) -> dict:
-        return {
-            "input": "images: (batch, 3, height, width), RGB, values in [0, 1] normalised by (value - mean) / std",
-            "output": "logits: (batch, classes)",
-            "input_size": list(self.input_size),
-            "resize": "shorter side to input_size / crop_pct, then a crop of input_size from the centre",
-            "crop_pct": self.crop_pct,
-            "interpolation": "bicubic",
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "classes": list(self.classes),
-        }
+def image_size(trained: LoadedModel) -> tuple[int, int]:
+    """Height and width of what it takes."""
+    return trained.model.img_size if isinstance(trained.model, DeiT) else (trained.input_size, trained.input_size)
 
 
-def export(trained: Trained, kind: str, output: str | Path, *, opset: int = 23) -> float:
+def example_images(trained: LoadedModel, batch: int = 2) -> Tensor:
+    """Noise that the model takes, on its device."""
+    images = torch.randn(batch, 3, *image_size(trained), generator=torch.Generator().manual_seed(batch))
+    return images.to(next(trained.model.parameters()).device)
+
+
+def preprocessing(trained: LoadedModel) -> dict:
+    """How images become the input of an exported graph, and what its output means."""
+    return {
+        "input": "images: (batch, 3, height, width), RGB, values in [0, 1] normalised by (value - mean) / std",
+        "output": "logits: (batch, classes)",
+        "input_size": list(image_size(trained)),
+        "resize": "shorter side to input_size / crop_pct, then a crop of input_size from the centre",
+        "crop_pct": trained.crop_pct,
+        "interpolation": "bicubic",
+        "mean": list(trained.mean),
+        "std": list(trained.std),
+        "classes": list(trained.class_names),
+    }
+
+
+def export(trained: LoadedModel, kind: str, output: str | Path, *, opset: int = 23) -> float:
     """Write `trained` to the folder `output` as `kind`, one of FORMATS; returns the largest difference of a logit.
 
     Raises UserError if `output` exists, if a library is missing, or if the format cannot hold the model; then no folder
@@ -101,31 +96,31 @@ def _plain_attention(model: nn.Module) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def _compare(trained: Trained, read_back: Callable[[Tensor], Tensor], kind: str) -> float:
+def _compare(trained: LoadedModel, read_back: Callable[[Tensor], Tensor], kind: str) -> float:
     """Largest difference of a logit over batches of other sizes than the exporters saw."""
     largest = 0.0
     for batch in (1, 3):
-        images = trained.example(batch)
+        images = example_images(trained, batch)
         expected = trained.model(images)
         difference = (read_back(images).to(expected) - expected).abs().max().item()
         # Another order of float32 sums moves a logit by some 1e-6 of its size; a wrong weight by far more.
         if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
-            raise RuntimeError(f"the {kind} export answers differently: a logit is off by {difference:.3g}")
+            raise RuntimeError(f"the {kind} export gives other logits: one is off by {difference:.3g}")
         largest = max(largest, difference)
     return largest
 
 
-# The formats: each writes into the folder and returns a function that answers from what was written
+# The formats: each writes into the folder and returns a function from images to the logits of what was written
 
 
-def write_timm(trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
+def write_timm(trained: LoadedModel, folder: Path) -> Callable[[Tensor], Tensor]:
     timm = _import("timm")
     if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < (1, 0, 31):
         raise UserError(f"timm {timm.__version__} cannot read what is written for it: pip install 'timm>=1.0.31'")
     from safetensors.torch import save_file
 
     model = trained.model
-    architecture, arguments = without_prefix(trained.name), {}
+    architecture, arguments = without_prefix(trained.architecture), {}
     if isinstance(model, DeiT):
         if not timm.is_model(architecture):  # a size of ours: timm builds it from the nearest name and the numbers
             architecture = "deit_tiny_distilled_patch16_224" if model.arch.distilled else "deit_tiny_patch16_224"
@@ -141,13 +136,13 @@ def write_timm(trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
         arguments = {key: value for key, value in made_with.items() if key not in ("num_classes", "drop_path_rate")}
     config = {
         "architecture": architecture,
-        "num_classes": len(trained.classes),
+        "num_classes": len(trained.class_names),
         "num_features": model.num_features,
-        "label_names": list(trained.classes),
+        "label_names": list(trained.class_names),
         "model_args": arguments,
         "pretrained_cfg": {
             **{key: model.pretrained_cfg[key] for key in ("first_conv", "classifier") if key in model.pretrained_cfg},
-            "input_size": [3, *trained.input_size],
+            "input_size": [3, *image_size(trained)],
             "fixed_input_size": isinstance(model, DeiT),
             "interpolation": "bicubic",
             "crop_pct": trained.crop_pct,
@@ -158,15 +153,16 @@ def write_timm(trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
     save_file(files.separate(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
     read = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return read.to(trained.example().device)
+    return read.to(example_images(trained).device)
 
 
-def write_transformers(trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
+def write_transformers(trained: LoadedModel, folder: Path) -> Callable[[Tensor], Tensor]:
     transformers = _import("transformers")
     from safetensors.torch import save_file
 
     if not isinstance(trained.model, DeiT) or trained.model.arch.deit3:
-        raise UserError(f"transformers has no counterpart of {trained.name}; export it with --format timm or onnx")
+        name = trained.architecture or trained.name
+        raise UserError(f"transformers has no counterpart of {name}; export it with --format timm or onnx")
     config, processor = transformers_config(trained)
     save_file(transformers_weights(trained.model), folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
@@ -176,47 +172,47 @@ def write_transformers(trained: Trained, folder: Path) -> Callable[[Tensor], Ten
     read, report = kind.from_pretrained(folder, output_loading_info=True)
     wrong = {key: sorted(map(str, names)) for key, names in report.items() if names}
     assert not wrong, f"transformers {transformers.__version__} reads the weights otherwise: {wrong}"
-    read = read.eval().to(trained.example().device)
+    read = read.eval().to(example_images(trained).device)
     return lambda images: read(images).logits
 
 
-def write_onnx(trained: Trained, folder: Path, opset: int) -> Callable[[Tensor], Tensor]:
+def write_onnx(trained: LoadedModel, folder: Path, opset: int) -> Callable[[Tensor], Tensor]:
     for module in ("onnx", "onnxscript"):
         _import(module)
     runtime = _import("onnxruntime")
     batch = torch.export.Dim("batch", min=1)
     program = torch.onnx.export(
-        trained.model, (trained.example(),), dynamo=True, dynamic_shapes=({0: batch},), opset_version=opset,
+        trained.model, (example_images(trained),), dynamo=True, dynamic_shapes=({0: batch},), opset_version=opset,
         input_names=["images"], output_names=["logits"], verbose=False,
     )  # fmt: skip
-    program.model.metadata_props.update({key: json.dumps(value) for key, value in trained.preprocessing().items()})
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in preprocessing(trained).items()})
     size = sum(tensor.nbytes for tensor in trained.model.state_dict().values())
     program.save(folder / "model.onnx", external_data=size > 1.9e9)  # a protobuf ends at 2 GB
-    _write_json(folder / "preprocessing.json", trained.preprocessing())
+    _write_json(folder / "preprocessing.json", preprocessing(trained))
     session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.cpu().numpy()})[0])
 
 
-def write_torch_export(trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
-    preprocessing = json.dumps(trained.preprocessing())
-    torch.export.save(_program(trained), folder / "model.pt2", extra_files={"preprocessing.json": preprocessing})
-    _write_json(folder / "preprocessing.json", trained.preprocessing())
+def write_torch_export(trained: LoadedModel, folder: Path) -> Callable[[Tensor], Tensor]:
+    described = json.dumps(preprocessing(trained))
+    torch.export.save(_program(trained), folder / "model.pt2", extra_files={"preprocessing.json": described})
+    _write_json(folder / "preprocessing.json", preprocessing(trained))
     return torch.export.load(folder / "model.pt2").module()
 
 
-def write_aotinductor(trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
+def write_aotinductor(trained: LoadedModel, folder: Path) -> Callable[[Tensor], Tensor]:
     from torch import _inductor
 
     package = str(folder / "model.pt2")
     _inductor.aoti_compile_and_package(_program(trained), package_path=package)
-    _write_json(folder / "preprocessing.json", trained.preprocessing())
+    _write_json(folder / "preprocessing.json", preprocessing(trained))
     return _inductor.aoti_load_package(package)
 
 
 @torch.no_grad()
-def _program(trained: Trained) -> torch.export.ExportedProgram:
+def _program(trained: LoadedModel) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
-    return torch.export.export(trained.model, (trained.example(),), dynamic_shapes=({0: batch},))
+    return torch.export.export(trained.model, (example_images(trained),), dynamic_shapes=({0: batch},))
 
 
 def _import(module: str):

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from fastdeit.models.deit import DeiT
+from fastdeit.models.loading import LoadedModel
 
 _BICUBIC = 3  # PIL's number
 
 
-def transformers_config(trained) -> tuple[dict, dict]:
-    """config.json and preprocessor_config.json for `trained` (a fastdeit.export.Trained with a DeiT)."""
+def transformers_config(trained: LoadedModel) -> tuple[dict, dict]:
+    """config.json and preprocessor_config.json for `trained` (a LoadedModel with a DeiT)."""
     arch = trained.model.arch
-    size = trained.input_size
+    size = trained.model.img_size
     config = {
         "model_type": "deit" if arch.distilled else "vit",
         "architectures": ["DeiTForImageClassificationWithTeacher" if arch.distilled else "ViTForImageClassification"],
@@ -28,8 +29,8 @@ def transformers_config(trained) -> tuple[dict, dict]:
         "image_size": size[0] if size[0] == size[1] else list(size),
         "patch_size": arch.patch_size,
         "num_channels": 3,
-        "id2label": {str(number): name for number, name in enumerate(trained.classes)},
-        "label2id": {name: number for number, name in enumerate(trained.classes)},
+        "id2label": {str(number): name for number, name in enumerate(trained.class_names)},
+        "label2id": {name: number for number, name in enumerate(trained.class_names)},
     }
     processor = {
         "image_processor_type": "DeiTImageProcessor",
@@ -41,7 +42,7 @@ def transformers_config(trained) -> tuple[dict, dict]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        # The class's own default is 0.5 for both, with which ImageNet-normalised weights answer badly.
+        # The class's own default is 0.5 for both, with which weights for ImageNet's normalisation do badly.
         "image_mean": list(trained.mean),
         "image_std": list(trained.std),
     }

@@ -44,18 +44,18 @@ ARCHITECTURES = _architectures()
 
 
 def model_names() -> list[str]:
-    """The names `fastdeit.models.deit.create_model` takes; timm knows the same with `fastdeit_` in front."""
+    """The names `fastdeit.models.deit.create_model` takes; in timm they have the prefix `fastdeit_`."""
     return list(ARCHITECTURES)
 
 
 def without_prefix(name: str) -> str:
-    """A name of ours as timm knows it (fastdeit_deit_tiny_patch16_224), in our own form; others as they are."""
+    """Our name of a model, without the prefix it has in timm; other names unchanged."""
     own = name.removeprefix("fastdeit_")
     return own if own in ARCHITECTURES else name
 
 
 def unknown_model_message(name: str, others: Iterable[str] = ()) -> str:
-    """One sentence for a name nobody knows, with those it may have meant; `others`: timm's, where they would do too."""
+    """One sentence for an unknown name, with similar ones. `others`: timm's, where these are accepted too."""
     if near := difflib.get_close_matches(name, dict.fromkeys([*ARCHITECTURES, *others]), n=3):
         return f"unknown model {name!r}; did you mean {' or '.join(near)}?"
     return f"unknown model {name!r}: see fastdeit.models.deit.model_names()" + (

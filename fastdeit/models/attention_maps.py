@@ -46,7 +46,7 @@ def attention_rollout(model: DeiT, images: Tensor) -> Tensor:
 
 def _attention(model: DeiT, images: Tensor) -> Iterator[Tensor]:
     """The softmax of each block in turn, (B, H, N, N) float32."""
-    assert not model.training, "stochastic depth would leave out blocks"
+    assert not model.training, "stochastic depth would drop blocks"
     x_BND = model.embed(images)
     for block in model.blocks:
         qkv = block.attn.qkv(block.norm1(x_BND)).unflatten(-1, (3, block.attn.heads, -1))

@@ -1,15 +1,20 @@
-"""From settings to the model that is trained: one of ours, or any timm model by name."""
+"""Models made by name, ours or timm's, and the student that the settings of a run mean.
 
+An image size whose border a model would ignore is refused here, in words, before anything is trained or downloaded.
+"""
+
+import copy
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdeit.config import Config
 from fastdeit.errors import UserError
 
+from . import deit as ours
 from . import sources
-from .loading import create_model, is_ours
+from .architectures import ARCHITECTURES, unknown_model_message, without_prefix
 from .weights import load_weights
 
 
@@ -19,7 +24,7 @@ def build_student(
     """(the model the settings name, on the CPU, with `num_classes` outputs and, if asked for, loaded weights; sentences
     about these weights).
 
-    classes: the outputs' names; a head that comes with the weights is kept only if it answers for the same.
+    classes: the outputs' names; a head that comes with the weights is kept only if its classes are the same.
     Raises UserError for an unknown name, for distillation tokens a model does not have, and for weights that do not
     fit.
     """
@@ -55,6 +60,175 @@ def build_student(
     return model, notes
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# By name
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+    patch_size: int | None = None,
+    drop_path: float = 0.0,
+    attention: str = "sdpa",
+    pretrained: bool = False,
+) -> nn.Module:
+    """A model of ours or timm's by name, on the CPU, with fresh weights or (timm's only) `pretrained` ones.
+
+    num_classes, input_size, patch_size: the model's own if None. Raises UserError, or ValueError from our own code,
+    where there is no such model, or it does not take all of an image of this size.
+    """
+    name = without_prefix(name)
+    options = {"num_classes": num_classes, "patch_size": patch_size}
+    options = {key: value for key, value in options.items() if value is not None}
+    if is_ours(name) and not pretrained:
+        return ours.create_model(name, img_size=input_size, drop_path=drop_path, attention=attention, **options)
+    import timm
+    from timm.models import parse_model_name
+
+    try:
+        source = parse_model_name(name)[0]
+    except ValueError as error:
+        raise UserError(f"--model {name}: {error}") from error
+    if source is None and not timm.is_model(name):
+        raise UserError(unknown_model_message(name, timm.list_models()))
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    if pretrained:
+        with torch.device("meta"):  # what can be refused is refused before anything is downloaded
+            _made(name, input_size, options)
+        model = _timm_model(name, input_size, pretrained=True, **options)
+    else:
+        model = _made(name, input_size, options)
+    if input_size is not None:
+        probe(model, name, input_size)
+    return model
+
+
+def _made(name: str, input_size: int | None, options: dict) -> nn.Module:
+    try:
+        return _timm_model(name, input_size, **options)
+    except Exception as error:  # each of timm's files refuses in its own way
+        remedies = {"patch_size": "omit --patch-size", "drop_path_rate": "give --drop-path 0"}
+        for option, remedy in remedies.items():
+            if option in options and option in str(error) and isinstance(error, TypeError):
+                raise UserError(f"--model {name}: timm's has no {option}; {remedy}") from error
+        if input_size is None:
+            raise UserError(f"--model {name}: timm cannot make it ({one_line(error)})") from error
+        raise UserError(_refused(name, input_size, error)) from error
+
+
+def is_ours(name: str) -> bool:
+    return name in ARCHITECTURES
+
+
+def is_known(name: str) -> bool:
+    import timm
+
+    return is_ours(name) or timm.is_model(name)
+
+
+def _timm_model(name: str, input_size: int | None, **options) -> nn.Module:
+    """A transformer is made for images of `input_size` pixels (None: its own), and timm interpolates its positions; a
+    convolutional network takes any."""
+    import timm
+
+    if input_size is not None:
+        try:
+            return timm.create_model(name, img_size=input_size, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+    return timm.create_model(name, **options)
+
+
+@torch.no_grad()
+def probe(model: nn.Module, name: str, input_size: int) -> None:
+    """Refuse, in words, an image size that the model does not take, or whose border it would ignore.
+
+    One forward pass of a copy without data (on the meta device: no arithmetic); of the model itself where it has
+    tensors that such a copy cannot hold.
+    """
+    patch, _ = patch_and_grid(model)
+    if patch and not getattr(model.patch_embed, "dynamic_img_pad", False):
+        refuse_remainder(f"--model {name}", input_size, *patch)
+    was_training, lost = model.training, []
+    images = torch.zeros(1, 3, input_size, input_size)
+    try:
+        try:
+            twin = _without_data(model).eval()
+            for module in twin.modules():
+                if _cuts_patches(module):
+                    module.register_forward_pre_hook(lambda module, inputs: lost.append((module, inputs[0].shape[-1])))
+            logits = twin(images.to("meta"))
+        except Exception:  # a tensor that is no buffer, a shape that depends on values; or truly a refusal
+            logits = model.eval()(images)
+    except Exception as error:
+        raise UserError(_refused(name, input_size, error)) from error
+    finally:
+        model.train(was_training)
+    for module, side in lost:
+        if side % module.stride[0]:
+            refuse_remainder(f"--model {name}", input_size, module.stride[0])
+    if not isinstance(logits, Tensor) or logits.ndim != 2:  # some return tokens, or one tensor per stage
+        raise UserError(f"--model {name}: its output is not (batch, classes) logits; choose a classifier")
+
+
+def _cuts_patches(module: nn.Module) -> bool:
+    """Whether it is a convolution of the image itself that drops what is left of a row behind its last window."""
+    if not isinstance(module, nn.Conv2d) or module.in_channels != 3:
+        return False
+    return module.kernel_size == module.stride != (1, 1) and module.padding in ((0, 0), "valid")
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    memo = {id(tensor): nn.Parameter(tensor.to("meta"), requires_grad=False) for tensor in model.parameters()}
+    memo |= {id(tensor): tensor.to("meta") for tensor in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def patch_and_grid(model: nn.Module) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """Sides of a patch in pixels, and the grid of them; None where the model has none, or they overlap."""
+    embed = getattr(model, "patch_embed", None)
+    projection = getattr(embed, "proj", None)
+    if not isinstance(projection, nn.Conv2d) or projection.kernel_size != projection.stride:
+        return None, None
+    grid = getattr(model, "grid_size", None) or getattr(embed, "grid_size", None)
+    return projection.kernel_size, tuple(grid) if grid else None
+
+
+def refuse_remainder(who: object, input_size: int, *patch: int) -> None:
+    for side in patch:
+        if input_size % side:
+            near = max(side, input_size // side * side)
+            raise UserError(
+                f"{who}: images of {input_size} pixels do not divide into patches of {side}, the rest would be lost; "
+                f"choose --input-size {near} or {near + side}"
+            )
+
+
+def _refused(name: str, input_size: int, error: Exception) -> str:
+    return f"--model {name}: timm's cannot take images of {input_size} pixels ({one_line(error)}); change --input-size"
+
+
+def one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Normalisation
+
+
 def normalise(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Feed the model, from now on, what its weights were trained on: loading.mean_std says it."""
+    """Feed the model, from now on, what its weights were trained on: `mean_std` says it."""
     model.normalisation = (tuple(mean), tuple(std))
+
+
+def mean_std(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The normalisation the model's weights expect, in [0, 1] units; ImageNet's where the model does not say."""
+    if (chosen := getattr(model, "normalisation", None)) is not None:
+        return chosen
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(settings.get("mean") or ours.IMAGENET_MEAN), tuple(settings.get("std") or ours.IMAGENET_STD)

@@ -374,4 +374,6 @@ def token_cosine_similarity(model: DeiT, images: Tensor) -> Tensor:
 
 
 if importlib.util.find_spec("timm"):
-    from . import timm_registry  # noqa: F401  registers the names with timm
+    from . import timm_registry
+
+    timm_registry.register(create_model)

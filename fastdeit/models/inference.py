@@ -1,4 +1,4 @@
-"""A trained model, ready to answer: what loading.load_model takes, on a device.
+"""A trained model on its device, ready to predict: loaded from whatever loading.load_model takes.
 
 load("runs/cats")                                                     a run's last checkpoint
 load("deit_small.pth", name="deit_small_patch16_224")                 a file, and the model that it is of
@@ -62,18 +62,18 @@ class Classifier(LoadedModel):
     ):
         """Batches of data_path/val, labelled by this model's classes; refused when the folder has others. A model
         without names takes those of the file `order` or, without it, the folder's classes in sorted order, if it
-        answers for as many."""
+        has as many."""
         classes = self.classes
         if order is not None:
             classes = read_class_names(order)
             if self.classes not in (None, classes):
-                raise UserError(f"--classes {order}: the model knows its classes, in another order: omit the flag")
+                raise UserError(f"--classes {order}: the checkpoint names its classes, in another order: omit the flag")
         index = open_index(data_path, "val", classes=classes, label_column=label_column)
         if classes is None and world.is_main and (said := order_of_numbers(index.classes)):
             log.warning(said)
         if len(index.classes) != self.model.num_classes:
             raise UserError(
-                f"{data_path} has {len(index.classes)} classes in val, the model answers for {self.model.num_classes}: "
+                f"{data_path} has {len(index.classes)} classes in val, the model has {self.model.num_classes}: "
                 "evaluate it on the data it was trained for, or fine-tune it on this one (fastdeit.train --finetune)"
             )
         return self._loader(index, batch_size, world, BadFiles.of(index, limit=max_bad))
@@ -128,17 +128,3 @@ def load(
     dtype = PRECISIONS[precision or (loaded.precision or "fp16" if device.type == "cuda" else "fp32")]
     settings = vars(loaded) | {"model": model, "crop_pct": crop_pct or loaded.crop_pct}
     return Classifier(**settings, device=device, dtype=dtype)
-
-
-def class_names(classifier: LoadedModel) -> tuple[str, ...]:
-    """Names to show: the classifier's own, ImageNet's where their number is one of ImageNet's, else numbers."""
-    if classifier.classes is not None:
-        return classifier.classes
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    count = classifier.num_classes
-    subset = infer_imagenet_subset({"num_classes": count})
-    if subset is None:
-        return tuple(map(str, range(count)))
-    info = ImageNetInfo(subset)
-    return tuple(info.index_to_description(i) for i in range(count))

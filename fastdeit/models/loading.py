@@ -1,5 +1,4 @@
-"""The one way from a name, a folder or a file to a model: predict, evaluate, export and teachers load by `load_model`,
-students are made by `create_model`.
+"""The one way from a name, a folder or a file to a trained model, for predict, evaluate, export and teachers.
 
 load_model("runs/cats")                                                a run's last checkpoint
 load_model("exported")                                                 a folder of timm or transformers
@@ -7,7 +6,6 @@ load_model("deit_small.pth", name="deit_small_patch16_224")            a file, a
 load_model("deit_tiny_patch16_224.fb_in1k", pretrained=True)           timm's published weights
 """
 
-import copy
 import importlib.util
 import math
 from dataclasses import dataclass, replace
@@ -23,13 +21,14 @@ from fastdeit.errors import UserError
 
 from . import deit as ours
 from . import sources, weights
-from .architectures import ARCHITECTURES, Architecture, without_prefix
+from .architectures import ARCHITECTURES, Architecture
+from .build import create_model, is_known, is_ours, mean_std, one_line, patch_and_grid, refuse_remainder
 from .sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model as it was trained, on the CPU in float32, and what it takes and answers.
+    """A model as it was trained, on the CPU in float32, its input and its classes.
 
     name: for people. architecture: what it is made by. input_size: pixels on a side. mean, std: in [0, 1] units.
     classes: None where the weights come without names. crop_pct: share of the resized image's side that the centre crop
@@ -51,6 +50,19 @@ class LoadedModel:
     @property
     def num_classes(self) -> int:
         return self.model.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names to show: `classes`, ImageNet's where their number is one of ImageNet's, else numbers."""
+        if self.classes is not None:
+            return self.classes
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+
+        subset = infer_imagenet_subset({"num_classes": self.num_classes})
+        if subset is None:
+            return tuple(map(str, range(self.num_classes)))
+        info = ImageNetInfo(subset)
+        return tuple(info.index_to_description(i) for i in range(self.num_classes))
 
 
 def load_model(
@@ -129,7 +141,7 @@ def _transformers(found: Source, input_size: int | None, device: torch.device) -
         config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"], found.patch_size, size,
         distilled=config["model_type"] == "deit",
     )  # fmt: skip
-    _refuse_remainder(found.path, size, arch.patch_size)
+    refuse_remainder(found.path, size, arch.patch_size)
     model = ours.DeiT(arch, num_classes=found.num_classes, img_size=(size, size), drop_path=0.0, attention="sdpa")
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -157,7 +169,7 @@ def _as_configured(found: Source, model: nn.Module, input_size: int | None, note
 def _file(found: Source, ema: bool, input_size: int | None, name: str | None, default: str | None) -> LoadedModel:
     """Weights alone. Classes, patch size and, unless asked for, image size are read off the tensors."""
     contents = state_dict.read(found.weights, ema=ema)
-    name = name or (contents.model if contents.model and _is_known(contents.model) else None) or default
+    name = name or (contents.model if contents.model and is_known(contents.model) else None) or default
     if name is None:
         raise UserError(f"{found.path} does not say which model it is of: give --model NAME, such as {EXAMPLE}")
     probe, notes = create_model(name), []
@@ -193,14 +205,14 @@ def _side_of(model: nn.Module, state: StateDict) -> int | None:
 
 
 def _published(name: str, input_size: int | None) -> LoadedModel:
-    """timm's model with the weights timm publishes; in our code where we have it, which answers by head."""
+    """timm's model with the weights timm publishes; in our code where we have it, which gives logits by head."""
     if name.startswith("local-dir:"):
         return load_model(name.removeprefix("local-dir:"), input_size=input_size)
     try:
         model = create_model(name, input_size=input_size, pretrained=True)
     except UserError:
         raise
-    except Exception as error:  # a damaged file makes its reader stumble anywhere
+    except Exception as error:  # a damaged file raises anything
         raise UserError(
             f"the published weights of {name} could not be loaded ({error.__class__.__name__}: {error}); give them as "
             f"a file (with its model's name, {name.partition('.')[0]}), or a folder"
@@ -248,8 +260,10 @@ def _by_transformers(found: Source, size: int | None) -> LoadedModel:
         network, report = transformers.AutoModelForImageClassification.from_pretrained(
             found.weights.parent, output_loading_info=True
         )
-    except Exception as error:  # whatever its reader stumbles over
-        raise UserError(f"transformers cannot read {found.path} as a classifier of images: {_line(error)}") from error
+    except Exception as error:  # whatever its reader raises
+        raise UserError(
+            f"transformers cannot read {found.path} as a classifier of images: {one_line(error)}"
+        ) from error
     if missing := sorted(map(str, report["missing_keys"])):
         raise UserError(f"{found.path} has no trained head of classes: it lacks {', '.join(missing[:3])}")
     model = InTransformers(network.float())
@@ -282,7 +296,7 @@ def _side(found: Source, input_size: int | None) -> int | None:
 
 
 def _nothing_at(source: str) -> str:
-    if source.startswith("hf-hub:") or _is_known(source):
+    if source.startswith("hf-hub:") or is_known(source):
         return (
             f"{source} is the name of a model: add --pretrained for its published weights, or give a file of its "
             f"weights and --model {source}"
@@ -291,168 +305,3 @@ def _nothing_at(source: str) -> str:
         f"there is no checkpoint {source}: give a run's folder, a file of weights with --model NAME, or a timm name "
         "with --pretrained"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Making models
-
-
-def create_model(
-    name: str,
-    *,
-    num_classes: int | None = None,
-    input_size: int | None = None,
-    patch_size: int | None = None,
-    drop_path: float = 0.0,
-    attention: str = "sdpa",
-    pretrained: bool = False,
-) -> nn.Module:
-    """A model of ours or timm's by name, on the CPU, with fresh weights or (timm's only) `pretrained` ones.
-
-    num_classes, input_size, patch_size: the model's own if None. Raises UserError, or ValueError from our own code,
-    where there is no such model, or it cannot look at all of an image of this size.
-    """
-    name = without_prefix(name)
-    options = {"num_classes": num_classes, "patch_size": patch_size}
-    options = {key: value for key, value in options.items() if value is not None}
-    if is_ours(name) and not pretrained:
-        return ours.create_model(name, img_size=input_size, drop_path=drop_path, attention=attention, **options)
-    import timm
-    from timm.models import parse_model_name
-
-    try:
-        source = parse_model_name(name)[0]
-    except ValueError as error:
-        raise UserError(f"--model {name}: {error}") from error
-    if source is None and not timm.is_model(name):
-        raise UserError(ours.unknown_model_message(name, timm.list_models()))
-    if drop_path:
-        options["drop_path_rate"] = drop_path
-    if pretrained:
-        with torch.device("meta"):  # what can be refused is refused before anything is downloaded
-            _made(name, input_size, options)
-        model = _timm_model(name, input_size, pretrained=True, **options)
-    else:
-        model = _made(name, input_size, options)
-    if input_size is not None:
-        probe(model, name, input_size)
-    return model
-
-
-def _made(name: str, input_size: int | None, options: dict) -> nn.Module:
-    try:
-        return _timm_model(name, input_size, **options)
-    except Exception as error:  # each of timm's files refuses in its own way
-        remedies = {"patch_size": "omit --patch-size", "drop_path_rate": "give --drop-path 0"}
-        for option, remedy in remedies.items():
-            if option in options and option in str(error) and isinstance(error, TypeError):
-                raise UserError(f"--model {name}: timm's has no {option}; {remedy}") from error
-        if input_size is None:
-            raise UserError(f"--model {name}: timm cannot make it ({_line(error)})") from error
-        raise UserError(_refused(name, input_size, error)) from error
-
-
-def is_ours(name: str) -> bool:
-    return name in ARCHITECTURES
-
-
-def _is_known(name: str) -> bool:
-    import timm
-
-    return is_ours(name) or timm.is_model(name)
-
-
-def _timm_model(name: str, input_size: int | None, **options) -> nn.Module:
-    """A transformer is made for images of `input_size` pixels (None: its own), and timm interpolates its positions; a
-    convolutional network takes any."""
-    import timm
-
-    if input_size is not None:
-        try:
-            return timm.create_model(name, img_size=input_size, **options)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-    return timm.create_model(name, **options)
-
-
-@torch.no_grad()
-def probe(model: nn.Module, name: str, input_size: int) -> None:
-    """Refuse, in words, a size that the model cannot look at, or of whose images it would not see all.
-
-    One forward pass of a copy without data (on the meta device: no arithmetic); of the model itself where it has
-    tensors that such a copy cannot hold.
-    """
-    patch, _ = patch_and_grid(model)
-    if patch and not getattr(model.patch_embed, "dynamic_img_pad", False):
-        _refuse_remainder(f"--model {name}", input_size, *patch)
-    was_training, lost = model.training, []
-    images = torch.zeros(1, 3, input_size, input_size)
-    try:
-        try:
-            twin = _without_data(model).eval()
-            for module in twin.modules():
-                if _cuts_patches(module):
-                    module.register_forward_pre_hook(lambda module, inputs: lost.append((module, inputs[0].shape[-1])))
-            logits = twin(images.to("meta"))
-        except Exception:  # a tensor that is no buffer, a shape that depends on values; or truly a refusal
-            logits = model.eval()(images)
-    except Exception as error:
-        raise UserError(_refused(name, input_size, error)) from error
-    finally:
-        model.train(was_training)
-    for module, side in lost:
-        if side % module.stride[0]:
-            _refuse_remainder(f"--model {name}", input_size, module.stride[0])
-    if not isinstance(logits, Tensor) or logits.ndim != 2:  # some answer with tokens, or one tensor per stage
-        raise UserError(f"--model {name}: it does not answer with one number per class; choose a classifier")
-
-
-def _cuts_patches(module: nn.Module) -> bool:
-    """Whether it is a convolution of the image itself that drops what is left of a row behind its last window."""
-    if not isinstance(module, nn.Conv2d) or module.in_channels != 3:
-        return False
-    return module.kernel_size == module.stride != (1, 1) and module.padding in ((0, 0), "valid")
-
-
-def _without_data(model: nn.Module) -> nn.Module:
-    memo = {id(tensor): nn.Parameter(tensor.to("meta"), requires_grad=False) for tensor in model.parameters()}
-    memo |= {id(tensor): tensor.to("meta") for tensor in model.buffers()}
-    return copy.deepcopy(model, memo)
-
-
-def patch_and_grid(model: nn.Module) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """Sides of a patch in pixels, and the grid of them; None where the model has none, or they overlap."""
-    embed = getattr(model, "patch_embed", None)
-    projection = getattr(embed, "proj", None)
-    if not isinstance(projection, nn.Conv2d) or projection.kernel_size != projection.stride:
-        return None, None
-    grid = getattr(model, "grid_size", None) or getattr(embed, "grid_size", None)
-    return projection.kernel_size, tuple(grid) if grid else None
-
-
-def _refuse_remainder(who: object, input_size: int, *patch: int) -> None:
-    for side in patch:
-        if input_size % side:
-            near = max(side, input_size // side * side)
-            raise UserError(
-                f"{who}: images of {input_size} pixels do not divide into patches of {side}, the rest would be lost; "
-                f"choose --input-size {near} or {near + side}"
-            )
-
-
-def _refused(name: str, input_size: int, error: Exception) -> str:
-    return f"--model {name}: timm's cannot take images of {input_size} pixels ({_line(error)}); change --input-size"
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def mean_std(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The normalisation the model's weights expect, in [0, 1] units; ImageNet's where the model does not say."""
-    if (chosen := getattr(model, "normalisation", None)) is not None:
-        return chosen
-    settings = getattr(model, "pretrained_cfg", None) or {}
-    return tuple(settings.get("mean") or ours.IMAGENET_MEAN), tuple(settings.get("std") or ours.IMAGENET_STD)

@@ -1,6 +1,6 @@
 """What a file or folder of weights is, and what it says of its model: decided here, for every command.
 
-    ours           a run's folder, or a checkpoint in it: config.json as checkpoint.py writes it
+    ours           a run's folder, or a checkpoint in it: config.json as fastdeit.checkpoint writes it
     timm           config.json with "architecture": a folder of timm's hub, or of fastdeit.export --format timm
     transformers   config.json with "model_type": a folder of transformers' save_pretrained, or of its hub
     file           weights without a config.json: .safetensors, or a file of torch.save
@@ -237,7 +237,7 @@ OWN_SIZE = ("deit_base_384", "deit_base_distilled_384", "deit3_finetune")  # rec
 
 
 def adopt(config, typed: frozenset[str]) -> None:
-    """Give a config.Config what the weights of --finetune know, but for the flags that were `typed`: the model with
+    """Give a config.Config what the weights of --finetune say, except for the flags that were `typed`: the model with
     its patch size, and the size and crop of images where the recipe is not about another size."""
     path = Path(config.model.finetune).expanduser() if config.model.finetune else None
     if path is None or not path.exists():

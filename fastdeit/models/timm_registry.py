@@ -1,4 +1,4 @@
-"""Registers every model of deit.py with timm under `fastdeit_NAME`. Imported by it where timm is installed.
+"""Registers every model of deit.py with timm under `fastdeit_NAME`, where timm is installed.
 
     timm.create_model("fastdeit_deit_tiny_distilled_patch16_224", num_classes=10, drop_path_rate=0.1)
 
@@ -7,10 +7,10 @@ As in timm, these average the two heads in training too, until set_distilled_tra
 
 from timm.models import register_model
 
-from .deit import create_model, model_names
+from .architectures import model_names
 
 
-def _entrypoint(name: str):
+def _entrypoint(name: str, create_model):
     def create(
         pretrained=False,
         pretrained_cfg=None,
@@ -36,5 +36,7 @@ def _entrypoint(name: str):
     return create
 
 
-for _name in model_names():
-    globals()[f"fastdeit_{_name}"] = register_model(_entrypoint(_name))
+def register(create_model) -> None:
+    """create_model: deit.create_model"""
+    for name in model_names():
+        globals()[f"fastdeit_{name}"] = register_model(_entrypoint(name, create_model))

@@ -138,5 +138,5 @@ def by_timm(model: nn.Module, state: StateDict) -> StateDict | None:
         return None
     try:
         return convert(dict(state), model)
-    except Exception:  # it was written for certain files, and stumbles anywhere over others
+    except Exception:  # it was written for certain files, and raises anything for others
         return None

@@ -115,7 +115,7 @@ def interpolate_position_embedding(
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The modules that answer with one number per class, as the model's (timm's) configuration names them."""
+    """The modules whose outputs are the class logits, as the model's (timm's) configuration names them."""
     classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
     return (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
@@ -152,14 +152,14 @@ def _fit_heads(source: Source, state: StateDict, fresh: StateDict, heads, classe
         if theirs != ours:
             if not new_head:
                 raise ValueError(
-                    f"{source.path} answers for {theirs} classes, the model for {ours}: make the model with {theirs} "
+                    f"{source.path} has {theirs} classes, the model {ours}: make the model with {theirs} "
                     "classes, or fine-tune it with a new head (--finetune, or new_head=True)"
                 )
             cause = f"has {theirs}" if theirs else "has no head"
         elif classes is not None and source.classes is None:
             nameless = True
         elif classes is not None and set(source.classes) != set(classes):
-            cause = f"answers for {_few(source.classes)}, not for {_few(classes)}"
+            cause = f"has the classes {_few(source.classes)}, not {_few(classes)}"
         elif classes is not None and tuple(source.classes) != tuple(classes):
             order = torch.tensor([source.classes.index(name) for name in classes])
             state |= {name: state[name][order] for name in (weight, bias) if name in state}

@@ -95,7 +95,7 @@ def _similarity(classifier: inference.Classifier, index: Index) -> list[float]:
 def _looks(classifier: inference.Classifier, index: Index) -> list[Look]:
     model, (images, labels, positions) = classifier.model, _batch(classifier, index)
     probabilities, answers = classifier.probabilities(images).max(1)
-    names = inference.class_names(classifier)
+    names = classifier.class_names
     maps_BTRC = attention_maps.looks(model, images)
     pixels = (images * torch.tensor(classifier.std).view(3, 1, 1) + torch.tensor(classifier.mean).view(3, 1, 1)).clamp(
         0, 1

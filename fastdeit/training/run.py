@@ -16,8 +16,7 @@ from fastdeit.distill.teacher import load_teacher
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.evaluation import plots, tables
-from fastdeit.models.build import build_student, normalise
-from fastdeit.models.loading import mean_std
+from fastdeit.models.build import build_student, mean_std, normalise
 
 from .dry_run import dry_run
 from .loop import Loop
@@ -98,17 +97,23 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
 def run_undistilled(
     config: Config, world: World, indices, folder: Path, on_micro_batch: MicroBatchHook | None = None
 ) -> float:
-    """The same student without teacher and distillation token, for the same number of steps. Returns its top-1."""
+    """The same student without teacher, for the same number of steps. Returns its top-1. It has no distillation token
+    either, unless it starts from the weights of a model that has one: then both heads learn the labels."""
     settings = type(config).from_dict(config.to_dict())
     settings.distillation.distillation_type = "none"
-    settings.model.model = config.model.model.replace("_distilled", "")
+    if not config.model.finetune:
+        settings.model.model = config.model.model.replace("_distilled", "")
     classes = indices[0].classes
     folder = folder / "undistilled"
     own_folder = folder if world.is_main else None
     if own_folder is not None:
         own_folder.mkdir(exist_ok=True)
     saved = resume.start(folder, world)
+    if saved is not None:  # its weights are in the checkpoint, and those it began with may be gone
+        settings.model.finetune, settings.model.pretrained = None, False
     model, _ = build_student(settings, len(classes), classes)
+    if saved is not None:
+        normalise(model, saved["description"]["mean"], saved["description"]["std"])
     both_loaders = loaders(settings, indices, world, own_folder)
     trainer = Trainer(settings, world, model, None, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch)
     loop = Loop(trainer, both_loaders, classes, own_folder, title="undistilled")

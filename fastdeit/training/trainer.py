@@ -14,8 +14,8 @@ from fastdeit.distill.attention import AttentionDistillation
 from fastdeit.distill.loss import Objective
 from fastdeit.distributed import parallel
 from fastdeit.distributed.world import World
+from fastdeit.models.build import mean_std
 from fastdeit.models.deit import DeiT
-from fastdeit.models.loading import mean_std
 
 from .log import PhaseTimer
 from .nonfinite import Guard

@@ -85,7 +85,7 @@ def test_an_order_for_weights_that_have_one(cli, run, colors, tmp_path):
     (tmp_path / "order.txt").write_text("red\ngreen\nblue\n")
     refused(
         cli, evaluate.main, run, "--data-path", colors, "--classes", tmp_path / "order.txt",
-        words=["order.txt", "knows its classes", "omit the flag"],
+        words=["order.txt", "names its classes", "omit the flag"],
     )  # fmt: skip
 
 

@@ -15,13 +15,13 @@ from matplotlib.text import Text
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax, softmax
-from sklearn.metrics import confusion_matrix
+from sklearn import metrics as sklearn_metrics
 
 from fastdeit import errors, evaluate
 from fastdeit.distributed.world import World
 from fastdeit.evaluation import confusion
 from fastdeit.evaluation.calibration import BINS, calibration_counts, draw_calibration, expected_calibration_error
-from fastdeit.evaluation.confusion import Answers, by_class, confusions, draw_confusion
+from fastdeit.evaluation.confusion import Predictions, by_class, confusion_matrix, confusions, draw_confusion
 from fastdeit.models.inference import load
 
 from .conftest import COLORS, refused, write_folder
@@ -131,7 +131,7 @@ def test_figures_and_files_against_the_logits(run, mixed, evaluated, tmp_path):
     assert header == ["class", "images", *columns]
     assert [row[:2] for row in rows] == [[name, str(count)] for name, count in VAL.items()]
     for i, answers in enumerate(columns.values()):
-        matrix = confusion_matrix(labels, answers, labels=[0, 1, 2], normalize="true")
+        matrix = sklearn_metrics.confusion_matrix(labels, answers, labels=[0, 1, 2], normalize="true")
         assert [float(row[2 + i]) for row in rows] == pytest.approx(np.diag(matrix), abs=5.1e-5)
     pictures = {"confusion.png", "confusion_ema.png", "calibration.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == pictures | {"accuracy.json", "classes.csv"}
@@ -154,7 +154,7 @@ def test_another_input_size(run, mixed, evaluated):
 def test_other_projects_files_give_the_same(run, cli, evaluated, tmp_path):
     """timm's state dict, facebookresearch/deit's pickle with moving average and settings, an export to timm."""
     pytest.importorskip("timm", minversion="1.0.31")  # older ones do not read what is written for timm
-    from fastdeit import export
+    from fastdeit.export.__main__ import main as export
 
     state, ema = (load_file(run / "last" / f"{name}.safetensors") for name in ("model", "ema"))
     crop_ratio = json.loads((run / "last" / "config.json").read_text())["eval_crop_ratio"]
@@ -167,7 +167,7 @@ def test_other_projects_files_give_the_same(run, cli, evaluated, tmp_path):
     saved = {"model": state, "model_ema": ema, "args": argparse.Namespace(lr=5e-4), "epoch": 299}
     torch.save(saved, tmp_path / "checkpoint.pth")
     assert evaluated(*options, source=tmp_path / "checkpoint.pth") == expected
-    assert cli(export.main, run, "--format", "timm", "--output", tmp_path / "exported")[0] == 0
+    assert cli(export, run, "--format", "timm", "--output", tmp_path / "exported")[0] == 0
     result = evaluated(source=tmp_path / "exported")
     assert result.keys() == {"model", "data"} and result["data"] == expected["data"]
     for head in HEADS:
@@ -335,29 +335,29 @@ def test_no_line_is_drawn_through_nearly_empty_bins(tmp_path, drawn):
 # Confusion
 
 
-def answers_and_labels(images, classes, seed=0):
-    """Half of the answers right, the others anything; one in ten unread, one in ten unlabelled."""
+def predictions_and_labels(images, classes, seed=0):
+    """Half of the predictions correct, the others anything; one in ten unread, one in ten unlabelled."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, classes, images)
-    answers = np.where(random.random(images) < 0.5, labels, random.integers(0, classes, images))
-    answers[random.random(images) < 0.1] = -1
+    predictions = np.where(random.random(images) < 0.5, labels, random.integers(0, classes, images))
+    predictions[random.random(images) < 0.1] = -1
     labels[random.random(images) < 0.1] = -100
-    return answers, labels
+    return predictions, labels
 
 
 def test_confusion_is_scikit_learns():
-    answers, labels = answers_and_labels(400, 12)
+    predictions, labels = predictions_and_labels(400, 12)
     labels[labels == 5] = 6  # a class without images
-    counted = (answers >= 0) & (labels >= 0)
-    matrix = confusion_matrix(labels[counted], answers[counted], labels=range(12))
-    images, right = by_class(answers, labels, 12)
+    counted = (predictions >= 0) & (labels >= 0)
+    matrix = sklearn_metrics.confusion_matrix(labels[counted], predictions[counted], labels=range(12))
+    images, right = by_class(predictions, labels, 12)
     assert images.tolist() == matrix.sum(1).tolist() and right.tolist() == np.diag(matrix).tolist()
-    assert images[5] == 0 and not confusion._matrix(answers, labels, 12)[5].any()
+    assert images[5] == 0 and not confusion_matrix(predictions, labels, 12)[5].any()
     np.testing.assert_allclose(
-        confusion._matrix(answers, labels, 12),
-        confusion_matrix(labels[counted], answers[counted], labels=range(12), normalize="true"),
+        confusion_matrix(predictions, labels, 12),
+        sklearn_metrics.confusion_matrix(labels[counted], predictions[counted], labels=range(12), normalize="true"),
     )
-    listed = confusions(answers, labels, 12)
+    listed = confusions(predictions, labels, 12)
     wrong = {(i, j): matrix[i, j] for i in range(12) for j in range(12) if i != j and matrix[i, j]}
     assert {pair[:2]: pair[2] for pair in listed} == wrong and len(listed) == len(wrong)
     assert [pair[2] for pair in listed] == sorted(wrong.values(), reverse=True)
@@ -365,23 +365,23 @@ def test_confusion_is_scikit_learns():
 
 def test_more_classes_than_cells(monkeypatch):
     """Neighbouring classes share a cell."""
-    answers, labels = answers_and_labels(900, 12)
+    predictions, labels = predictions_and_labels(900, 12)
     monkeypatch.setattr(confusion, "CELLS", 4)
-    counted = (answers >= 0) & (labels >= 0)
-    matrix = confusion_matrix(labels[counted] // 3, answers[counted] // 3, normalize="true")
-    np.testing.assert_allclose(confusion._matrix(answers, labels, 12), matrix)
+    counted = (predictions >= 0) & (labels >= 0)
+    matrix = sklearn_metrics.confusion_matrix(labels[counted] // 3, predictions[counted] // 3, normalize="true")
+    np.testing.assert_allclose(confusion_matrix(predictions, labels, 12), matrix)
 
 
-def test_answers_are_kept_by_place():
-    """Batches in any order; padding has place -1, and what never came stays -1."""
+def test_predictions_are_kept_by_index():
+    """Batches in any order; padding has index -1, and what never came stays -1."""
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(12, 7, generator=random)
-    answers = Answers(11, HERE.device)
-    for places in ([8, 9, 10, -1], [0, 1, -1, 3], [4, 5, 6, -1]):
-        answers.add({"cls": logits[places], "both": -logits[places]}, torch.tensor(places))
+    predictions = Predictions(11, HERE.device)
+    for indices in ([8, 9, 10, -1], [0, 1, -1, 3], [4, 5, 6, -1]):
+        predictions.add({"cls": logits[indices], "both": -logits[indices]}, torch.tensor(indices))
     expected = logits.argmax(1).numpy()[:11]
     expected[[2, 7]] = -1
-    result = answers.result(HERE)
+    result = predictions.result(HERE)
     assert result.keys() == {"cls", "both"} and result["cls"].tolist() == expected.tolist()
     expected = (-logits).argmax(1).numpy()[:11]
     expected[[2, 7]] = -1
@@ -390,9 +390,9 @@ def test_answers_are_kept_by_place():
 
 @pytest.mark.parametrize("classes", [2, 31, 1100])
 def test_pictures_of_any_number_of_classes(tmp_path, classes):
-    answers, labels = answers_and_labels(500, classes)
+    predictions, labels = predictions_and_labels(500, classes)
     names = [f"class {i} at $5, {'or more ' * 5} and $1^{{0$" for i in range(classes)]
-    draw_confusion(tmp_path / "confusion.png", names, answers, labels, "title")
+    draw_confusion(tmp_path / "confusion.png", names, predictions, labels, "title")
     draw_confusion(tmp_path / "right.png", names, labels, labels, "not one wrong")
     for name in ("confusion.png", "right.png"):
         with Image.open(tmp_path / name) as picture:
@@ -403,11 +403,11 @@ def test_pictures_of_any_number_of_classes(tmp_path, classes):
     "names", [list("0123456789"), ["blue", "green"], [f"a class of a rather long name {i}" for i in range(30)]]
 )
 def test_nothing_written_on_the_picture_is_cut(tmp_path, drawn, names):
-    answers, labels = answers_and_labels(500, len(names))
-    draw_confusion(tmp_path / "confusion.png", names, answers, labels, "title")
+    predictions, labels = predictions_and_labels(500, len(names))
+    draw_confusion(tmp_path / "confusion.png", names, predictions, labels, "title")
     (figure,) = drawn
     (width, height), renderer = figure.bbox.size, FigureCanvasAgg(figure).get_renderer()
     written = {text.get_text(): text.get_window_extent(renderer) for text in figure.findobj(Text)}
-    for text in ("class", "answer", "title", "% of the class", "images"):
+    for text in ("true class", "predicted class", "title", "% of the class", "images"):
         box = written[text]
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text

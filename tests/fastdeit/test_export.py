@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from fastdeit import export as export_command
 from fastdeit.errors import UserError
-from fastdeit.export import Trained, export, formats
+from fastdeit.export import formats
+from fastdeit.export.__main__ import main
+from fastdeit.export.formats import example_images, export
 from fastdeit.models.architectures import Architecture
 from fastdeit.models.deit import DeiT, create_model
+from fastdeit.models.loading import LoadedModel
 
 pytest.importorskip("timm", minversion="1.0.31")  # older ones do not read what is written for timm
 
@@ -22,7 +24,15 @@ CLASSES = ("cat", "dog", "axolotl")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
-def trained(kind="distilled", size=(16, 16)) -> Trained:
+def loaded_from(model, name, size=16, crop_pct=0.8) -> LoadedModel:
+    """`model` as load_model would return it."""
+    return LoadedModel(
+        name=name, architecture=name, model=model, classes=CLASSES, input_size=size, mean=MEAN, std=STD,
+        crop_pct=crop_pct,
+    )  # fmt: skip
+
+
+def trained(kind="distilled", size=(16, 16)) -> LoadedModel:
     """A model of two blocks with lively weights."""
     torch.manual_seed(0)
     arch = Architecture(width=48, depth=2, heads=3, patch_size=4, img_size=16, distilled=kind == "distilled")
@@ -31,10 +41,10 @@ def trained(kind="distilled", size=(16, 16)) -> Trained:
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     name = "deit_nano_distilled_patch4_16" if kind == "distilled" else "deit_nano_patch4_16"
-    return Trained(model, name, CLASSES, size, MEAN, STD, 0.8)
+    return loaded_from(model, name)
 
 
-def same(exported: torch.Tensor, original: Trained, images: torch.Tensor) -> bool:
+def same(exported: torch.Tensor, original: LoadedModel, images: torch.Tensor) -> bool:
     with torch.no_grad():
         torch.testing.assert_close(exported, original.model.eval()(images), rtol=1e-5, atol=1e-5)
     return True
@@ -49,7 +59,7 @@ def test_timm(tmp_path, kind, size):
     original = trained(kind, size)
     assert export(original, "timm", tmp_path / "out") < 1e-5
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    assert same(model(original.example(4)), original, original.example(4))
+    assert same(model(example_images(original, 4)), original, example_images(original, 4))
     data = resolve_model_data_config(model)
     assert (data["input_size"], tuple(data["mean"]), tuple(data["std"])) == ((3, *size), MEAN, STD)
     assert data["crop_pct"] == 0.8
@@ -61,20 +71,20 @@ def test_timm(tmp_path, kind, size):
 @pytest.mark.parametrize("name", ["deit3_small_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_timm_by_its_own_names(tmp_path, name):
     model = create_model(name, num_classes=3, img_size=32)
-    original = Trained(model, name, CLASSES, (32, 32), MEAN, STD, 0.9)
+    original = loaded_from(model, name, 32, 0.9)
     export(original, "timm", tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["architecture"] == name
     read = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    assert same(read(original.example(2)), original, original.example(2))
+    assert same(read(example_images(original, 2)), original, example_images(original, 2))
 
 
 def test_timm_models_travel_too(tmp_path):
     """A fitted teacher is any model of timm."""
     model = timm.create_model("resnet10t", num_classes=3)
-    original = Trained(model, "resnet10t", CLASSES, (32, 32), MEAN, STD, 0.9)
+    original = loaded_from(model, "resnet10t", 32, 0.9)
     export(original, "timm", tmp_path / "out")
     read = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    assert same(read(original.example(2)), original, original.example(2))
+    assert same(read(example_images(original, 2)), original, example_images(original, 2))
 
 
 def test_a_timm_too_old_to_read_it(tmp_path, monkeypatch):
@@ -92,7 +102,7 @@ def test_transformers(tmp_path, kind):
     transformers = pytest.importorskip("transformers")
     original = trained(kind)
     assert export(original, "transformers", tmp_path / "out") < 1e-5
-    images = original.example(4)
+    images = example_images(original, 4)
     if kind == "distilled":
         model = transformers.DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path / "out").eval()
         answer = model(images)
@@ -124,7 +134,7 @@ def test_transformers_prepares_images_as_we_do(tmp_path):
 def test_transformers_has_no_deit3(tmp_path):
     pytest.importorskip("transformers")
     model = create_model("deit3_small_patch16_224", num_classes=3, img_size=16)
-    original = Trained(model, "deit3_small_patch16_224", CLASSES, (16, 16), MEAN, STD, 0.9)
+    original = loaded_from(model, "deit3_small_patch16_224", 16, 0.9)
     with pytest.raises(UserError, match="no counterpart of deit3_small_patch16_224; export it with --format timm"):
         export(original, "transformers", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -147,8 +157,8 @@ def test_onnx(tmp_path, kind, opset):
     (images,) = session.get_inputs()
     assert (images.name, images.shape) == ("images", ["batch", 3, 16, 16])
     for batch in (1, 2, 7):
-        (answer,) = session.run(["logits"], {"images": original.example(batch).numpy()})
-        assert same(torch.from_numpy(answer), original, original.example(batch))
+        (answer,) = session.run(["logits"], {"images": example_images(original, batch).numpy()})
+        assert same(torch.from_numpy(answer), original, example_images(original, batch))
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == list(CLASSES)
     assert json.loads((tmp_path / "out/preprocessing.json").read_text())["mean"] == list(MEAN)
@@ -160,7 +170,7 @@ def test_torch_export(tmp_path):
     extra = {"preprocessing.json": ""}
     program = torch.export.load(tmp_path / "out" / "model.pt2", extra_files=extra).module()
     for batch in (1, 7):
-        assert same(program(original.example(batch)), original, original.example(batch))
+        assert same(program(example_images(original, batch)), original, example_images(original, batch))
     assert json.loads(extra["preprocessing.json"])["classes"] == list(CLASSES)
 
 
@@ -168,7 +178,7 @@ def test_aotinductor(tmp_path):
     original = trained("plain")
     assert export(original, "aotinductor", tmp_path / "out") < 1e-4
     package = torch._inductor.aoti_load_package(str(tmp_path / "out" / "model.pt2"))
-    assert same(package(original.example(5)), original, original.example(5))
+    assert same(package(example_images(original, 5)), original, example_images(original, 5))
 
 
 # The folder
@@ -199,7 +209,7 @@ def test_a_wrong_export_is_noticed_and_removed(tmp_path, monkeypatch, wrong):
         return read
 
     monkeypatch.setattr(formats, "write_timm", bent)
-    with pytest.raises(RuntimeError, match="the timm export answers differently: a logit is off by"):
+    with pytest.raises(RuntimeError, match="the timm export gives other logits: one is off by"):
         export(trained(), "timm", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -249,7 +259,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, flags):
         *flags,
     ]
     monkeypatch.setattr(sys, "argv", ["export", *arguments])
-    export_command.main()
+    main()
     said = capsys.readouterr().out.strip().removesuffix(" at most")
     said, difference = said.rsplit(" ", 1)
     assert said == f"wrote {tmp_path / 'out'}; read back, its logits differ by"
@@ -270,5 +280,5 @@ def test_what_is_no_checkpoint_of_ours(tmp_path, monkeypatch):
     torch.save(create_model("deit_nano_patch4_16").state_dict(), tmp_path / "deit.pth")
     monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "deit.pth"), "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"deit\.pth does not say which model it is of: give --model NAME"):
-        export_command.main()
+        main()
     assert not (tmp_path / "out").exists()

@@ -1,11 +1,15 @@
 """Runs that begin with weights: what they take over, say and remember; and --eval of what they left."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from fastdeit import train
-from fastdeit.export import Trained, export
+from fastdeit import evaluate, predict, train
+from fastdeit.export.__main__ import main as export_command
+from fastdeit.export.formats import export
 from fastdeit.models.loading import load_model
 
 from .conftest import SMALL
@@ -19,8 +23,8 @@ def exported(run, tmp_path_factory):
     """A folder of timm's kind, with a normalisation of its own and its classes in another order than the data's."""
     loaded = load_model(run)
     folder = tmp_path_factory.mktemp("exported") / "timm"
-    names = ("red", "blue", "green")
-    export(Trained(loaded.model, loaded.architecture, names, (16, 16), MEAN, STD, 0.7), "timm", folder)
+    changes = {"classes": ("red", "blue", "green"), "mean": MEAN, "std": STD, "crop_pct": 0.7}
+    export(replace(loaded, **changes), "timm", folder)
     return folder
 
 
@@ -67,8 +71,36 @@ def test_eval_is_at_the_checkpoints_size_and_crop(run, colors, cli):
 
 
 def test_a_teacher_says_what_was_done_to_it(run, colors, cli, tmp_path):
+    """And the comparison run begins with the same weights, distillation token included."""
     teaching = ["--distillation-type", "hard", "--teacher-path", run, "--teacher-input-size", 32]
     arguments = [*SMALL, *teaching, "--data-path", colors, "--epochs", 1, "--output-dir", tmp_path / "run"]
-    code, out, err = cli(train.main, *arguments, "--tracker", "none")
+    start = ["--finetune", run, "--compare-undistilled", "--lr", 1e-5, "--unscale-lr", "--min-lr", 1e-6]
+    code, out, err = cli(train.main, *arguments, *start, "--tracker", "none")
     assert code == 0, err
     assert f"the teacher {run}: position embedding interpolated from 16 patches to 8 x 8 (bicubic)" in out + err
+    assert "undistilled" in json.loads((tmp_path / "run/summary.json").read_text())
+    began, ended = (load_file(folder / "last/model.safetensors") for folder in (run, tmp_path / "run/undistilled"))
+    assert began.keys() == ended.keys() and not torch.equal(began["head_dist.weight"], ended["head_dist.weight"])
+    for name, tensor in began.items():
+        torch.testing.assert_close(ended[name], tensor, rtol=0, atol=1e-4)
+
+
+def test_a_folder_of_transformers_in_every_command(run, colors, cli, tmp_path):
+    """predict, evaluate and export say of it what they say of the run it was exported from."""
+    pytest.importorskip("transformers")
+    folder, image = tmp_path / "transformers", colors / "val/red/0.png"
+    assert cli(export_command, run, "--format", "transformers", "--output", folder)[0] == 0
+    shown = [cli(predict.main, source, image, "--json") for source in (run, folder)]
+    assert [code for code, *_ in shown] == [0, 0]
+    ours, theirs = (json.loads(out)["classes"] for _, out, _ in shown)
+    assert [entry["class"] for entry in ours] == [entry["class"] for entry in theirs]
+    for one, other in zip(ours, theirs):
+        assert one["probability"] == pytest.approx(other["probability"], rel=1e-3)
+    measured = [cli(evaluate.main, source, "--data-path", colors, "--json") for source in (run, folder)]
+    ours, theirs = (json.loads(out) for _, out, _ in measured)
+    assert theirs["data"] == ours["data"] and theirs["model"].keys() == {"cls", "dist", "both"}
+    for head, figures in theirs["model"].items():
+        assert figures == pytest.approx(ours["model"][head], rel=1e-4)
+    assert cli(export_command, folder, "--format", "timm", "--output", tmp_path / "timm")[0] == 0
+    for name, tensor in load_model(run).model.state_dict().items():
+        torch.testing.assert_close(load_file(tmp_path / "timm/model.safetensors")[name], tensor, rtol=0, atol=0)

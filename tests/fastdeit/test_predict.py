@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from fastdeit import errors, predict
 from fastdeit.distributed.world import World
 from fastdeit.models.deit import IMAGENET_MEAN, IMAGENET_STD, create_model
-from fastdeit.models.inference import class_names, load
+from fastdeit.models.inference import load
 from fastdeit.pipelines import eval_loader
 from fastdeit.predict import Prediction, as_line, image_files
 
@@ -68,7 +68,7 @@ def by_hand(run, images, head="both", weights="model"):
 
 def table(lines, classes=tuple(COLORS)):
     """(images, classes) probabilities from lines of --json that name all classes."""
-    rows = [{answer["class"]: answer["probability"] for answer in line["classes"]} for line in lines]
+    rows = [{prediction["class"]: prediction["probability"] for prediction in line["classes"]} for line in lines]
     return np.array([[row[name] for name in classes] for row in rows])
 
 
@@ -83,7 +83,7 @@ def ask(cli, run):
 
 
 @pytest.fixture
-def answers(ask):
+def predictions(ask):
     """The lines of --json, parsed; refuses an exit code other than 0."""
 
     def call(*arguments, **options):
@@ -147,37 +147,37 @@ def test_nothing_found_is_named(tree, cli, run, argument, words):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which answers
+# Which predictions
 
 
 @pytest.mark.parametrize("options, of", [
     ("", {}), ("--head cls", {"head": "cls"}), ("--head dist", {"head": "dist"}),
     ("--ema", {"weights": "ema"}), ("--ema --head cls", {"weights": "ema", "head": "cls"}),
 ])  # fmt: skip
-def test_the_answers_are_those_of_the_model(answers, run, images, options, of):
-    lines = answers(*images, *options.split())
+def test_the_predictions_are_those_of_the_model(predictions, run, images, options, of):
+    lines = predictions(*images, *options.split())
     expected = by_hand(run, images, **of)
     np.testing.assert_allclose(table(lines), expected, rtol=1e-4, atol=1e-7)
     for line, row in zip(lines, expected):
-        assert [answer["class"] for answer in line["classes"]] == [list(COLORS)[i] for i in row.argsort()[::-1]]
+        assert [prediction["class"] for prediction in line["classes"]] == [list(COLORS)[i] for i in row.argsort()[::-1]]
 
 
-def test_the_answers_are_those_that_evaluate_counts(answers, run, colors):
+def test_the_predictions_are_those_that_evaluate_counts(predictions, run, colors):
     """Resized and cropped as there: the images of val, which are larger than the model's input."""
     classifier = load(run, device="cpu", crop_pct=0.7)
     index = classifier.evaluation_loader(colors, 64, world=HERE).index
     (batch,) = eval_loader(index, batch_size=len(index), input_size=16, crop_pct=0.7)
     expected = classifier.logits(classifier.prepare(batch))["both"].double().softmax(1).numpy()
-    lines = answers(colors / "val", "--eval-crop-ratio", "0.7")
+    lines = predictions(colors / "val", "--eval-crop-ratio", "0.7")
     assert [line["image"] for line in lines] == [index.name(i) for i in range(len(index))]
     np.testing.assert_allclose(table(lines), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 64])
-def test_the_order_is_that_of_the_arguments(answers, run, images, damaged, batch_size):
+def test_the_order_is_that_of_the_arguments(predictions, run, images, damaged, batch_size):
     text, cut, absent = damaged
     given = [text, *images[6:], cut, *images[5:2:-1], absent, *images[:3], images[7]]
-    lines = answers(*given, "--batch-size", str(batch_size))
+    lines = predictions(*given, "--batch-size", str(batch_size))
     assert [line["image"] for line in lines] == given[:-1]  # the last is there already
     assert [line["image"] for line in lines if "error" in line] == list(damaged)
     readable = [line for line in lines if "error" not in line]
@@ -185,36 +185,36 @@ def test_the_order_is_that_of_the_arguments(answers, run, images, damaged, batch
     np.testing.assert_allclose(table(readable), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_a_batch_is_answered_before_the_last_image_is_read(run, tmp_path):
+def test_a_batch_is_predicted_before_the_last_image_is_read(run, tmp_path):
     files = [picture(tmp_path / f"{i}.png", seed=i) for i in range(20)]
     given = predict.predict(load(run, device="cpu"), files, HERE, batch_size=2)
     first = next(given)
-    assert [answer.image for answer in first] == files[:2]
+    assert [prediction.image for prediction in first] == files[:2]
     os.remove(files[-1])
-    rest = [answer for batch in given for answer in batch]
-    assert [answer.image for answer in rest] == files[2:]
-    assert [answer.error for answer in rest] == [None] * 17 + ["cannot be read (No such file or directory)"]
+    rest = [prediction for batch in given for prediction in batch]
+    assert [prediction.image for prediction in rest] == files[2:]
+    assert [prediction.error for prediction in rest] == [None] * 17 + ["cannot be read (No such file or directory)"]
 
 
-def test_every_kind_of_checkpoint(answers, run, images, tmp_path):
+def test_every_kind_of_checkpoint(predictions, run, images, tmp_path):
     """The formats of timm and facebookresearch/deit know no names of classes."""
     expected = by_hand(run, images)
-    np.testing.assert_allclose(table(answers(*images, source=run / "last")), expected, rtol=1e-4)
+    np.testing.assert_allclose(table(predictions(*images, source=run / "last")), expected, rtol=1e-4)
     state = load_file(run / "last" / "model.safetensors")
     torch.save({"model": state}, tmp_path / "model.pth")
-    lines = answers(*images, "--model", MODEL, source=tmp_path / "model.pth")
+    lines = predictions(*images, "--model", MODEL, source=tmp_path / "model.pth")
     np.testing.assert_allclose(table(lines, ("0", "1", "2")), expected, rtol=1e-4)
 
 
-def test_imagenets_classes_have_their_names(answers, images, tmp_path):
+def test_imagenets_classes_have_their_names(predictions, images, tmp_path):
     torch.manual_seed(0)
     state = create_model(MODEL, num_classes=1000).state_dict()
     save_file(state, tmp_path / "model.safetensors")
     source = tmp_path / "model.safetensors"
-    (line,) = answers(images[0], "--top", "2000", "--model", MODEL, source=source)
-    names = class_names(load(source, device="cpu", name=MODEL))
+    (line,) = predictions(images[0], "--top", "2000", "--model", MODEL, source=source)
+    names = load(source, device="cpu", name=MODEL).class_names
     assert len(line["classes"]) == 1000 and names[0] == "tench, Tinca tinca"
-    assert {answer["class"] for answer in line["classes"]} == set(names)
+    assert {prediction["class"] for prediction in line["classes"]} == set(names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,11 +249,11 @@ def test_csv(ask, run, images, damaged):
         np.testing.assert_allclose(np.array(row[2::2], float), expected[order], rtol=1e-4)
 
 
-def test_names_that_need_quotes_or_are_not_utf8(ask, answers, images, tmp_path):
+def test_names_that_need_quotes_or_are_not_utf8(ask, predictions, images, tmp_path):
     odd = [str(tmp_path / name) for name in ('a, "b".png', os.fsdecode(b"\xff.png"), "[bold]:smile:.png")]
     for name in odd:
         shutil.copy(images[0], name)
-    assert [line["image"] for line in answers(*odd)] == odd
+    assert [line["image"] for line in predictions(*odd)] == odd
     code, out, _ = ask(*odd, "--csv")
     assert code == 0
     names = [row[0] for row in csv.reader(io.StringIO(out))]
@@ -303,8 +303,8 @@ def test_a_bar_where_it_is_not_in_the_way(run, images, damaged, tmp_path, monkey
 
 
 def test_the_plain_form_gives_way_to_the_terminals_width():
-    answer = Prediction("a.png", [("cat", 0.5), ("dog", 0.25), ("a long name", 0.125)])
-    lines = {width: as_line(["a.png"], ["cat", "dog"], width)(answer) for width in (None, 10, 31, 52)}
+    prediction = Prediction("a.png", [("cat", 0.5), ("dog", 0.25), ("a long name", 0.125)])
+    lines = {width: as_line(["a.png"], ["cat", "dog"], width)(prediction) for width in (None, 10, 31, 52)}
     assert lines[10] == "a.png  cat  50.0 %" and lines[31] == "a.png  cat  50.0 %  dog  25.0 %"
     assert lines[52] == lines[None] == "a.png  cat  50.0 %  dog  25.0 %  a long name  12.5 %"
 
@@ -313,14 +313,14 @@ def test_the_plain_form_gives_way_to_the_terminals_width():
 # What cannot be read, and other endings
 
 
-def test_what_cannot_be_read_is_told_and_the_rest_goes_on(ask, answers, images, damaged):
+def test_what_cannot_be_read_is_told_and_the_rest_goes_on(ask, predictions, images, damaged):
     code, out, err = ask(*damaged, images[0])
     assert code == 0 and len(out.splitlines()) == 1 and out.startswith(images[0])
     lines = [line for line in err.splitlines() if "[ERROR]" not in line]  # DALI says something too
     assert len(lines) == len(damaged)
     for line, (name, cause) in zip(lines, damaged.items()):
         assert line.startswith(f"{name}: ") and cause in line
-    errors = [line for line in answers(*damaged, images[0]) if "error" in line]
+    errors = [line for line in predictions(*damaged, images[0]) if "error" in line]
     assert [line.keys() for line in errors] == [{"image", "error"}] * len(damaged)
     assert [f"{line['image']}: {line['error']}" for line in errors] == lines
 

@@ -92,7 +92,7 @@ def test_a_student_with_one_head(colors, teacher, tmp_path, cli):
 @pytest.mark.parametrize(
     "model, option, remedy",
     [
-        ("test_resnet", ["--patch-size", "4"], "leave --patch-size away"),
+        ("test_resnet", ["--patch-size", "4"], "omit --patch-size"),
         ("vgg11", ["--drop-path", "0.1"], "give --drop-path 0"),
     ],
 )

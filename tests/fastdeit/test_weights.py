@@ -96,7 +96,7 @@ def test_fills_models_of_timm(tmp_path):
     load_weights(target, tmp_path / "teacher.safetensors")
     assert equal(target, source.state_dict())
     other = timm.create_model("resnet10t", num_classes=7)
-    with pytest.raises(ValueError, match="answers for 4 classes, the model for 7"):
+    with pytest.raises(ValueError, match="has 4 classes, the model 7"):
         load_weights(other, tmp_path / "teacher.safetensors")
 
 
@@ -190,7 +190,7 @@ def test_another_number_of_classes_is_refused_or_fresh(tmp_path, model):
     theirs = create_model(NANO, num_classes=3)
     torch.save(theirs.state_dict(), tmp_path / "three.pth")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"answers for 3 classes, the model for 5: .*new_head=True"):
+    with pytest.raises(ValueError, match=r"has 3 classes, the model 5: .*new_head=True"):
         load_weights(model, tmp_path / "three.pth")
     assert equal(model, before)
     notes = load_weights(model, tmp_path / "three.pth", new_head=True)
