@@ -53,7 +53,7 @@ def imports_of(module: str) -> set[str]:
 
 def part_of(module: str, inside: str = "fastdeit") -> str:
     """The sub-package of `inside`, or the module in its folder, that a module belongs to; "" for `inside` itself."""
-    return [*module.removeprefix(inside).split("."), ""][1]
+    return f"{module.removeprefix(inside)}.".split(".")[1]
 
 
 def packages(inside: str) -> dict[str, Path]:

@@ -175,7 +175,7 @@ def test_weights_of_a_file_are_not_asked_of_the_hub_too(tmp_path, monkeypatch):
     given = ["--data-path", "x", "--model", "test_resnet", "--finetune", str(tmp_path / "weights.pth")]
     settings = parse_config(given, recipe="teacher")
     assert settings.model.pretrained
-    model = build_student(settings, 5)
+    model, _ = build_student(settings, 5)
     assert all(torch.equal(value, made.state_dict()[key]) for key, value in model.state_dict().items())
 
 
