@@ -1,4 +1,4 @@
-"""Checkpoints on their way to the disk: copied in a moment, written by a thread while training goes on."""
+"""Checkpoints on their way to the disk: copied in a moment, written by a thread while training continues."""
 
 import shutil
 import threading
@@ -26,7 +26,7 @@ class Snapshot:
         self.ready: torch.cuda.Event | None = None
 
     def take(self, tree, *, here: bool = True):
-        """The tree with every tensor copied; tensors sharded over processes become whole ones (all processes must
+        """The tree with every tensor copied; sharded tensors become full ones (all processes must
         call), and where `here` is False nothing is kept."""
         copied = self._copy(tree, (), here)
         if torch.cuda.is_available():
@@ -59,7 +59,7 @@ class Snapshot:
 class AsyncWriter:
     """Writes the checkpoints of one run. `run` is None in the processes that write none.
 
-    A checkpoint that cannot be written (the disk is full) is reported through `say`, and training goes on: `last` stays
+    A checkpoint that cannot be written (the disk is full) is reported through `say`, and training continues: `last` stays
     where it was, the next checkpoint is tried when it is due, and `close` complains if the last one failed.
     """
 
@@ -115,4 +115,4 @@ class AsyncWriter:
         free = shutil.disk_usage(self.run).free / 2**20
         what = f"the checkpoint of step {step}" if step is not None else "the description of a checkpoint"
         self.failure = f"{what} could not be written ({error.strerror or error}; {free:,.0f} MiB free); {stands}"
-        self.say(f"warning: {self.failure}; training goes on")
+        self.say(f"warning: {self.failure}; training continues")

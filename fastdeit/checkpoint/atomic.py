@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, after a full disk, a kill or a power cut alike.
+"""Files that are either complete or not there, after a full disk, a kill or a power cut alike.
 
 A rename is atomic but promises nothing about the bytes behind the name, nor that the new name itself is on the disk:
 so the file is flushed before the rename, and the folder after it.

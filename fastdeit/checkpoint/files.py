@@ -1,7 +1,7 @@
-"""Checkpoints: a folder each, whole or not there at all.
+"""Checkpoints: a folder each, complete or not there at all.
 
 checkpoints/step-00000660/
-    config.json           what the model is (enough to build it again), its classes, the settings, the progress
+    config.json           what the model is (enough to rebuild it), its classes, the settings, the progress
     model.safetensors     weights under timm's names; timm and `load_weights` read the file as it is
     ema.safetensors       the moving average's weights, if one is kept
     training.pt           optimizer, gradient scaler: what only the trainer needs; loads with weights_only=True
@@ -9,7 +9,7 @@ last -> checkpoints/step-00000660
 best -> checkpoints/step-00000528
 
 A checkpoint is written under the name step-N.unfinished, flushed to the disk and renamed; then `last` is moved to it,
-then older ones go. So at any instant the links lead to whole checkpoints, and what a kill leaves is known by its name.
+then older ones go. So at any instant the links lead to complete checkpoints, and what a kill leaves is known by its name.
 """
 
 import io
@@ -28,7 +28,7 @@ from .state_dict import read_state_dict
 
 
 def describe(model, config: Config, classes: tuple[str, ...], mean, std) -> dict:
-    """What config.json says of a model: enough to build it again and to feed it."""
+    """What config.json says of a model: enough to rebuild it and to feed it."""
     patch_size = getattr(getattr(model, "arch", None), "patch_size", config.model.patch_size)
     return {
         "model": config.model.model,
@@ -54,9 +54,9 @@ def save(
 ) -> Path:  # fmt: skip
     """Write one checkpoint; `last`, and `best` when it is, then point to it. Others that nothing needs are removed.
 
-    `model` and `ema` are state dicts, `training` anything `torch.save` writes without code. keep: leave this one when
+    `model` and `ema` are state dicts, `training` anything `torch.save` writes without code. keep: keep this one when
     `last` has moved on; keep_count: but only the newest so many of those. Raises OSError (the disk is full); the run
-    then stands as before the call.
+    is then as it was before the call.
     """
     from safetensors.torch import save as to_bytes
 
@@ -72,7 +72,7 @@ def save(
                     # Not save_file: it leaves the file readable for its owner alone.
                     content = to_bytes(weights, metadata={"format": "pt"})
                     atomic.write(unfinished / f"{name}.safetensors", lambda file, content=content: file.write(content))
-            content = io.BytesIO()  # torch.save straight into a file tells of a full disk in other words
+            content = io.BytesIO()  # torch.save into a file reports a full disk as another error
             torch.save(training, content)
             atomic.write(unfinished / "training.pt", lambda file: file.write(content.getbuffer()))
             atomic.replace_json(unfinished / "config.json", {**description, "step": step, "keep": keep})

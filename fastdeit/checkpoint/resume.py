@@ -1,4 +1,4 @@
-"""Going on with a run: with its own settings, from its newest whole checkpoint, as if it had never stopped."""
+"""Resuming a run: with its own settings, from its newest readable checkpoint, as if it had never stopped."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from fastdeit.errors import UserError
 
 from . import atomic, files, metrics_log
 
-# What may differ when a run goes on, because the weights do not depend on it. Of data and teacher, what counts is the
+# What may differ when a run is resumed, because the weights do not depend on it. Of data and teacher, what counts is the
 # content; of the batch, the product over parts and processes: `check_same`.
 FREE = {
     "run": "output_dir resume eval device tracker dry_run print_config checkpoint_minutes keep_epochs keep_count "
@@ -72,7 +72,7 @@ def check_unchanged(config: Config, run: Path) -> None:
             if name not in free and value != saved[group][name]:
                 raise UserError(
                     f"--{name.replace('_', '-')} {value}: the run in {run} was started with {saved[group][name]}, and "
-                    "a run that goes on keeps its settings; leave the flag away, or start anew in another --output-dir"
+                    "a resumed run keeps its settings; omit the flag, or start a new run in another --output-dir"
                 )
 
 
@@ -101,8 +101,8 @@ def check_same(progress: dict, trainer, index) -> None:
 
 
 def start(run: Path, world: World) -> dict | None:
-    """Clear up what an earlier process left in `run`, and read where it stands: see checkpoint.read, None at the very
-    beginning. Every process gets it, so all must see the folder. metrics.jsonl is cut back to that step."""
+    """Clear up what an earlier process left in `run`, and read where it stands: see checkpoint.read, None at the
+    very beginning. Every process gets it, so all must see the folder. metrics.jsonl is cut back to that step."""
     found = _start(run) if world.is_main else None
     folder = world.broadcast(found and found[0])
     if folder is None or world.is_main:

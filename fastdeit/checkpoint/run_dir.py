@@ -68,7 +68,7 @@ def claim(config: Config) -> tuple[Path, bool]:
     if folder.is_dir() and any(folder.iterdir()):
         holder = "another run" if (folder / "settings.json").is_file() else "other files"
         raise UserError(
-            f"--output-dir {folder} holds {holder}, which is left untouched: choose another folder, or go on with a "
+            f"--output-dir {folder} holds {holder}, which is left untouched: choose another folder, or resume the "
             f"run by --resume {folder}"
         )
     made = not folder.exists()

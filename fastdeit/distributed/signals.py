@@ -4,7 +4,7 @@ A Python handler runs only when the main thread comes back to the interpreter, w
 GPU, for other processes or for a compiler. So a thread of its own listens: the interpreter's C code writes every
 signal's number to a pipe (signal.set_wakeup_fd) the moment it arrives.
 
-- While steps are made (`polled`), the first signal is only noted: the trainer looks at `received` after each step,
+- While steps run (`polled`), the first signal is only noted: the trainer looks at `received` after each step,
   saves and leaves.
 - At any other time (indexing, compiling the first step, evaluation, pictures) nothing would be lost, and the process
   ends then and there, having waited for a checkpoint that is being written.

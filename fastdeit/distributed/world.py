@@ -1,4 +1,4 @@
-"""Where this process stands among the others, and the few exchanges the trainer needs."""
+"""The processes of a job: rank, world size and device of this one, and the few collectives that training needs."""
 
 import os
 import socket
@@ -70,7 +70,7 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(f"--device {name}: there is no device of this name; choose cuda, cuda:N or cpu") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch sees no CUDA device here; leave the flag away to use the CPU")
+            raise UserError("--device cuda: PyTorch sees no CUDA device here; omit the flag to use the CPU")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():

@@ -19,7 +19,7 @@ BAR_WIDTH = 50  # columns for the bar itself, the steps and the times
 
 
 class Log:
-    """The voice of a run. Only rank 0 has one that speaks (`folder` and `tracker` None and `quiet` on the others)."""
+    """What a run prints and writes. Only rank 0 does (elsewhere `folder` and `tracker` are None and `quiet` is on)."""
 
     def __init__(
         self, folder: Path | None, *, total_steps: int, title: str, quiet: bool = False, tracker: Tracker | None = None
@@ -97,7 +97,7 @@ class Log:
             action()
         except OSError as error:  # a full disk: what could not be written waits in memory for the next line
             if not self.disk_failed:
-                self.say(f"warning: metrics.jsonl cannot be written ({error.strerror}); training goes on")
+                self.say(f"warning: metrics.jsonl cannot be written ({error.strerror}); training continues")
             self.disk_failed = True
 
     def _track(self, action: Callable[[Tracker], None]) -> None:
@@ -107,7 +107,7 @@ class Log:
             action(self.tracker)
         except Exception as error:  # a service that has gone away must not take the training with it
             self.tracker = None
-            self.say(f"tracking has stopped, training goes on; metrics.jsonl has everything ({error!r})")
+            self.say(f"tracking has stopped, training continues; metrics.jsonl has everything ({error!r})")
 
     def _left(self, step: int) -> str:
         done = step - (self.first_step or 0)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: kept from the weights on the device, told to the host when it looks.
+"""Steps whose loss or gradient is not finite: kept from the weights on the device, reported when the host looks.
 
     bad  = some loss term of some process, or the norm of the gradient, is nan or infinite
     hold = bad, or more bad steps have been met than are tolerated

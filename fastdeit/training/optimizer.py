@@ -1,4 +1,4 @@
-"""The optimizer of the DeiT recipes and what it leaves undecayed."""
+"""The optimizers of the DeiT recipes, what they do not decay, the learning rate and the moving average's decay."""
 
 import math
 from dataclasses import dataclass

@@ -4,7 +4,7 @@
     wandb         project fastdeit, or $WANDB_PROJECT; `wandb login` first, or WANDB_MODE=offline
     trackio       project fastdeit, or $TRACKIO_PROJECT; kept on this machine unless $TRACKIO_SPACE_ID says otherwise
 
-A resumed run goes on in the same record: RUN/tracker_id holds its name there.
+A resumed run continues the same record: RUN/tracker_id holds its name there.
 """
 
 import importlib.util

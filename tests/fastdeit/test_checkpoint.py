@@ -286,7 +286,7 @@ def test_a_full_disk(tiny, colors, tmp_path):
     command = [*RANDOM, "--data-path", colors, "--output-dir", tiny / "run"]
     child = Child(*command, log=tmp_path / "log.txt", on_micro_batch=At(4, partial(fill, tiny / "filler")))
     assert child.wait() == 2, child.text
-    assert "could not be written" in child.text and "No space left" in child.text and "training goes on" in child.text
+    assert "could not be written" in child.text and "No space left" in child.text and "training continues" in child.text
     error = child.text.splitlines()[-1]
     assert error.startswith("error: ") and "make room" in error and "--resume" in error
     assert step_of(tiny / "run") == 3 and not list(tiny.rglob("*.unfinished"))

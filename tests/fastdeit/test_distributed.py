@@ -151,7 +151,7 @@ def test_torchrun_restarts_go_on(alone, data, tmp_path):
         [*map(str, torchrun), "-m", "tests.fastdeit.fragile", *map(str, command)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert "going on at step 2" in result.stdout
+    assert "resumes at step 2" in result.stdout
     assert_same(alone, folder, exact=False)
 
 

@@ -480,7 +480,7 @@ def test_a_run_resumes_with_a_cache_that_moved(flags, cache, teacher, tmp_path, 
     words = ["not the one the run was started with", "--teacher-store"]
     refused(cli, train.main, "--resume", tmp_path / "run", "--teacher-store", other, words=words)
     code, out, err = cli(train.main, "--resume", tmp_path / "run", "--teacher-store", tmp_path / "moved")
-    assert code == 0 and "going on at step 3" in out, err
+    assert code == 0 and "resumes at step 3" in out, err
 
 
 def test_a_live_teacher_and_its_cache(cli, flags, cache):
