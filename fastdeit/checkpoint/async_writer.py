@@ -59,7 +59,7 @@ class Snapshot:
 class AsyncWriter:
     """Writes the checkpoints of one run. `run` is None in the processes that write none.
 
-    A checkpoint that cannot be written (the disk is full) is reported through `say`, and training continues: `last` stays
+    A checkpoint that cannot be written (the disk is full) is reported by `say`, and training continues: `last` stays
     where it was, the next checkpoint is tried when it is due, and `close` complains if the last one failed.
     """
 

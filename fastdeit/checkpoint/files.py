@@ -9,7 +9,7 @@ last -> checkpoints/step-00000660
 best -> checkpoints/step-00000528
 
 A checkpoint is written under the name step-N.unfinished, flushed to the disk and renamed; then `last` is moved to it,
-then older ones go. So at any instant the links lead to complete checkpoints, and what a kill leaves is known by its name.
+then older ones go. So at any instant the links lead to complete checkpoints, and what a kill leaves has that name.
 """
 
 import io

@@ -9,7 +9,7 @@ from fastdeit.errors import UserError
 
 from . import atomic, files, metrics_log
 
-# What may differ when a run is resumed, because the weights do not depend on it. Of data and teacher, what counts is the
+# What may differ when a run is resumed, as the weights do not depend on it. Of data and teacher, what counts is the
 # content; of the batch, the product over parts and processes: `check_same`.
 FREE = {
     "run": "output_dir resume eval device tracker dry_run print_config checkpoint_minutes keep_epochs keep_count "
