@@ -1,9 +1,9 @@
-"""Bad images: each reported once by name and cause, listed in a file, survived up to a limit.
+"""Bad images: each reported once by name and cause, listed in a file, tolerated up to a limit.
 
 A file can be bad when it is indexed (index.bad: empty, not an image, an unsupported format) or when it is decoded
 (truncated, vanished). Both are reported here:
 
-    bad_files = BadFiles.of(index, path="runs/1/bad_files.txt")     # takes in index.bad
+    bad_files = BadFiles.of(index, path="runs/1/bad_files.txt")     # includes index.bad
     bad_files.report(index.name(i), "truncated")
 """
 
@@ -18,13 +18,13 @@ from typing import NamedTuple, Protocol
 
 log = logging.getLogger(__name__)
 
-LOGGED = 20  # the names behind these only go to the file: a log is to be read
+LOGGED = 20  # further names are only written to the file, to keep the log readable
 
 
 class BadFile(NamedTuple):
     name: str
     cause: str
-    images: int = 1  # that are lost with it; estimated for a shard
+    images: int = 1  # lost with it; estimated for a shard
 
 
 class TooManyBadFiles(RuntimeError):
@@ -32,7 +32,7 @@ class TooManyBadFiles(RuntimeError):
 
 
 class NoImages(ValueError):
-    """Not one image can be read. bad: (name, cause) of each, as far as they are not reported to a BadFiles."""
+    """No image can be read. bad: the bad files, where they were not reported to a BadFiles."""
 
     def __init__(self, message: str, bad: tuple = ()):
         super().__init__(message)
@@ -40,7 +40,7 @@ class NoImages(ValueError):
 
 
 class DecodeError(Exception):
-    """A batch could not be decoded: at least one of its images is bad. Later batches are not touched."""
+    """A batch could not be decoded: at least one of its images is bad. Later batches are not affected."""
 
 
 class Indexed(Protocol):
@@ -52,54 +52,54 @@ class Indexed(Protocol):
 
 
 class BadFiles:
-    """Counts bad images and raises TooManyBadFiles when they become more than a share of all. A shard counts with its
-    images, as well as they can be estimated.
+    """Counts bad images and raises TooManyBadFiles when they exceed a fraction of all. A shard counts with its images,
+    estimated where their number is not known.
 
-    total: images there should be, good and bad
-    limit: the largest share of them, in [0, 1], that may be bad
-    path: where lines "NAME<tab>CAUSE" are appended, None for nowhere; a tab, a line's end or a backslash in a name is
-        written with a backslash. Names it already holds are not written again, so a resumed run adds to its list; they
-        count only if this run meets them again.
+    total: number of images, good and bad
+    limit: the largest fraction of them, in [0, 1], that may be bad
+    path: file to which lines "NAME<tab>CAUSE" are appended, None for none; tabs, line ends and backslashes in a name
+        are escaped with a backslash. Names already in the file are not written again, so a resumed run continues the
+        list; they count only if this run finds them bad again.
 
-    Each process of a distributed run counts what it meets itself; all may write to one path. Safe between threads.
+    Each process of a distributed run counts the bad images it finds; all may append to one path. Thread-safe.
     """
 
     def __init__(self, total: int, *, limit: float = 0.01, path: str | os.PathLike | None = None):
         if not 0 <= limit <= 1:
-            raise ValueError(f"the limit of bad files is a share between 0 and 1, got {limit}")
+            raise ValueError(f"the limit of bad files must be a fraction from 0 to 1, got {limit}")
         self.total, self.limit = total, limit
         self.path = None if path is None else Path(path)
         self.images = 0  # bad ones so far
-        self.causes: dict[str, str] = {}  # by name, in the order they were met
+        self.causes: dict[str, str] = {}  # by name, in the order they were found
         self.listed = self._read_names()  # in the file at `path`, by this run or an earlier part of it
         self._lock = threading.Lock()
 
     @classmethod
     def of(cls, index: Indexed, *, limit: float = 0.01, path: str | os.PathLike | None = None) -> "BadFiles":
-        """For the images of an index; those found bad while indexing are reported at once."""
+        """For the images of an index; those found bad by indexing are reported at once."""
         bad_files = cls(len(index) + sum(bad.images for bad in index.bad), limit=limit, path=path)
         for bad in index.bad:
-            bad_files._take_in(*bad)
+            bad_files._add(*bad)
         bad_files._check()
         return bad_files
 
     def __len__(self) -> int:
-        """Files that are bad, each shard being one; `images` says how many images that is."""
+        """The number of bad files, where a shard is one; `images` is the number of images."""
         return len(self.causes)
 
     def __contains__(self, name: str) -> bool:
         return name in self.causes
 
     def report(self, name: str, cause: str) -> None:
-        """Take note of a bad image; a second report of the same name does nothing. Raises TooManyBadFiles."""
+        """Count, log and list a bad image, once for each name. Raises TooManyBadFiles."""
         with self._lock:
             if name not in self.causes:
-                self._take_in(name, cause)
+                self._add(name, cause)
                 self._check()
 
-    def _take_in(self, name: str, cause: str, images: int = 1) -> None:
+    def _add(self, name: str, cause: str, images: int = 1) -> None:
         self.images += images
-        self.causes[name] = cause = " ".join(cause.split())  # one line, whatever a decoder had to say
+        self.causes[name] = cause = " ".join(cause.split())  # one line, whatever the decoder's message
         self._log(name, cause)
         if self.path is not None and name not in self.listed:
             self.listed.add(name)
@@ -119,7 +119,7 @@ class BadFiles:
             where = f"{self.path} lists them" if self.path else f"the last one is {printable(name)}: {cause}"
             raise TooManyBadFiles(
                 f"{self.images} of {self.total} images ({self.images / self.total:.2%}) cannot be read, more than the "
-                f"{self.limit:.2%} that are tolerated; {where}; remove or repair them, or raise the limit (--max-bad)"
+                f"{self.limit:.2%} tolerated; {where}; remove or repair them, or raise the limit (--max-bad)"
             )
 
     def _read_names(self) -> set[str]:
@@ -130,7 +130,7 @@ class BadFiles:
 
 
 _ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-_MEANT = {escaped: meant for meant, escaped in _ESCAPES.items()}
+_UNESCAPED = {escaped: meant for meant, escaped in _ESCAPES.items()}
 
 
 def _escaped(name: str) -> str:
@@ -138,11 +138,11 @@ def _escaped(name: str) -> str:
 
 
 def _unescaped(name: str) -> str:
-    return re.sub(r"\\[\\tnr]", lambda escaped: _MEANT[escaped[0]], name)
+    return re.sub(r"\\[\\tnr]", lambda escaped: _UNESCAPED[escaped[0]], name)
 
 
 def printable(name: str) -> str:
-    """A name that can be written anywhere, on one line: what is no UTF-8 becomes \\xNN, a control character \\n, ..."""
+    """A name on one line, printable anywhere: bytes that are not UTF-8 become \\xNN, control characters \\n, ..."""
     return name if name.isprintable() else "".join(map(_printable, name))
 
 

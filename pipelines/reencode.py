@@ -1,4 +1,4 @@
-"""One image made small, one shard of such images, and the worker process that writes it."""
+"""Re-encoding for prepare.py: one image, one shard, and the worker process that writes shards."""
 
 import io
 import multiprocessing as mp
@@ -17,8 +17,8 @@ from .bad_files import BadFile
 from .index.image_index import Index
 from .index.inspection import refusal
 
-# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as that leaves this many times the size asked for;
-# Pillow's own thumbnail() uses the same margin. Measured on noisy photos, 1200 x 1600 and 3000 x 4000 to 288: 2.0 and
+# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is at least this many times the target size, the margin of
+# Pillow's thumbnail(). Measured on noisy photos, 1200 x 1600 and 3000 x 4000 to 288: 2.0 and
 # 3.4 times as fast as a full decode, 1.3 levels of mean difference.
 DECODE_MARGIN = 2
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -27,7 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 class Decoded(NamedTuple):
     image: Image.Image  # RGB
     stored: tuple[int, int]  # width, height in the file
-    extension: str  # of the kinds whose bytes may stay; "" for any other
+    extension: str  # of formats whose bytes may be copied; "" for others
 
 
 class Small(NamedTuple):
@@ -38,12 +38,12 @@ class Small(NamedTuple):
 def shrink(encoded: bytes, size: int, quality: int) -> Small:
     """An RGB JPEG whose shorter side is `size` pixels, bicubic with antialiasing.
 
-    An image that is not larger is never scaled up; if it is a grey or RGB JPEG, a PNG of 8 bits without alpha or a
-    WebP, its bytes stay as they are: a second lossy encoding would cost quality and save nothing. Any other PNG of that
-    size becomes an RGB PNG. Every image is decoded, so what comes out can be read. EXIF data is dropped when an image
-    is encoded again; its orientation is not applied either way.
+    Smaller images are not scaled up; a grey or RGB JPEG, an 8-bit PNG without alpha and a WebP are then copied byte by
+    byte: a second lossy encoding would cost quality and save nothing. Any other PNG of that size becomes an RGB PNG.
+    Every image is decoded, so that all output can be read. EXIF data is dropped when an image is encoded again; its
+    orientation is not applied either way.
 
-    Raises OSError, SyntaxError, ValueError or Image.DecompressionBombError for what is no image or is truncated.
+    Raises OSError, SyntaxError, ValueError or Image.DecompressionBombError for a file that is truncated or no image.
     """
     image, stored, extension = decoded(encoded, size)
     target = _target(*stored, size)
@@ -56,8 +56,8 @@ def shrink(encoded: bytes, size: int, quality: int) -> Small:
 
 
 def decoded(encoded: bytes, size: int) -> Decoded:
-    """With the decoder of training, but for JPEGs: those have the same pixels in Pillow, which decodes at a fraction of
-    the size where `size` (of the shorter side, in pixels) leaves room for it. Raises as `shrink` does."""
+    """With the decoder of training, except JPEGs: Pillow decodes them to the same pixels, and can decode at a fraction
+    of the size. size: of the shorter side, pixels. Raises as `shrink` does."""
     if not encoded.startswith(b"\xff\xd8"):
         image = Image.fromarray(decode_one(encoded))
         return Decoded(image, image.size, _extension(encoded))
@@ -92,14 +92,14 @@ def _target(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 class Stopped(Exception):
-    """The command that started this worker has met an error or was interrupted."""
+    """The command that started this worker failed or was interrupted."""
 
 
 def start_worker(images_done, stop) -> None:
-    """Initialise a worker: `images_done` counts images over all of them, the event `stop` ends them."""
+    """Initialise a worker: `images_done` counts the images of all workers, the event `stop` ends them."""
     global _images_done, _stop
     _images_done, _stop = images_done, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of Ctrl-C and decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
@@ -107,7 +107,7 @@ _images_done = _stop = None
 
 
 def _die_with_parent() -> None:
-    mp.parent_process().join()  # killed, it could not tell us to stop
+    mp.parent_process().join()  # a killed parent cannot set `stop`
     os._exit(1)
 
 
@@ -120,10 +120,9 @@ def _count_image() -> None:
 
 
 def write_shard(index: Index, first: int, path: Path, size: int, quality: int) -> list[BadFile]:
-    """Write all images of `index` that can be read to the tar `path`; returns those that cannot.
+    """Write all readable images of `index` to the tar `path`; returns the bad ones.
 
-    first: number of the first image, which goes into its name. The bytes depend on nothing but the images and the
-    arguments.
+    first: number of the first image, part of its name. The bytes depend only on the images and the arguments.
     """
     bad = []
     with open(path, "wb") as file:
@@ -131,7 +130,7 @@ def write_shard(index: Index, first: int, path: Path, size: int, quality: int) -
             for i in range(len(index)):
                 try:
                     members = _members(index, i, first + i, size, quality)
-                except Exception as error:  # Pillow's decoders raise whatever they run into
+                except Exception as error:  # Pillow's decoders raise many types
                     bad.append(BadFile(index.name(i), str(error) or type(error).__name__))
                 else:
                     for name, contents in members:
@@ -150,15 +149,15 @@ def _members(index: Index, i: int, number: int, size: int, quality: int) -> list
 
 
 def _add(tar: tarfile.TarFile, name: str, contents: bytes) -> None:
-    info = tarfile.TarInfo(name)  # no time, no owner: the same bytes whenever it is written
+    info = tarfile.TarInfo(name)  # without time and owner: the same bytes each time
     info.size = len(contents)
     tar.addfile(info, io.BytesIO(contents))
 
 
 def decode_one(encoded: bytes) -> np.ndarray:
-    """(height, width, 3) uint8, as stored (no EXIF or TIFF orientation applied). For images that passed `inspect`.
+    """One image with nvImageCodec, DALI's decoder: (height, width, 3) uint8, as stored (no orientation applied).
 
-    Raises ValueError with the cause for one that cannot be decoded.
+    Only for images that passed `inspect`. Raises ValueError with the cause if it cannot be decoded.
     """
     decoder, parse, parameters = _decoder()
     try:

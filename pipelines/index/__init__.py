@@ -1,4 +1,4 @@
-"""Which images there are, and with which labels: folders, tar shards and Parquet files as arrays of names and sizes.
+"""Which images there are: names, labels and sizes of class folders, tar shards and Parquet files, as arrays.
 
 May import: bad_files.
 """

@@ -1,4 +1,4 @@
-"""Images as plain files: one folder a class, or any files without labels."""
+"""Images as plain files: class folders, or any files without labels."""
 
 import errno
 import os
@@ -16,35 +16,35 @@ from .inspection import BadHeader, Inspected, columns, inspect
 from .labels import UNLABELLED, class_name
 from .records import Listing, Names, Records
 
-# Files with these endings (in either case) are looked at; all others are passed over in silence. The last line cannot
-# be decoded: such files are listed as bad, because somebody expects them to be seen.
+# Files with these extensions (in either case) are indexed, others are ignored. GIF, AVIF, HEIC and JPEG XL cannot be
+# decoded; they are listed as bad, because users expect them to be used.
 IMAGE_EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .gif .avif .heic .heif .jxl".split()
 )
 
-# Folders of operating systems and disk stations, with thumbnails and deleted files; passed over, as hidden ones are.
-_OF_THE_SYSTEM = frozenset(
+# Folders of operating systems and network storage, with thumbnails and deleted files; ignored, as hidden ones are.
+_SYSTEM_FOLDERS = frozenset(
     ("__MACOSX", "@eaDir", "@tmp", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "lost+found",
      "$RECYCLE.BIN", "RECYCLER", "System Volume Information", "__pycache__")
 )  # fmt: skip
 
-THREADS = 16  # for disks and networks that answer late; a local disk is as fast with one
-CHUNK = 512  # files a task
+THREADS = 16  # for network disks with high latency; a local disk is as fast with one
+CHUNK = 512  # files per task
 
-Found = tuple[str, int, int]  # path below the folder that was walked, bytes, mtime in ns
+Found = tuple[str, int, int]  # path relative to the folder, bytes, mtime in ns
 
 
-def passed_over(name: str) -> bool:
+def is_ignored(name: str) -> bool:
     """Whether a file or folder is hidden or belongs to the operating system. name: without its folder"""
-    return name.startswith(".") or name in _OF_THE_SYSTEM
+    return name.startswith(".") or name in _SYSTEM_FOLDERS
 
 
 def list_class_folders(root: str, split_folder: str) -> Listing:
-    """root/split_folder/CLASS/**: the label is the place of CLASS among the sorted class folders, as in torchvision.
+    """root/split_folder/CLASS/**: the label is the position of CLASS among the sorted class folders, as in torchvision.
 
-    Folders may be nested and links are followed, except to a folder they lie in; hidden names and those of the system
-    are passed over. A class folder without images keeps its label. Two folders whose names differ only in Unicode form
-    are one class. Raises ValueError for a link to a folder that is not there: it is a class perhaps.
+    Folders may be nested, and links are followed, except to a folder that contains them; hidden and system names are
+    ignored. A class folder without images keeps its label. Two folders whose names differ only in Unicode form are one
+    class. Raises ValueError for a link to a missing folder: it may be a class.
     """
     base = os.path.join(root, split_folder)
     folders, strays, endless = _class_folders(base)
@@ -73,11 +73,11 @@ def _class_folders(base: str) -> tuple[list[str], list[str], list[str]]:
     folders, strays, endless = [], [], []
     around = _ancestors(base)
     for entry in os.scandir(base):
-        if passed_over(entry.name):
+        if is_ignored(entry.name):
             continue
         if _is_folder(entry):
             here = os.stat(entry.path)
-            if (here.st_dev, here.st_ino) not in around:  # a link to the folder it lies in is no class
+            if (here.st_dev, here.st_ino) not in around:  # a link to a folder that contains it is no class
                 folders.append(entry.name)
         elif os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS:
             strays.append(entry.name)
@@ -87,7 +87,7 @@ def _class_folders(base: str) -> tuple[list[str], list[str], list[str]]:
             except FileNotFoundError:
                 target = os.readlink(entry.path)
                 raise ValueError(
-                    f"{entry.path} leads to {target}, which is not there: mount it, or remove the link"
+                    f"{entry.path} links to {target}, which does not exist: mount it, or remove the link"
                 ) from None
             except OSError:
                 endless.append(entry.name)
@@ -95,14 +95,14 @@ def _class_folders(base: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def _ancestors(folder: str) -> frozenset[tuple[int, int]]:
-    """(device, inode) of a folder and all it lies in."""
+    """(device, inode) of a folder and its parents."""
     path = Path(folder).resolve()
     return frozenset((seen.st_dev, seen.st_ino) for seen in (os.stat(place) for place in (path, *path.parents)))
 
 
 def _stray_images(names: list[str]) -> tuple[str, ...]:
     few = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
-    return (f"{len(names)} images that lie beside the class folders are not used ({few})",) if names else ()
+    return (f"{len(names)} images beside the class folders are not used ({few})",) if names else ()
 
 
 def _empty_classes(base: str, folders: list[str], classes: tuple[str, ...], labels: np.ndarray) -> tuple[str, ...]:
@@ -145,9 +145,9 @@ def _walk_sorted(folder: str) -> list[Found]:
 
 
 def _walk(folder: str, below: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[Found]:
-    """Images under folder/below; `ancestors` (device, inode) keep a link to a parent folder from running for ever.
+    """Images under folder/below; `ancestors` (device, inode) stop the recursion at a link to a parent folder.
 
-    What leads nowhere, and may have been an image or a folder of images, is listed too, and found bad when it is read.
+    Broken links that may be to an image or a folder of images are listed too, and found bad when they are read.
     """
     here = os.stat(os.path.join(folder, below))
     identity = (here.st_dev, here.st_ino)
@@ -155,7 +155,7 @@ def _walk(folder: str, below: str, ancestors: frozenset[tuple[int, int]]) -> Ite
         return
     with os.scandir(os.path.join(folder, below)) as entries:
         for entry in entries:
-            if passed_over(entry.name):
+            if is_ignored(entry.name):
                 continue
             relative = os.path.join(below, entry.name)
             ending = os.path.splitext(entry.name)[1].lower()
@@ -168,12 +168,12 @@ def _walk(folder: str, below: str, ancestors: frozenset[tuple[int, int]]) -> Ite
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False
 
 
 def size_and_mtime(entry: os.DirEntry | Path) -> tuple[int, int]:
-    """Bytes and nanoseconds; both 0 for a link that leads nowhere."""
+    """Bytes and nanoseconds; both 0 for a broken link."""
     try:
         seen = entry.stat()
         return seen.st_size, seen.st_mtime_ns
@@ -190,9 +190,7 @@ def read_records(listing: Listing) -> Records:
     """Read the header of every file."""
     starts = range(0, len(listing.files), CHUNK)
     with ThreadPoolExecutor(THREADS) as pool:
-        chunks = pool.map(
-            lambda s: [_inspected_or_cause(listing.root, f) for f in listing.files[s : s + CHUNK]], starts
-        )
+        chunks = pool.map(lambda s: [_inspect_or_cause(listing.root, f) for f in listing.files[s : s + CHUNK]], starts)
         results = [result for chunk in chunks for result in chunk]
     good = np.array([not isinstance(result, str) for result in results], bool)
     labels = np.full(len(results), UNLABELLED, np.int64) if listing.labels is None else listing.labels
@@ -207,7 +205,7 @@ def read_records(listing: Listing) -> Records:
     )
 
 
-def _inspected_or_cause(root: str, file: str) -> Inspected | str:
+def _inspect_or_cause(root: str, file: str) -> Inspected | str:
     try:
         descriptor = open_file(os.path.join(root, file))
     except OSError as error:
@@ -223,7 +221,7 @@ def _inspected_or_cause(root: str, file: str) -> Inspected | str:
 
 
 def open_file(path: str) -> int:
-    """A descriptor for reading. Raises OSError for what is not a regular file, without waiting for a pipe's writer."""
+    """A descriptor for reading. Raises OSError for what is not a regular file; does not block on a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -236,7 +234,7 @@ def _read_at(descriptor: int, offset: int, count: int) -> bytes:
 
 
 class FolderReader:
-    """Encoded bytes and paths of plain files."""
+    """Reads plain files."""
 
     def __init__(self, root: str, records: Records):
         self.root = root

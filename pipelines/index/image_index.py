@@ -1,10 +1,10 @@
-"""What images there are: names, labels and sizes of a whole split in a few arrays, and the encoded bytes of each.
+"""The index of a data set: names, labels and sizes of all images of a split as arrays, and the encoded bytes of each.
 
     index = open_index("imagenet", "train", cache_dir="runs/cache")
     index.classes[index.labels[7]], index.heights[7], index.encoded(7)
 
-The index is built once, from file headers, and kept in `cache_dir` until the list of files changes. Files that no
-decoder will read are left out of it and named in `index.bad`.
+The index is built once, from file headers, and cached in `cache_dir` until the list of files changes. Files that cannot
+be decoded are not in it, but listed in `index.bad`.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _KINDS: dict[str, tuple[Callable[[Listing], Records], type["Reader"]]] = {
 
 
 class Reader(Protocol):
-    """Where the encoded images lie. Usable from several threads, and after pickling."""
+    """Reads encoded images. Thread-safe and picklable."""
 
     root: str
 
@@ -51,9 +51,9 @@ class Index:
     """n images in a fixed order; picklable.
 
     classes: names; a label is a position in it
-    labels: (n,) int64, -100 where there is none
+    labels: (n,) int64, -100 for none
     heights, widths: (n,) int32, pixels as stored (no EXIF rotation)
-    bad: files left out because their headers show that they cannot be decoded
+    bad: files not in the index, because their headers show that they cannot be decoded
     """
 
     classes: tuple[str, ...]
@@ -63,7 +63,7 @@ class Index:
     bad: tuple[BadFile, ...]
     records: Records
     reader: Reader
-    split: str = ""  # the name under which it was found: "test", say, where there is no "val"
+    split: str = ""  # the name it was found under, such as "test" where there is no "val"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,20 +73,20 @@ class Index:
         return self.reader.name(i)
 
     def path(self, i: int) -> str | None:
-        """The absolute path of a plain file, None if the image lies in a shard."""
+        """The absolute path of a plain file, None for an image in a shard."""
         return self.reader.path(i)
 
     def encoded(self, i: int) -> np.ndarray:
-        """The encoded bytes, (bytes,) uint8; read-only for shards. Raises OSError if the file has vanished."""
+        """The encoded bytes, (bytes,) uint8; read-only for shards. Raises OSError if the file is gone."""
         return self.reader.encoded(i)
 
     @property
     def encoded_bytes(self) -> np.ndarray:
-        """(n,) int64: how long each encoded image was when it was indexed."""
+        """(n,) int64, the length of each encoded image when it was indexed."""
         return self.records.sizes
 
     def take(self, positions: np.ndarray) -> "Index":
-        """An index of these images alone, in this order, with the same classes; `bad` is empty."""
+        """An index of only these images, in this order, with the same classes; `bad` is empty."""
         positions = np.asarray(positions)
         records = self.records.take(positions)
         reader = type(self.reader)(self.reader.root, records)
@@ -95,7 +95,7 @@ class Index:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of classes, names below the root, encoded sizes and labels. Equal after copying or touching."""
+        """Hex digest of classes, names relative to the root, encoded sizes and labels; the same for a copy."""
         records = self.records
         digest = hashlib.sha256("\0".join([*self.classes, "", *records.shards]).encode("utf-8", "surrogateescape"))
         for array in (records.names.blob, records.names.ends, records.sizes, self.labels, records.shard_ids):
@@ -118,10 +118,11 @@ def open_index(
         path/SPLIT/CLASS/**                             image folder; classes in sorted order, as torchvision
         path/SPLIT-*.tar or path/SPLIT/*.tar            WebDataset: members key.jpg and key.cls or key.json
         path/SPLIT-*.parquet or path/data/SPLIT-*.parquet or path/SPLIT/*.parquet    as Hugging Face datasets writes
-    classes: the training classes, given for the other splits, or the order of a model's outputs: labels then count in
-        them. A class that only one side knows is an error, but for shards that declare none: they may lack some.
-    label_column: where the labels are in Parquet files, whose columns do not tell it by their names
-    cache_dir: where the index is kept; None builds it each time. With several processes, let one open it first.
+    classes: the classes in the order of a model's outputs, such as those of training for the other splits; labels are
+        positions in them. A class on one side only is an error, except that shards which declare no classes may lack
+        some.
+    label_column: label column of Parquet files, where its name does not tell
+    cache_dir: where the index is cached; None builds it each time. With several processes, let one open it first.
 
     Raises ValueError, with what was found and what was expected, for a wrong path, no images, or other classes.
     """
@@ -130,7 +131,7 @@ def open_index(
 
 
 def open_folder(path: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None) -> Index:
-    """All images under a folder, however deep, without labels (-100). Raises ValueError if there are none."""
+    """All images under a folder, at any depth, without labels (-100). Raises ValueError if there are none."""
     if not os.path.isdir(path):
         raise ValueError(f"there is no folder {path}: check the path")
     return _open_unlabelled(folder.list_folder(os.fspath(path)), f"the folder {path}", cache_dir)
@@ -188,14 +189,14 @@ def _cached(listing: Listing, what: str, cache_dir: str | os.PathLike) -> Record
 
 
 def _labels_among(records: Records, wanted: Sequence[str] | None, what: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels and classes, translated to the `wanted` classes if there are any."""
+    """Labels and classes, mapped to the `wanted` classes if given."""
     if wanted is None:
         return records.labels, records.classes
     wanted = tuple(wanted)
     place = {class_name(name): label for label, name in enumerate(wanted)}
     if not records.classes_are_declared and all_numbers(records.classes) and not place.keys() >= set(records.classes):
         if not all_numbers(wanted):
-            place = {str(label): label for label in range(len(wanted))}  # numbers for classes that have names
+            place = {str(label): label for label in range(len(wanted))}  # numbers stand for the named classes
     missing = place.keys() - set(records.classes)
     if missing and not records.classes_are_declared:
         log.warning("%s: has no images of %s", what, _some(missing))
@@ -215,7 +216,7 @@ def _refuse_other_classes(unknown: set[str], missing: set[str], what: str) -> No
         parts.append(f"has {_some(unknown)}, unknown to training")
     raise ValueError(
         f"{what} does not have the classes of training: it {' and '.join(parts)}; give it the same classes "
-        "(an empty class folder will do)"
+        "(an empty class folder is enough)"
     )
 
 
@@ -225,9 +226,9 @@ def _some(names: set[str]) -> str:
 
 
 class WithUnlabelled:
-    """The images of `labelled`, then those of `unlabelled`, whose labels do not count: all -100. For the loaders.
+    """The images of `labelled`, then those of `unlabelled` with the label -100, as one index for the loaders.
 
-    The first positions and the classes are those of `labelled`. One may be a folder and the other shards.
+    The classes are those of `labelled`. One may be a folder and the other shards.
     """
 
     def __init__(self, labelled: Index, unlabelled: Index):
@@ -238,7 +239,7 @@ class WithUnlabelled:
         self.widths = np.concatenate([labelled.widths, unlabelled.widths])
         self.encoded_bytes = np.concatenate([labelled.encoded_bytes, unlabelled.encoded_bytes])
         self.bad = labelled.bad + unlabelled.bad
-        # A decoder reads either files or bytes: bytes, unless all images are files.
+        # The decoder reads either files or bytes: files only if all images are files.
         self.all_are_files = all(part.path(0) is not None for part in self.parts)
 
     def __len__(self) -> int:

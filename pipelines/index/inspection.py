@@ -1,12 +1,12 @@
-"""Which files DALI decodes rightly, told from their headers; and the sizes of those.
+"""Inspection of image headers: the size of an image, or why it cannot be decoded.
 
 Every file goes through the parser of DALI's own decoder (nvidia.nvimgcodec, which is installed with it). What that
-refuses must never reach DALI: in a batch of 32 images or more it is refused again in one of several threads, and the
-process dies. Of the rest, what DALI decodes to other pixels than those meant, without a word, is refused here with the
-reason. tests/pipelines/test_header_variants.py holds both lists against the decoder.
+refuses must never reach DALI: in a batch of 32 images or more, DALI's decoder refuses it in one of several threads, and
+the process ends. Of the rest, what DALI would silently decode to wrong pixels is refused here with the reason.
+tests/pipelines/test_header_variants.py checks both against the decoder.
 
-The format is told from the content, so a PNG named .jpg is a PNG. Of a JPEG only the header is read, other files are
-read to their end: a PNG's parser wants it, and they are rarer. Damage within the pixels shows when they are decoded.
+The format is detected from the content, so a PNG named .jpg is a PNG. Of a JPEG only the header is read; other files
+are read to their end, because the parser of PNGs needs it and they are rarer. Damaged pixels are found by decoding.
 
 Sizes are those of the stored pixels: an EXIF or TIFF orientation is not applied.
 """
@@ -24,11 +24,11 @@ import numpy as np
 # read(offset, count): up to `count` bytes of the encoded image, fewer at its end; all the rest if count is -1.
 Read = Callable[[int, int], bytes]
 
-HEAD_BYTES = 4096  # one page; holds all of most JPEGs' headers, behind a short EXIF block
-MOST_PIXELS = 178_956_970  # half a gigabyte when decoded; where Pillow stops, too
+HEAD_BYTES = 4096  # one page; contains the full header of most JPEGs
+MOST_PIXELS = 178_956_970  # half a gigabyte when decoded; twice Pillow's warning limit, where it raises
 CONVERT = "convert it to an RGB JPEG or PNG"
 
-# JPEG 2000: DALI 2.4's decoder on the CPU ends the process on many a damaged one, also where its header is sound.
+# JPEG 2000: DALI 2.4's CPU decoder ends the process on many damaged files, also with an intact header.
 _UNSUPPORTED = {
     b"GIF8": "GIF",
     b"8BPS": "PSD",
@@ -40,33 +40,33 @@ _UNSUPPORTED = {
 _FTYP_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
 _PNM = {b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"P7", b"PF", b"Pf"}
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # baseline, extended, progressive, and the latter two arithmetic
+_JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # baseline, extended, progressive; the latter two also arithmetic
 _PNG_BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
-# None, CCITT, LZW, JPEG, deflate (two numbers), PackBits, Zstandard: what the libtiff in DALI 2.4 has. With another
-# one, pixels are whatever was in memory.
+# None, CCITT, LZW, JPEG, deflate (two numbers), PackBits, Zstandard: those of the libtiff in DALI 2.4. With any
+# other, the pixels are uninitialised memory.
 _TIFF_COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000}
 
 
 class BadHeader(ValueError):
-    """The bytes are no image that can be decoded; the message is the cause, in a few words."""
+    """The bytes are not an image that can be decoded; the message is the cause."""
 
 
 class Inspected(NamedTuple):
-    """What an index keeps of a header."""
+    """What the index keeps of a header."""
 
     height: int  # pixels as stored
     width: int
-    rotated: bool  # EXIF asks for a turn or a reflection, which is not applied
+    rotated: bool  # has an EXIF or TIFF orientation, which is not applied
 
 
 def columns(inspected: Sequence[Inspected]) -> dict[str, np.ndarray]:
-    """heights, widths (n,) int32 and rotated (n,) bool, as Records has them."""
+    """heights, widths (n,) int32 and rotated (n,) bool, as in Records."""
     heights, widths, rotated = np.array(inspected, np.int32).reshape(-1, 3).T
     return {"heights": heights.copy(), "widths": widths.copy(), "rotated": rotated.astype(bool)}
 
 
 def inspect(read: Read) -> Inspected:
-    """Raises BadHeader with the cause, ModuleNotFoundError where DALI is not installed. Safe between threads."""
+    """Raises BadHeader with the cause, ModuleNotFoundError where DALI is not installed. Thread-safe."""
     head = read(0, HEAD_BYTES)
     check = _check_of(head)
     try:
@@ -74,25 +74,25 @@ def inspect(read: Read) -> Inspected:
         height, width = _size_by_decoder(header)
     except (struct.error, IndexError):
         raise BadHeader("truncated header") from None
-    except OverflowError:  # an offset beyond all bounds
+    except OverflowError:  # an offset beyond 64 bits
         raise BadHeader("damaged header") from None
-    except (RuntimeError, TypeError):  # what nvimgcodec raises for all that it refuses
+    except (RuntimeError, TypeError):  # nvimgcodec refuses it
         raise BadHeader(refusal(read(0, -1))) from None
     if height < 1 or width < 1:
         raise BadHeader(f"damaged header: {width} x {height} pixels")
     if height * width > MOST_PIXELS:
-        raise BadHeader(f"{width} x {height} pixels, more than {MOST_PIXELS:,} in one image: make it smaller")
+        raise BadHeader(f"{width} x {height} pixels, more than the {MOST_PIXELS:,} allowed: make it smaller")
     return Inspected(height, width, rotated)
 
 
 def inspect_bytes(encoded: bytes | memoryview | np.ndarray) -> Inspected:
-    """`inspect` an image that is in memory."""
+    """`inspect` an image in memory."""
     return inspect(lambda offset, count: bytes(encoded[offset:] if count < 0 else encoded[offset : offset + count]))
 
 
 def _size_by_decoder(header: bytes) -> tuple[int, int]:
     stream = _parser()(header)
-    dtype = stream.dtype  # refuses what the parser let pass and DALI's decoder raises on
+    dtype = stream.dtype  # raises for what the parser accepts but DALI's decoder does not
     if dtype not in (np.uint8, np.uint16):
         raise _unsupported(f"{stream.codec_name.upper()} of {dtype}")
     return stream.height, stream.width
@@ -100,7 +100,7 @@ def _size_by_decoder(header: bytes) -> tuple[int, int]:
 
 @cache
 def _parser() -> type:
-    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # or each refusal is printed, too
+    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # otherwise each refusal is printed
     try:
         from nvidia.nvimgcodec import CodeStream
     except ImportError as error:
@@ -113,16 +113,16 @@ def _parser() -> type:
 
 
 def refusal(encoded: bytes) -> str:
-    """Why DALI's decoder refuses an image whose format it knows, in words."""
+    """Why DALI's decoder refuses an image whose format it knows."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             kind = f"{image.format} of mode {image.mode}"
             image.load()
-    except UnidentifiedImageError:  # names the address of the BytesIO
+    except UnidentifiedImageError:  # its message is the address of the BytesIO
         return "damaged header"
-    except Exception as error:  # Pillow's plugins raise whatever their parsers run into
+    except Exception as error:  # Pillow's plugins raise many types
         return f"damaged: {error or type(error).__name__}"
     return f"{kind}, which DALI cannot decode although Pillow can: {CONVERT}"
 
@@ -131,7 +131,7 @@ def _unsupported(what: str) -> BadHeader:
     return BadHeader(f"unsupported kind of image, {what}: {CONVERT}")
 
 
-# --- by format: what to hand to the parser, and whether an orientation is given
+# --- by format: the bytes to give to the parser, and whether there is an orientation
 
 
 def _check_of(head: bytes) -> Callable[[bytes, Read], tuple[bytes, bool]]:
@@ -167,7 +167,7 @@ def _check_jpeg(head: bytes, read: Read) -> tuple[bytes, bool]:
     while True:
         head = _at_least(position + 20, head, read)
         marker = head[position + 1]
-        if head[position] != 0xFF or marker in (0x00, 0xD9):  # garbage, or an end
+        if head[position] != 0xFF or marker in (0x00, 0xD9):  # garbage, or the end of the image
             raise BadHeader(refusal(read(0, -1)))
         if marker == 0xFF:  # a fill byte
             position += 1
@@ -194,7 +194,7 @@ def _check_jpeg(head: bytes, read: Read) -> tuple[bytes, bool]:
 
 
 def _at_least(count: int, head: bytes, read: Read) -> bytes:
-    """The first `count` bytes and some more, fewer where the image ends before."""
+    """The first `count` bytes or more; fewer if the image ends before."""
     while len(head) < count and len(longer := read(0, 16 * len(head))) > len(head):
         head = longer
     return head
@@ -202,15 +202,15 @@ def _at_least(count: int, head: bytes, read: Read) -> bytes:
 
 def _check_png(head: bytes, read: Read) -> tuple[bytes, bool]:
     if head[12:16] == b"CgBI":
-        raise _unsupported("Apple's own kind of PNG (CgBI)")
+        raise _unsupported("Apple's variant of PNG (CgBI)")
     bits, colour, interlace = struct.unpack_from(">BBxxB", head, 24)
     if bits not in _PNG_BITS.get(colour, ()) or interlace > 1:
         raise BadHeader(f"damaged header: PNG of {bits} bits, colour type {colour}, interlace {interlace}")
     encoded, position, rotated, seen = read(0, -1), 8, False, set()
-    while position + 8 <= len(encoded) and b"IEND" not in seen:  # behind it anything may follow
+    while position + 8 <= len(encoded) and b"IEND" not in seen:  # anything may follow it
         length, kind = struct.unpack_from(">I4s", encoded, position)
         if kind == b"IDAT" and b"IDAT" not in seen and b"acTL" in seen and b"fcTL" not in seen:
-            raise _unsupported("an animated PNG whose still image is none of its frames")
+            raise _unsupported("an animated PNG whose default image is not one of its frames")
         if kind == b"eXIf":
             rotated = orientation(encoded[position + 8 : position + 8 + length]) != 1
         seen.add(kind)
@@ -286,7 +286,7 @@ def _check_pnm(head: bytes, read: Read) -> tuple[bytes, bool]:
     if kind not in (b"P1", b"P4", b"P5", b"P6"):
         raise _unsupported(f"PNM of kind {kind.decode()}")
     if kind in (b"P5", b"P6") and header[3] not in (b"255", b"65535"):
-        raise _unsupported(f"PNM with {header[3].decode('ascii', 'replace')} for white instead of 255 or 65535")
+        raise _unsupported(f"PNM with a maximum of {header[3].decode('ascii', 'replace')} instead of 255 or 65535")
     return read(0, -1), False
 
 
@@ -295,12 +295,12 @@ def _check_pnm(head: bytes, read: Read) -> tuple[bytes, bool]:
 WIDTH, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES, PLANAR = 256, 258, 259, 262, 274, 277, 284
 COLOUR_MAP, EXTRA_SAMPLES, SAMPLE_FORMAT, SUBSAMPLING = 320, 338, 339, 530
 
-_LETTERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # BYTE, SHORT, LONG, LONG8: the types of the tags above
-_LONGEST = 16  # values; of longer tags (strip offsets, colour maps) only the first ones are read
+_LETTERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # BYTE, SHORT, LONG, LONG8: types of the tags above
+_LONGEST = 16  # values; of longer tags (strip offsets, colour maps) only the first are read
 
 
 def tags(encoded: bytes) -> dict[int, tuple[int, ...]]:
-    """Number: values, of the tags that hold integers. Raises struct.error where the file ends before they do."""
+    """{tag: values} of the integer tags of the first image. Raises struct.error where the file ends before them."""
     order = "<" if encoded[:2] == b"II" else ">"
     (version,) = struct.unpack_from(order + "H", encoded, 2)
     count_letter, word, head = ("Q", "Q", 8) if version == 43 else ("H", "I", 4)
@@ -320,7 +320,7 @@ def tags(encoded: bytes) -> dict[int, tuple[int, ...]]:
 
 
 def orientation(encoded: bytes) -> int:
-    """As EXIF counts (1 is upright), 1 where nothing sensible is said."""
+    """The EXIF orientation, 1 (upright) if it is missing or invalid."""
     try:
         (value, *_) = tags(encoded).get(ORIENTATION, (1,))
     except (struct.error, ValueError):

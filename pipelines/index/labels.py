@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")  # as str() writes it: 007 is a name
 
 
 def label_of(stored: Any) -> Label | None:
-    """A stored value as a label, None if it is none: numbers without fraction, truth values, names, digits."""
+    """A stored value as a label: integers, integral floats, booleans, names, digits. None for any other value."""
     if isinstance(stored, bool):
         return str(stored)
     if isinstance(stored, bytes):
@@ -28,16 +28,20 @@ def label_of(stored: Any) -> Label | None:
 
 
 def number_labels(stored: Sequence[Label], declared: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...], bool]:
-    """(labels (n,) int64, classes, whether these were declared: else they are those that occur).
+    """(labels (n,) int64, classes, whether the classes were declared).
 
-    stored: what label_of gives: all numbers (or digits), or all names. declared: names in the order of the labels, ()
-    if nobody wrote them down; then the classes are the values that occur, names sorted as strings, numbers as numbers.
-    Raises ValueError for labels outside the declared ones, for negative numbers and for a mixture of both kinds.
+    stored: from label_of: all numbers (or digits), or all names
+    declared: the class names in the order of the labels; if (), the classes are the values that occur, names sorted as
+        strings, numbers as numbers
+
+    Raises ValueError for labels that are not declared, negative numbers, and a mixture of numbers and names.
     """
     if all(isinstance(label, int) or is_number(label) for label in stored) and set(stored).isdisjoint(declared):
         return _number_numbers([int(label) for label in stored], declared)
     if numbers := [label for label in stored if isinstance(label, int)]:
-        raise ValueError(f"the shards mix labels that are numbers ({numbers[0]}) and names: write all in one way")
+        raise ValueError(
+            f"the shards mix labels that are numbers ({numbers[0]}) and names: write all of them in one way"
+        )
     classes = declared or tuple(sorted(set(stored)))
     place = {name: label for label, name in enumerate(classes)}
     if unknown := set(stored) - set(place):
@@ -54,20 +58,20 @@ def all_numbers(names: Iterable[str]) -> bool:
 
 
 def natural_order(classes: Sequence[str]) -> list[str]:
-    """Numbers within names compared as numbers, as timm sorts class folders: 2 before 10."""
+    """Sorted with the numbers in names compared as numbers, as timm sorts class folders: 2 before 10."""
     parts = {name: re.split(r"(\d+)", name.lower()) for name in classes}
     return sorted(classes, key=lambda name: [int(part) if part.isdecimal() else part for part in parts[name]])
 
 
 def _number_numbers(stored: list[int], declared: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...], bool]:
     if stored and max(stored) >= 2**63:
-        raise ValueError(f"the shards hold the label {max(stored)}: no number of a class has so many digits")
+        raise ValueError(f"the shards hold the label {max(stored)}: it does not fit 64 bits")
     labels = np.array(stored, np.int64)
     values, places = np.unique(labels, return_inverse=True)
     if len(values) and values[0] < 0:
         raise ValueError(
-            f"the shards hold the negative label {values[0]}: labels count from 0 (-1 often means that there is none, "
-            "as in a test split)"
+            f"the shards hold the negative label {values[0]}: labels count from 0 "
+            "(-1 often means no label, as in a test split)"
         )
     if not declared:
         return places.astype(np.int64), tuple(map(str, values.tolist())), False
@@ -77,6 +81,6 @@ def _number_numbers(stored: list[int], declared: tuple[str, ...]) -> tuple[np.nd
 
 
 def class_name(stored: str) -> str:
-    """The name of a class as it is compared and shown: printable, and in one Unicode form (NFC), for macOS writes
-    others than Linux does."""
+    """The name of a class as it is compared and shown: printable and in Unicode form NFC, because macOS and Linux use
+    different forms."""
     return unicodedata.normalize("NFC", printable(stored))

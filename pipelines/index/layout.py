@@ -1,4 +1,4 @@
-"""Which files under a data set's folder belong to a split: class folders, tar shards or Parquet files."""
+"""The layout of a data set's folder: which files belong to a split, as class folders, tar shards or Parquet files."""
 
 import os
 from collections import Counter
@@ -14,7 +14,7 @@ from .records import Listing
 # Other names under which a validation split is found, tried in this order if there is no 'val'.
 _OTHER_NAMES = {"val": ("validation", "valid", "test")}
 
-# Where the shards of a split lie, below the data set's folder.
+# The shards of a split, relative to the data set's folder.
 _TAR = ("{split}/*.tar", "{split}.tar", "{split}-*.tar", "*-{split}-*.tar")
 _PARQUET = (
     "{split}/*.parquet", "{split}.parquet", "{split}-*.parquet", "data/{split}.parquet", "data/{split}-*.parquet"
@@ -28,13 +28,13 @@ _EXPECTED = (
 
 
 def list_split(path: str, split: str) -> Listing:
-    """Find and list the files of a split. Raises ValueError if there are none, or if there is more than one answer."""
+    """Find and list the files of a split. Raises ValueError if there are none, or more than one layout fits."""
     if not os.path.isdir(path):
         raise ValueError(f"there is no folder {path}: give the folder that holds {split}/")
     for name in (split, *_OTHER_NAMES.get(split, ())):
         if found := _candidates(Path(path), name):
             listing = _the_only(found, path, name)
-            instead = f"{_where(listing, name)} serves as '{split}', which there is not"
+            instead = f"{_where(listing, name)} is used as '{split}', which does not exist"
             return replace(listing, split=name, notes=listing.notes if name == split else (instead, *listing.notes))
     raise ValueError(f"{path} has no split '{split}': {_EXPECTED.format(split=split)}; it holds {_contents(path)}")
 
@@ -44,7 +44,7 @@ def _where(listing: Listing, name: str) -> str:
 
 
 def splits(path: str) -> list[str]:
-    """Which of the splits train and val there are; val under any of its names."""
+    """Which of the splits train and val exist; val under any of its names."""
     if not os.path.isdir(path):
         return []
     named = {split: (split, *_OTHER_NAMES.get(split, ())) for split in ("train", "val")}
@@ -62,7 +62,7 @@ def _candidates(path: Path, split: str) -> list[Listing]:
     folders = None
     if inside.is_dir() and not (within and folder.holds_no_images(str(inside))):
         folders = _list_class_folders(path, split)
-    if folders and within:  # archives of whole classes, say, as ImageNet comes
+    if folders and within:  # such as archives of one class each, as of ImageNet
         note = f"class folders and {within[0]} are both in {split}/: the class folders are used"
         folders = replace(folders, notes=(note, *folders.notes))
         shards = {kind: [file for file in files if file not in within] for kind, files in shards.items()}
@@ -81,7 +81,7 @@ def _the_only(found: list[Listing], path: str, split: str) -> Listing:
 
 def _matches(path: Path, patterns: tuple[str, ...], split: str) -> list[str]:
     files = {file for pattern in patterns for file in path.glob(pattern.format(split=split)) if not file.is_dir()}
-    return sorted(str(file.relative_to(path)) for file in files if not folder.passed_over(file.name))
+    return sorted(str(file.relative_to(path)) for file in files if not folder.is_ignored(file.name))
 
 
 def _list_shards(kind: str, path: Path, files: list[str]) -> Listing:
@@ -97,21 +97,25 @@ def _class_names(path: Path) -> tuple[str, ...]:
 
 
 def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
-    """The lines of a text file in UTF-8 (or, with its mark, UTF-16): a class each, in the order of the labels.
+    """The lines of a text file in UTF-8 (or UTF-16 with a byte order mark): one class each, in the order of the labels.
 
     Raises ValueError for a file in another encoding, an empty line before the last class and a class named twice.
     """
     try:
         stored = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): give a text file, a class a line") from None
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}): give a text file with a class on each line"
+        ) from None
     try:
         text = stored.decode("utf-16" if stored[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8").lstrip("\ufeff")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not a text file in UTF-8; save it as one") from None
+        raise ValueError(f"{path}: is not a text file in UTF-8: save it as one") from None
     names = [class_name(line.strip()) for line in text.rstrip().split("\n")] if text.strip() else []
     if "" in names:
-        raise ValueError(f"{path}: line {names.index('') + 1} is empty: a class is missing, or the line is too much")
+        raise ValueError(
+            f"{path}: line {names.index('') + 1} is empty: add the class that is missing, or delete the line"
+        )
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{path}: names the class {twice[0]} more than once")
     return tuple(names)

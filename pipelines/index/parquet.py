@@ -1,11 +1,11 @@
 """Parquet files of encoded images, as Hugging Face datasets writes them: image struct<bytes, path>, integer label.
 
-The label is the column --label-column names, else one with a usual name, else the only one with class names (a
-ClassLabel feature): a number may be anything, a width or an id.
+The label column is the one that --label-column names, else one with a usual name, else the only one with class names (a
+ClassLabel feature): other numbers may be anything, such as a width or an id.
 
-Parquet is compressed by row groups (100 images in those of the Hub), and the whole group is read to get at one image.
-Groups are kept in memory up to CACHE_BYTES, which makes a small data set fully resident. A larger one in random order
-reads about a row group an image; `python -m fastdeit.pipelines.prepare` turns it into shards once and for all.
+Parquet is compressed by row groups (100 images in those of the Hub), and a full group is read to get one image. Groups
+are kept in memory up to CACHE_BYTES, so a small data set is fully resident. A larger one in random order reads about a
+row group per image; `python -m fastdeit.pipelines.prepare` turns it into shards once.
 """
 
 import json
@@ -28,23 +28,23 @@ from .records import Listing, Lost, Names, Records, bad_shards
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 1 << 30
-BATCH_BYTES = 1 << 26  # read at a time: a column of more than 2 GiB, in one piece, is beyond Arrow
+BATCH_BYTES = 1 << 26  # read at a time: Arrow cannot hold more than 2 GiB of a column in one array
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "category")
 
 
 class Row(NamedTuple):
-    """One good image of the index."""
+    """A good image."""
 
     label: Label
     encoded_bytes: int
     header: Inspected
     shard_id: int
-    position: int  # row of the file
+    position: int  # row in the file
 
 
 class Read(NamedTuple):
-    """What one file holds, beside its rows."""
+    """What was read of a file, besides its rows."""
 
     rows: int  # good and bad
     label: str  # the column
@@ -52,7 +52,7 @@ class Read(NamedTuple):
 
 
 def read_records(listing: Listing) -> Records:
-    """Read every image's header; Parquet makes us read the images for it."""
+    """Read the header of every image; with Parquet this reads the full images."""
     rows: list[Row] = []
     bad: list[BadFile] = []
     lost: list[Lost] = []
@@ -92,7 +92,7 @@ def _read_file(listing: Listing, shard_id: int, rows: list[Row], bad: list[BadFi
                 try:
                     for encoded, stored in _images_and_labels(parquet, group, image, label):
                         its_label = label_of(stored)
-                        header, cause = _inspected_or_cause(encoded, its_label)
+                        header, cause = _inspect_or_cause(encoded, its_label)
                         if cause:
                             bad.append(BadFile(f"{file}:{position}", cause))
                         else:
@@ -109,12 +109,12 @@ def _read_file(listing: Listing, shard_id: int, rows: list[Row], bad: list[BadFi
 def _open_parquet(path: str) -> Any:
     import pyarrow.parquet as pq
 
-    os.close(open_file(path))  # refuses what would be waited for
+    os.close(open_file(path))  # raises for a pipe, on which pyarrow would block
     return pq.ParquetFile(path, memory_map=True)
 
 
 def _named(rows: list[Row], declared: list[tuple[str, ...]], listing: Listing) -> tuple[list[Label], tuple[str, ...]]:
-    """(each row's label, by name where its file declares names; the names of all files, in order of appearance)"""
+    """(label of each row, a name where its file declares names; all declared names in order of appearance)"""
     if not any(declared):
         return [row.label for row in rows], listing.classes
     names = tuple(dict.fromkeys(name for some in declared for name in some))
@@ -125,12 +125,12 @@ def _named(rows: list[Row], declared: list[tuple[str, ...]], listing: Listing) -
             with_names = listing.files[next(i for i, some in enumerate(declared) if some)]
             raise ValueError(
                 f"{listing.files[row.shard_id]} has numbers as labels and no class names, {with_names} has names: "
-                "write them all in one way"
+                "write all of them in one way"
             )
         if isinstance(row.label, int) and not 0 <= row.label < len(of_file):
             raise ValueError(
-                f"{listing.files[row.shard_id]}: the label {row.label} is none of the {len(of_file)} classes that the "
-                "file declares (-1 often means that there is none, as in a test split)"
+                f"{listing.files[row.shard_id]}: the label {row.label} is not among the {len(of_file)} classes that "
+                "the file declares (-1 often means no label, as in a test split)"
             )
         stored.append(of_file[row.label] if isinstance(row.label, int) else row.label)
     return stored, listing.classes or names
@@ -139,7 +139,7 @@ def _named(rows: list[Row], declared: list[tuple[str, ...]], listing: Listing) -
 def _advise(total: int, root: str) -> None:
     if total > CACHE_BYTES:
         log.warning(
-            "%s: reading %.0f GiB of Parquet in random order is slow; turn it into shards once with "
+            "%s: reading %.0f GiB of Parquet in random order is slow: turn it into shards once with "
             "`python -m fastdeit.pipelines.prepare %s OUT`",
             root,
             total / 2**30,
@@ -148,12 +148,12 @@ def _advise(total: int, root: str) -> None:
 
 
 def _columns(schema: Any, file: str, asked: str | None) -> tuple[str, str]:
-    """The names of the image and the label column. Raises ValueError if it is not clear which they are."""
+    """The names of the image and the label column. Raises ValueError if either is ambiguous."""
     image = _image_column(schema)
     if image is None:
         raise ValueError(
-            f"{file}: no column is clearly the one of the encoded images (columns: {', '.join(schema.names)}); name it "
-            f"'{_IMAGE_NAMES[0]}'"
+            f"{file}: it is not clear which column has the encoded images (columns: {', '.join(schema.names)}); "
+            f"name it '{_IMAGE_NAMES[0]}'"
         )
     fitting = [field.name for field in schema if _may_be_label(field.type)]
     with_names = [name for name in fitting if _declared_classes(schema, name)]
@@ -161,9 +161,9 @@ def _columns(schema: Any, file: str, asked: str | None) -> tuple[str, str]:
     label = asked or (usual[0] if usual else with_names[0] if len(with_names) == 1 else None)
     if label in fitting:
         return image, label
-    found = f"there is no label column '{asked}'" if asked else "no column is clearly the one of the labels"
+    found = f"there is no label column '{asked}'" if asked else "it is not clear which column has the labels"
     raise ValueError(
-        f"{file}: {found}; give --label-column one of {', '.join(fitting) or 'none that could be'} (columns: "
+        f"{file}: {found}; give --label-column one of {', '.join(fitting) or '(no column can hold labels)'} (columns: "
         f"{', '.join(schema.names)})"
     )
 
@@ -189,7 +189,7 @@ def _may_be_label(kind: Any) -> bool:
 
 
 def _declared_classes(schema: Any, label: str) -> tuple[str, ...]:
-    """The names of a ClassLabel feature, which Hugging Face datasets keeps in the schema's metadata."""
+    """The names of a ClassLabel feature, which Hugging Face datasets stores in the schema's metadata."""
     try:
         feature = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"][label]
         return tuple(class_name(str(name)) for name in feature["names"])
@@ -209,7 +209,7 @@ def _batches(parquet: Any, group: int, names: list[str]) -> Iterator[Any]:
 
 
 def _binary(batch: Any, image: str) -> list[memoryview | None]:
-    """The encoded images as views of the batch's memory; None where a row holds no bytes."""
+    """The encoded images as views of the batch's memory; None for a row without bytes."""
     import pyarrow as pa
 
     column = batch.column(image)
@@ -218,9 +218,9 @@ def _binary(batch: Any, image: str) -> list[memoryview | None]:
     return [memoryview(value.as_buffer()) if value.is_valid else None for value in column]
 
 
-def _inspected_or_cause(encoded: memoryview | None, label: Label | None) -> tuple[Inspected | None, str]:
+def _inspect_or_cause(encoded: memoryview | None, label: Label | None) -> tuple[Inspected | None, str]:
     if encoded is None:
-        return None, "no bytes in this row (an image that is only a path?)"
+        return None, "no bytes in this row (only a path?)"
     if label is None:
         return None, "no label"
     try:
@@ -230,7 +230,7 @@ def _inspected_or_cause(encoded: memoryview | None, label: Label | None) -> tupl
 
 
 class ParquetReader:
-    """Encoded images out of row groups, of which the latest used stay in memory."""
+    """Reads images from row groups, of which the most recently used stay in memory."""
 
     def __init__(self, root: str, records: Records):
         self.root = root
@@ -239,7 +239,7 @@ class ParquetReader:
         self._start_empty()
 
     def _start_empty(self) -> None:
-        self.lock = threading.Lock()  # a ParquetFile serves one thread at a time
+        self.lock = threading.Lock()  # a ParquetFile is not thread-safe
         self.files: dict[int, tuple[Any, str, np.ndarray]] = {}
         self.groups: OrderedDict[tuple[int, int], tuple[list[memoryview | None], int]] = OrderedDict()
         self.cached_bytes = 0

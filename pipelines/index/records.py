@@ -1,7 +1,6 @@
-"""What is known of a split: the files behind it (Listing) and one row for each good image (Records).
+"""The arrays behind an index: the files of a split (Listing), one row for each good image (Records), and their cache.
 
-n images in a fixed order; the names are packed into two arrays, so that a million of them pickle fast and are cached as
-they are.
+n images in a fixed order; names are packed into two arrays (Names), so that a million of them pickle and load fast.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from fastdeit.pipelines.bad_files import BadFile
 class Names:
     """A read-only sequence of str. Names that are not UTF-8 survive, as in os.fsdecode."""
 
-    blob: np.ndarray  # (bytes,) uint8: all names, one behind the other
+    blob: np.ndarray  # (bytes,) uint8: all names, concatenated
     ends: np.ndarray  # (names,) int64: where each ends
 
     @classmethod
@@ -44,16 +43,16 @@ class Names:
 
 
 class Lost(NamedTuple):
-    """What of a shard cannot be read."""
+    """A part of a shard that cannot be read."""
 
     shard_id: int
     cause: str
-    images: int | None = None  # as far as it is known
-    bytes: int | None = None  # that were passed over, if that is known
+    images: int | None = None  # None if not known
+    bytes: int | None = None  # skipped; None if not known
 
 
 def bad_shards(files: Sequence[str], lost: Sequence[Lost], found: np.ndarray, sizes: np.ndarray) -> tuple[BadFile, ...]:
-    """One bad file a shard, with the number of images it stands for: known, or estimated as well as the others allow.
+    """One BadFile for each damaged shard, with the number of images lost: known, or estimated from the other shards.
 
     found: (shards,) images that can be read in each. sizes: (shards,) bytes of each
     """
@@ -79,21 +78,21 @@ def bad_shards(files: Sequence[str], lost: Sequence[Lost], found: np.ndarray, si
 
 @dataclass(frozen=True)
 class Listing:
-    """The files behind one split, seen with stat only: images of a folder, or shards of tar or Parquet."""
+    """The files of one split, from stat only: images of a folder, or tar or Parquet shards."""
 
     kind: str  # "folder", "webdataset" or "parquet"
-    root: str  # what the file names are relative to; "" for files given one by one
+    root: str  # of the file names; "" for files given one by one
     files: list[str]
     sizes: np.ndarray  # (files,) int64, bytes
     mtimes: np.ndarray  # (files,) int64, nanoseconds
-    classes: tuple[str, ...] = ()  # folders: the class folders; shards: names given beside them, if any
+    classes: tuple[str, ...] = ()  # class folders, or the names in the classes.txt of shards
     labels: np.ndarray | None = None  # (files,) int64, folders only
-    label_column: str | None = None  # of Parquet, if one is asked for
-    split: str = ""  # the name under which it was found
-    notes: tuple[str, ...] = ()  # what was decided when the files were listed, in sentences
+    label_column: str | None = None  # of Parquet files, if given
+    split: str = ""  # the name it was found under
+    notes: tuple[str, ...] = ()  # decisions to log each time the split is opened
 
     def key(self) -> str:
-        """Changes whenever a file was added, removed, renamed or rewritten, or a class came or went."""
+        """Changes when a file is added, removed, renamed or rewritten, or a class is added or removed."""
         names = "\0".join([self.kind, self.label_column or "", *self.classes, "", *self.files])
         digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
         digest.update(self.sizes.tobytes())
@@ -103,24 +102,24 @@ class Listing:
 
 @dataclass(frozen=True)
 class Records:
-    """One row for each good image of a split, in its fixed order."""
+    """One row for each good image of a split, in a fixed order."""
 
     names: Names  # the file, relative to the root; or the member or row inside the shard
     sizes: np.ndarray  # (n,) int64, bytes of the encoded image
-    labels: np.ndarray  # (n,) int64, UNLABELLED where there is none
+    labels: np.ndarray  # (n,) int64, UNLABELLED (-100) for none
     heights: np.ndarray  # (n,) int32
     widths: np.ndarray  # (n,) int32
-    rotated: np.ndarray  # (n,) bool: EXIF asks for a turn or a reflection, which is not applied
+    rotated: np.ndarray  # (n,) bool: has an EXIF orientation, which is not applied
     classes: tuple[str, ...]
-    classes_are_declared: bool  # False: `classes` are the labels that occur, and in another split others may
+    classes_are_declared: bool  # False: `classes` are the labels that occur; other splits may have others
     bad: tuple[BadFile, ...]
-    notes: tuple[str, ...] = ()  # what was decided or passed over, to be said each time the split is opened
+    notes: tuple[str, ...] = ()  # decisions to log each time the split is opened
     shards: tuple[str, ...] = ()  # relative to the root; none for plain files
     shard_ids: np.ndarray | None = None  # (n,) int32
     positions: np.ndarray | None = None  # (n,) int64: byte offset in a tar, row in a Parquet file
 
     def take(self, rows: np.ndarray) -> "Records":
-        """These rows alone; the bad files are not theirs."""
+        """Only these rows, without bad files."""
 
         def taken(array: np.ndarray | None) -> np.ndarray | None:
             return None if array is None else array[rows]
@@ -146,7 +145,7 @@ _ARRAYS = ("sizes", "labels", "heights", "widths", "rotated", "shard_ids", "posi
 
 
 def load_records(file: Path, key: str) -> Records | None:
-    """The stored records, or None if there are none, or they belong to other files, or the file is damaged."""
+    """The cached records; None if there are none, if they are of other files, or if the cache file is damaged."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())
@@ -168,7 +167,7 @@ def load_records(file: Path, key: str) -> Records | None:
 
 
 def save_records(file: Path, key: str, records: Records) -> None:
-    """Written beside the target and renamed, so that a reader never meets half a file."""
+    """Written to a temporary file and renamed, so that a reader never sees a partial file."""
     about = {
         "format": FORMAT,
         "key": key,

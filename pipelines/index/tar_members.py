@@ -1,6 +1,6 @@
-"""Where the contents of a tar's members lie. Python's tarfile reads the headers (ustar, GNU and pax names, sizes beyond
-octal, sparse members); what it leaves out is here: links lead to what they mean, and behind a damaged header, or behind
-the end of an archive that others were appended to, reading resumes at the next header.
+"""The offsets and sizes of a tar's members. Python's tarfile reads the headers (ustar, GNU and pax names, sizes beyond
+octal, sparse members). Added here: links are resolved, and after a damaged header, or after the end of an archive to
+which others were appended, reading continues at the next header.
 """
 
 import io
@@ -11,31 +11,33 @@ import tarfile
 from typing import BinaryIO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
-PADDING = 1 << 20  # bytes of zeros that may close an archive; more of them were never written, or never arrived
-CHUNK = 1 << 20  # bytes that are searched at a time
+PADDING = 1 << 20  # bytes of zeros that may end an archive; more of them are missing data
+CHUNK = 1 << 20  # bytes searched at a time
 _MAGIC, _MAGIC_OFFSET = b"ustar", 257
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_LINKS = 40  # that lead from one to the next, as in Linux
+_LINKS = 40  # in a chain, as in Linux
 
 
 class Member(NamedTuple):
     name: str
     offset: int  # of the first byte of the contents
     size: int  # bytes
-    cause: str = ""  # why the contents cannot be read from there
+    cause: str = ""  # why the contents cannot be read
 
 
 class Damage(NamedTuple):
     cause: str
-    lost_bytes: int | None  # that were passed over; None: what is missing lies beyond the end of the file
+    lost_bytes: int | None  # skipped; None if they are missing beyond the end of the file
 
 
 def read_members(file: BinaryIO) -> tuple[list[Member], list[Damage]]:
-    """Everything in a tar but its folders, in order, and where the archive is damaged."""
+    """All members of a tar except folders, in order, and where the archive is damaged."""
     end = os.fstat(file.fileno()).st_size
-    tar = tarfile.open(fileobj=io.BytesIO(bytes(2 * BLOCK)))  # an empty archive: opening reads no header of ours
+    tar = tarfile.open(
+        fileobj=io.BytesIO(bytes(2 * BLOCK))
+    )  # an empty archive, so that opening reads nothing of the file
     tar.fileobj = file
-    found: dict[int, Member | tarfile.TarInfo] = {}  # by position; links as they are
+    found: dict[int, Member | tarfile.TarInfo] = {}  # by position; links unresolved
     damages: list[Damage] = []
     position, closed = 0, False
     while position < end:
@@ -53,14 +55,14 @@ def read_members(file: BinaryIO) -> tuple[list[Member], list[Damage]]:
             closed = isinstance(info, tarfile.EOFHeaderError)
             position, damage = _resume(file, position, end, closed)
             damages += [damage] if damage else []
-            closed |= damage is not None  # said already
+            closed |= damage is not None  # already reported
     if not closed:
-        damages.append(Damage("ends without the mark of an archive's end" if end else "empty file", None))
+        damages.append(Damage("ends without an end-of-archive marker" if end else "empty file", None))
     return _resolved(list(found.values())), damages
 
 
 def _header(tar: tarfile.TarFile, position: int) -> tarfile.TarInfo | Exception:
-    """The member that begins at `position`, with tar.offset set to where the next one does; or why there is none."""
+    """The member at `position`, with tar.offset set to the next one; or why there is none."""
     tar.fileobj.seek(position)
     try:
         info = tarfile.TarInfo.fromtarfile(tar)
@@ -81,18 +83,18 @@ def _member(info: tarfile.TarInfo) -> Member:
 
 
 def _resume(file: BinaryIO, position: int, end: int, zeros: bool) -> tuple[int, Damage | None]:
-    """Where reading resumes behind a block that is no header (`zeros`: which closes an archive), and what it means."""
+    """Where to continue after a block that is not a header (`zeros`: the end of an archive), and the damage if any."""
     following = _next_header(file, position + 1, end)
     written = _find(file, re.compile(rb"[^\0]"), position, end) if zeros else position
     if written is None:
-        return end, Damage(f"zeros from byte {position} on", end - position) if end - position > PADDING else None
+        return end, Damage(f"only zeros from byte {position} on", end - position) if end - position > PADDING else None
     if zeros and written == following:  # an archive appended to this one
         return following, None
     file.seek(position)
     start = file.read(BLOCK)
     compression = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
     if position == 0 and compression:
-        return end, Damage(f"compressed ({compression}), which allows no random access: decompress it", end)
+        return end, Damage(f"compressed ({compression}), which does not allow random access: decompress it", end)
     if following is None:
         cut = len(start) < BLOCK
         cause = f"breaks off in a header at byte {position}" if cut else f"no tar header at byte {position}"
@@ -102,7 +104,7 @@ def _resume(file: BinaryIO, position: int, end: int, zeros: bool) -> tuple[int, 
 
 
 def _next_header(file: BinaryIO, position: int, end: int) -> int | None:
-    """Where the next header begins whose checksum is right: at any byte, for some may be missing in between."""
+    """Position of the next header with a correct checksum: at any byte, because some may be missing before it."""
     magic = re.compile(_MAGIC)
     while (place := _find(file, magic, position + _MAGIC_OFFSET, end)) is not None:
         file.seek(place - _MAGIC_OFFSET)
@@ -115,7 +117,7 @@ def _next_header(file: BinaryIO, position: int, end: int) -> int | None:
 
 
 def _find(file: BinaryIO, pattern: re.Pattern, position: int, end: int) -> int | None:
-    """Where `pattern`, of up to BLOCK bytes, first occurs from `position` on."""
+    """Position of the first match of `pattern` (up to BLOCK bytes) from `position` on."""
     while position < end:
         file.seek(position)
         if match := pattern.search(file.read(CHUNK + BLOCK)):
@@ -125,10 +127,9 @@ def _find(file: BinaryIO, pattern: re.Pattern, position: int, end: int) -> int |
 
 
 def _resolved(found: list[Member | tarfile.TarInfo]) -> list[Member]:
-    """Links replaced by what they lead to in this archive."""
-    links_first = sorted(
-        found, key=lambda entry: isinstance(entry, Member)
-    )  # a file that is stored twice is a link to itself
+    """Links replaced by their targets in this archive."""
+    # Members override links of the same name: GNU tar stores a file given twice as a link to itself.
+    links_first = sorted(found, key=lambda entry: isinstance(entry, Member))
     by_name = {posixpath.normpath(entry.name): entry for entry in links_first}
     return [_target(entry, by_name) if isinstance(entry, tarfile.TarInfo) else entry for entry in found]
 

@@ -31,7 +31,7 @@ import numpy as np
 
 from fastdeit.pipelines.bad_files import BadFile
 
-from .folder import IMAGE_EXTENSIONS, THREADS, open_file, passed_over
+from .folder import IMAGE_EXTENSIONS, THREADS, is_ignored, open_file
 from .inspection import BadHeader, Inspected, columns, inspect
 from .labels import Label, is_number, label_of, number_labels
 from .records import Listing, Lost, Names, Records, bad_shards
@@ -52,7 +52,7 @@ class Candidate(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What one shard says of one image; header is None where `cause` says why it is bad."""
+    """An image with its label and header; header is None where `cause` says why it is bad."""
 
     image: Member
     label: Label | None
@@ -63,7 +63,7 @@ class Sample(NamedTuple):
 class Shard(NamedTuple):
     samples: list[Sample]
     damages: list[Damage]
-    further: int = 0  # images that belong to a sample with another image
+    further: int = 0  # images of samples that have another image
 
 
 def read_records(listing: Listing) -> Records:
@@ -114,7 +114,7 @@ def _read_shard(path: str) -> Shard:
 
 
 def _is_other_json(read: Read, candidate: Candidate) -> bool:
-    """Whether it is no image and no label of one, but a .json with something else."""
+    """Whether it is a .json that is not the label of an image."""
     return (
         candidate.member is candidate.label
         and candidate.label.name.endswith(".json")
@@ -154,7 +154,7 @@ def _read_label(read: Read, member: Member) -> Label | None:
 
 
 class WebDatasetReader:
-    """Encoded images as slices of memory-mapped shards, which must not be rewritten while they are in use."""
+    """Reads images as slices of memory-mapped shards, which must not be rewritten while they are in use."""
 
     def __init__(self, root: str, records: Records):
         self.root = root
@@ -187,7 +187,7 @@ class WebDatasetReader:
         shard = self._map(int(records.shard_ids[i]))
         offset, size = int(records.positions[i]), int(records.sizes[i])
         if offset + size > len(shard):
-            raise OSError(f"{self.name(i)}: the shard was cut after it was indexed")
+            raise OSError(f"{self.name(i)}: the shard was truncated after it was indexed")
         return np.frombuffer(shard, np.uint8, size, offset)
 
     def _open(self, shard_id: int) -> mmap.mmap:
@@ -199,11 +199,11 @@ class WebDatasetReader:
 
 
 def pair(members: Iterable[Member]) -> tuple[list[Candidate], int]:
-    """(images with their labels, the number of further images)"""
+    """(images with their labels, the number of ignored further images)"""
     named = _by_name(members)
     further = {_field(name, named) for name, groups in named.items() if _is_field_of_an_image(name, groups, named)}
     found: list[Candidate] = []
-    ignored, taken = 0, set()  # taken: by an image of a longer name
+    ignored, taken = 0, set()  # taken: labels used by an image with a longer name
     for name, groups in named.items():
         for number, parts in enumerate(groups):
             if not (images := _images(parts)):
@@ -233,7 +233,7 @@ def _by_name(members: Iterable[Member]) -> dict[str, list[Parts]]:
     named: dict[str, list[Parts]] = {}
     for member in members:
         path = posixpath.normpath(member.name)
-        if any(passed_over(part) for part in path.split("/") if part != ".."):
+        if any(is_ignored(part) for part in path.split("/") if part != ".."):
             continue
         name, ending = posixpath.splitext(path)
         groups = named.setdefault(name, [{}])
@@ -254,7 +254,7 @@ def _label_member(parts: Parts) -> Member | None:
 
 
 def _key(name: str, named: dict[str, list[Parts]]) -> str | None:
-    """The longest part of a name, up to one of its dots, that is the name of an image or a label, too."""
+    """The longest prefix of a name, up to one of its dots, that is the name of an image or a label."""
     folder, slash, base = name.rpartition("/")
     while "." in base:
         base = base.rpartition(".")[0]
@@ -264,7 +264,7 @@ def _key(name: str, named: dict[str, list[Parts]]) -> str | None:
 
 
 def _field(name: str, named: dict[str, list[Parts]]) -> str:
-    """mask, of 7.mask"""
+    """.mask, of 7.mask"""
     return name.removeprefix(_key(name, named) or name)
 
 
@@ -276,7 +276,7 @@ def _is_field_of_an_image(name: str, groups: list[Parts], named: dict[str, list[
 
 
 def _second(key: str) -> str:
-    return f"a second image under the key {posixpath.basename(key)}, which is to have one"
+    return f"a second image under the key {posixpath.basename(key)}, which may have only one"
 
 
 def _without_image(named: dict[str, list[Parts]], taken: set[tuple[str, int]]) -> Iterator[Member]:

@@ -91,7 +91,7 @@ def test_more_than_the_limit_stops(tmp_path):
     bad_files.report("b", "x")
     with pytest.raises(TooManyBadFiles, match=r"3 of 200 images \(1\.50%\).* more than the 1\.00%.*last one is c: x"):
         bad_files.report("c", "x")
-    with pytest.raises(ValueError, match="share between 0 and 1"):
+    with pytest.raises(ValueError, match="fraction from 0 to 1"):
         BadFiles(10, limit=5)
 
 

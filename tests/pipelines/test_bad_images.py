@@ -141,7 +141,7 @@ def test_what_crashes_the_decoder_in_a_large_batch(tmp_path, instead, device):
 
 def test_too_many_bad_files_stop_the_run(mixed):
     index = open_index(mixed)
-    with pytest.raises(TooManyBadFiles, match=r"cannot be read, more than the 12\.10% that are tolerated"):
+    with pytest.raises(TooManyBadFiles, match=r"cannot be read, more than the 12\.10% tolerated"):
         # 17 are found by the index; of the 141 one more makes it too many.
         loader = train_loader(index, batch_size=8, bad_files=BadFiles.of(index, limit=0.121), augmentation=PLAIN)
         list(loader)

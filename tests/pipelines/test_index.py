@@ -81,7 +81,7 @@ def test_links_that_lead_nowhere(data):
         "cat/gone": "cannot be opened (No such file or directory)",
     }
     (data / "train/fox").symlink_to("/mnt/disk/fox")
-    with pytest.raises(ValueError, match=r"train/fox leads to /mnt/disk/fox, which is not there: mount it"):
+    with pytest.raises(ValueError, match=r"train/fox links to /mnt/disk/fox, which does not exist: mount it"):
         open_index(data)
 
 
@@ -140,7 +140,7 @@ def test_what_is_not_used_is_said(data, caplog):
     (data / "train/eel/1.npy").touch()
     assert len(open_index(data)) == 4
     assert [message.partition(": ")[2] for message in caplog.messages] == [
-        "1 images that lie beside the class folders are not used (stray.jpg)",
+        "1 images beside the class folders are not used (stray.jpg)",
         "1 of its 3 classes have no images (eel); the first holds 1 other files (1.npy, ...)",
     ]
 
@@ -196,7 +196,7 @@ def test_other_names_of_the_validation_split(data, name, caplog):
     (data / "val").rename(data / name)
     index = open_index(data, "val")
     assert len(index) == 2 and index.split == name
-    assert caplog.messages == [f"the 'val' split of {data}: the folder '{name}' serves as 'val', which there is not"]
+    assert caplog.messages == [f"the 'val' split of {data}: the folder '{name}' is used as 'val', which does not exist"]
 
 
 def test_wrong_paths_say_what_was_expected(data, tmp_path):

@@ -146,7 +146,7 @@ def test_what_is_no_sample_is_named(tmp_path, members, bad):
     write_members(tmp_path / "train.tar", members)
     index = open_index(tmp_path)
     assert len(index) == 1
-    assert {one.name.partition(".tar:")[2]: one.cause.split(", which is to")[0] for one in index.bad} == bad
+    assert {one.name.partition(".tar:")[2]: one.cause.split(", which may")[0] for one in index.bad} == bad
 
 
 def test_masks_are_counted_and_passed_over(tmp_path, caplog):
@@ -190,7 +190,7 @@ def test_bad_members_and_a_shard_that_breaks_off(tars):
         ("1.tar", "breaks off in the member a/4.jpg; the members before it are used; counted as 2 images", 2),
         ("3.tar", "no tar header at byte 0", 1),
         ("4.tar", "empty file; counted as 3 images", 3),
-        ("5.tar", "compressed (gzip), which allows no random access: decompress it", 1),
+        ("5.tar", "compressed (gzip), which does not allow random access: decompress it", 1),
         ("6.tar", "cannot be opened (No such file or directory); counted as 3 images", 3),
         ("2.tar:0.jpg", "empty file", 1),
         ("2.tar:1.jpg", no_label, 1),
@@ -217,7 +217,7 @@ def test_an_unreadable_shard_counts_with_its_samples(tmp_path):
 def test_a_shard_cut_after_indexing_raises_oserror(tars):
     index = open_index(tars)
     (tars / "train-000001.tar").write_bytes((tars / "train-000001.tar").read_bytes()[:600])
-    with pytest.raises(OSError, match="cut after it was indexed"):
+    with pytest.raises(OSError, match="truncated after it was indexed"):
         index.encoded(5)
 
 
@@ -264,7 +264,9 @@ def test_a_number_is_the_place_of_a_class_whose_name_is_another_number(tmp_path)
     assert [index.classes[label] for label in index.labels] == ["10", "2", "1"]
 
 
-@pytest.mark.parametrize("label, message", [("-1", "negative label -1"), ("9" * 30, "so many digits"), ("x", "mix")])
+@pytest.mark.parametrize(
+    "label, message", [("-1", "negative label -1"), ("9" * 30, "does not fit 64 bits"), ("x", "mix")]
+)
 def test_labels_that_are_none(tmp_path, label, message):
     parts = [*labelled("a", [label]), ("b.jpg", IMAGES[1]), ("b.json", b'{"label": 1}')]
     write_tar(tmp_path / "train.tar", parts)
@@ -347,7 +349,7 @@ def test_parquet_of_plain_columns(tmp_path):
 @pytest.mark.parametrize("columns", [{"image_id": pa.array([7])}, {"width": pa.array([7]), "height": pa.array([9])}])
 def test_a_number_is_no_label_unless_it_is_called_one(tmp_path, columns):
     pq.write_table(pa.table({**columns, "image": pa.array(IMAGES[:1])}), tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=rf"no column is clearly .* --label-column one of {', '.join(columns)}"):
+    with pytest.raises(ValueError, match=f"has the labels; give --label-column one of {', '.join(columns)}"):
         open_index(tmp_path)
     index = open_index(tmp_path, label_column=min(columns))
     assert index.classes == (str(columns[min(columns)][0]),)
@@ -372,7 +374,7 @@ def test_class_names_of_each_file_count(parquet):
     with pytest.raises(ValueError, match=r"train-3\.parquet has numbers as labels and no class names"):
         open_index(parquet)
     pq.write_table(table([-1], IMAGES[:1]), parquet / "data/train-3.parquet")
-    with pytest.raises(ValueError, match=r"train-3\.parquet: the label -1 is none of the 3 classes"):
+    with pytest.raises(ValueError, match=r"train-3\.parquet: the label -1 is not among the 3 classes"):
         open_index(parquet)
 
 
@@ -426,7 +428,7 @@ def test_bad_rows_and_a_damaged_file(parquet):
     assert_holds(index, [*IMAGES, IMAGES[1]], [0, 0, 1, 2, 0, 2, 1])
     bad = [(name.removeprefix(f"{parquet}/data/train-"), cause) for name, cause, _ in index.bad]
     assert bad[1:] == [
-        ("2.parquet:0", "no bytes in this row (an image that is only a path?)"),
+        ("2.parquet:0", "no bytes in this row (only a path?)"),
         ("2.parquet:1", "no label"),
         ("2.parquet:2", "empty file"),
     ]

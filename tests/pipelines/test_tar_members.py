@@ -157,7 +157,7 @@ def test_an_archive_whose_end_never_arrived(read):
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
         third = tar.getmembers()[3].offset
     _, damages, found = read(whole[:third] + bytes(PADDING + 5000))
-    assert len(found) == 3 and damages == [Damage(f"zeros from byte {third} on", PADDING + 5000)]
+    assert len(found) == 3 and damages == [Damage(f"only zeros from byte {third} on", PADDING + 5000)]
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_an_archive_whose_end_never_arrived(read):
     [
         (b"x" * 5000, "no tar header at byte 0"),
         (b"", "empty file"),
-        (b"\x1f\x8b" + bytes(5000), "compressed (gzip), which allows no random access: decompress it"),
-        (b"\x28\xb5\x2f\xfd" + bytes(5000), "compressed (zstd), which allows no random access: decompress it"),
+        (b"\x1f\x8b" + bytes(5000), "compressed (gzip), which does not allow random access: decompress it"),
+        (b"\x28\xb5\x2f\xfd" + bytes(5000), "compressed (zstd), which does not allow random access: decompress it"),
     ],
 )
 def test_what_is_no_tar_says_so(read, contents, cause):
