@@ -1,124 +1,60 @@
-"""The command line: flags from dataclasses, recipes and resumed runs as defaults, help that reads well anywhere."""
+"""The command line: flags from dataclasses, with recipes and resumed runs as defaults."""
 
 import argparse
-import ast
 import dataclasses
 import functools
-import inspect
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-from fastdeit.config import Config
+from fastdeit import config_check, deit_flags, recipes
+from fastdeit.checkpoint.settings import resumed_settings, saved_settings
+from fastdeit.config import Config, check_bounds
 from fastdeit.errors import tell
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
+from fastdeit.models import sources
 
 
 def parse(kind: type, *, description: str, **options):
-    """tyro.cli of a dataclass, its docstrings as paragraphs and `description` folded to the terminal's width."""
+    """tyro.cli of a dataclass, its values within their bounds (config.setting). description: as `fold` takes it."""
     import tyro
 
-    _explain(kind)
-    return tyro.cli(tyro.conf.OmitArgPrefixes[kind], description=_AsItIs(fold(description)), **options)
-
-
-def typed_flags(arguments: Sequence[str]) -> frozenset[str]:
-    """The flags of a command line, in one spelling: --no-model_ema and --model-ema=True are both --model-ema. What
-    was typed outranks what a checkpoint knows; what is only a default does not."""
-    flags = (argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--"))
-    return frozenset(re.sub(r"^--no-", "--", flag) for flag in flags)
+    _put_help_on_one_line(kind)
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[kind], description=_Verbatim(fold(description)), **options)
+    check_bounds(parsed)
+    return parsed
 
 
 @functools.cache
-def _explain(kind: type) -> None:
-    """Give tyro each setting's docstring in one piece. From the class it would take it line by line, and begin a
-    paragraph with each line that is indented, or begins with a flag. Of None as default nothing is said: the docstring
-    tells what it means."""
-    import tyro
+def _put_help_on_one_line(kind: type) -> None:
+    """Put each field's docstring where tyro does not begin a paragraph with each of its lines."""
+    import docstring_parser  # tyro's
 
-    texts = _docstrings(kind)
+    texts = {one.arg_name: one.description for one in docstring_parser.parse_from_object(kind).params}
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
-            _explain(field.type)
-        elif field.name in texts:
-            hint = _hint if field.default is None else None
-            text = tyro.conf.arg(help=" ".join(texts[field.name].split()), help_behavior_hint=hint)
-            kind.__annotations__[field.name] = Annotated[field.type, text]
+            _put_help_on_one_line(field.type)
+        elif text := texts.get(field.name):
+            field.metadata = {**field.metadata, "help": " ".join(text.split())}
 
 
-def _hint(default: str) -> str:
-    return "" if default == "None" else f"(default: {default})"
-
-
-def _docstrings(kind: type) -> dict[str, str]:
-    """The string below each field; none where the source is not at hand."""
-    try:
-        (made,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    except OSError:
-        return {}
-    return {
-        field.target.id: below.value.value
-        for field, below in zip(made.body, made.body[1:])
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
-    }
-
-
-def fold(text: str) -> str:
-    """Paragraphs filled to the terminal's width. Indented ones are command lines, which go on behind a backslash, and
-    tables, whose entries go on below their text."""
-    width = max(20, min(shutil.get_terminal_size().columns - 1, 119))
-    folded = []
-    for paragraph in re.split(r"\n\n+", text.strip("\n")):
-        if re.search("^ ", paragraph, re.MULTILINE):
-            folded.append("\n".join(_fold_entry(entry, width) for entry in _entries(paragraph)))
-        else:
-            folded.append(textwrap.fill(paragraph, width, break_on_hyphens=False))
-    return "\n\n".join(folded)
-
-
-def _entries(paragraph: str) -> list[str]:
-    """The lines of an indented paragraph, each with what goes on below it, further to the right."""
-    entries, indent = [], 0
-    for line in paragraph.splitlines():
-        further = len(line) - len(line.lstrip()) > indent and entries
-        if further:
-            entries[-1] += " " + line.strip()
-        else:
-            entries.append(line)
-            indent = len(line) - len(line.lstrip())
-    return entries
-
-
-def _fold_entry(entry: str, width: int) -> str:
-    """`name    what it is`, the text in a column of its own; or a command line."""
-    found = re.match(r" *\S.*? {2,}(?=\S)", entry)
-    if found is None or width - found.end() < 20:
-        return _fold_command(entry, width)
-    lines = textwrap.wrap(entry[found.end() :], width - found.end(), break_long_words=False, break_on_hyphens=False)
-    return found[0] + ("\n" + " " * found.end()).join(lines)
-
-
-def _fold_command(line: str, width: int) -> str:
-    if len(line) <= width:
-        return line
-    indent = " " * (len(line) - len(line.lstrip()) + 4)
-    parts = textwrap.wrap(
-        line, width - 2, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )  # fmt: skip
-    return " \\\n".join(parts)
-
-
-class _AsItIs(str):
-    """A text of one line, as far as tyro asks: else it joins lines, which it never folds again."""
+class _Verbatim(str):
+    """tyro joins the lines of a description, and never fills them again; this is one line, as far as it asks."""
 
     def split(self, *_) -> list[str]:
         return [str(self)]
+
+
+def fold(text: str) -> str:
+    """Paragraphs filled to the terminal's width; those with an indented line (commands, tables) stay as they are."""
+    width = min(shutil.get_terminal_size().columns - 1, 119)
+    paragraphs = re.split(r"\n\n+", text.strip("\n"))
+    return "\n\n".join(
+        one if re.search("^ ", one, re.MULTILINE) else textwrap.fill(one, width, break_on_hyphens=False)
+        for one in paragraphs
+    )
 
 
 class FoldedHelp(argparse.RawDescriptionHelpFormatter):
@@ -126,6 +62,13 @@ class FoldedHelp(argparse.RawDescriptionHelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return fold(text)
+
+
+def typed_flags(arguments: Sequence[str]) -> frozenset[str]:
+    """The flags of a command line, in one spelling: --no-model_ema and --model-ema=True are both --model-ema. What
+    was typed outranks what a checkpoint knows; what is only a default does not."""
+    flags = (argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--"))
+    return frozenset(re.sub(r"^--no-", "--", flag) for flag in flags)
 
 
 def parse_config(
@@ -136,20 +79,16 @@ def parse_config(
     kind: type = Config,
     description: str | None = None,
 ) -> Config:
-    """The command line over a recipe's defaults, checked.
+    """The command line over the defaults of a recipe, or of the run that --resume names, checked.
 
-    recipe: the one taken when --recipe is not given. kind: Config, with further groups of a command's own perhaps.
+    recipe: the one taken if --recipe is omitted. kind: Config, with further groups of a command's own perhaps.
     description: of the command; the recipe's if None.
     """
-    from fastdeit import config_check, deit_flags, recipes
-    from fastdeit.checkpoint import resume
-    from fastdeit.models import sources
-
     arguments = deit_flags.translate(sys.argv[1:] if arguments is None else arguments, kind)
     resumed = _flag(arguments, "resume")
-    default = resume.defaults(_flag(arguments, "output-dir") if resumed == "auto" else resumed)
-    begins = default is None
-    if begins:
+    default = resumed_settings(_flag(arguments, "output-dir") if resumed == "auto" else resumed)
+    starts = default is None
+    if starts:
         chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
         default = recipes.load(chosen)
         default.run.recipe = chosen
@@ -158,17 +97,17 @@ def parse_config(
         default=kind(**vars(default)),
     )  # fmt: skip
     config.typed = typed_flags(arguments)
-    if begins:
+    if starts:
         sources.adopt(config, config.typed)
     config_check.check(config)
-    if begins and kind is Config:
+    if starts and kind is Config:
         config_check.check_start(config)
     if config.run.resume not in (None, "auto") and not config.run.eval:
-        resume.saved_settings(Path(config.run.resume))  # refused now, not when the data have been read
+        saved_settings(Path(config.run.resume))  # refused before the data are read
     given = {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
     for sentence in config_check.unread(config, given):
         tell(sentence)
-    if begins and default.run.recipe == "demo" and "--recipe" not in given and given - {"--print-config"}:
+    if starts and default.run.recipe == "demo" and "--recipe" not in given and given - {"--print-config"}:
         tell("without --data-path: the recipe demo, on scikit-learn's digits")
     return config
 

@@ -12,12 +12,14 @@ from fastdeit.errors import UserError, run
 
 def main() -> None:
     from fastdeit.cli import parse_config
-    from fastdeit.distributed.world import join
 
     config = parse_config()
     if config.run.print_config:
         print(json.dumps(config.to_dict(), indent=2))
         return
+
+    from fastdeit.distributed.world import join
+
     with join(config.run.device) as world:
         train(config, world)
 

@@ -13,7 +13,6 @@ then older ones go. So at any instant the links lead to complete checkpoints, an
 """
 
 import io
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from fastdeit.config import Config
 from fastdeit.errors import UserError
 
 from . import atomic
+from .settings import description
 from .state_dict import read_state_dict
 
 
@@ -161,14 +161,6 @@ def _is_kept(folder: Path) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
-
-
-def description(folder: Path) -> dict:
-    """What config.json says. Raises UserError if that cannot be read."""
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
 
 
 def training_state(folder: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Resuming a run: with its own settings, from its newest readable checkpoint, as if it had never stopped."""
+"""Resuming a run from its newest readable checkpoint, as if it had never stopped. Its settings: see settings.py."""
 
 import json
 from pathlib import Path
@@ -8,41 +8,6 @@ from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 
 from . import atomic, files, metrics_log
-
-# What may differ when a run is resumed, as the weights do not depend on it. Of data and teacher, what counts is the
-# content; of the batch, the product over parts and processes: `check_same`.
-FREE = {
-    "run": "output_dir resume eval device tracker dry_run print_config checkpoint_minutes keep_epochs keep_count "
-    "skip_nonfinite",
-    "data": "data_path classes label_column batch_size num_workers max_bad",
-    "model": "grad_checkpointing",
-    "distillation": "teacher_path teacher_classes teacher_store unlabelled_path",
-    "optimization": "accumulate",
-    "speed": "compile attention sharding deterministic",
-}
-
-
-def saved_settings(run: Path) -> Config:
-    """The settings a run was started with."""
-    try:
-        settings = json.loads((run / "settings.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"--resume {run}: there is no run in this folder; give one that holds settings.json") from None
-    except ValueError as error:
-        raise UserError(f"--resume {run}: its settings.json is damaged ({error})") from error
-    return Config.from_dict(settings)
-
-
-def defaults(resumed: str | None) -> Config | None:
-    """What a command line with --resume starts from: the settings of that run, or of a checkpoint (for --eval)."""
-    if resumed is None:
-        return None
-    folder = Path(resumed)
-    if (folder / "settings.json").is_file():
-        return saved_settings(folder)
-    if (folder / "config.json").is_file():
-        return Config.from_dict(files.description(folder)["settings"])
-    return None
 
 
 def checkpoint_to_come(config: Config) -> dict | None:
@@ -61,19 +26,6 @@ def without_start(config: Config) -> Config:
     config = Config.from_dict(config.to_dict())
     config.model.finetune, config.model.pretrained = None, False
     return config
-
-
-def check_unchanged(config: Config, run: Path) -> None:
-    """Refuse flags that would make it another run."""
-    saved = saved_settings(run).to_dict()
-    for group, fields in config.to_dict().items():
-        free = FREE.get(group, "").split()
-        for name, value in fields.items():
-            if name not in free and value != saved[group][name]:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {value}: the run in {run} was started with {saved[group][name]}, and "
-                    "a resumed run keeps its settings; omit the flag, or start a new run in another --output-dir"
-                )
 
 
 def check_same(progress: dict, trainer, index) -> None:

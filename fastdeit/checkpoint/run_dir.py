@@ -25,7 +25,8 @@ from fastdeit.config import Config
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 
-from . import atomic, resume
+from . import atomic
+from .settings import check_unchanged
 
 
 def open_folder(config: Config, world: World) -> Path:
@@ -48,7 +49,7 @@ def to_resume(config: Config) -> Path | None:
     folder = config.run.output_dir if config.run.resume == "auto" else Path(config.run.resume)
     if config.run.resume == "auto" and not (folder / "settings.json").exists():
         return None
-    resume.check_unchanged(config, folder)
+    check_unchanged(config, folder)
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("tyro")
 
 COMMANDS = [
-    "evaluate", "predict", "export", "report", "pipelines.prepare",
+    "train", "evaluate", "predict", "export", "report", "pipelines.prepare",
     "pipelines.show",
 ]  # fmt: skip
 HEAVY = {"torch", "torchvision", "timm", "transformers", "nvidia", "scipy", "sklearn", "matplotlib", "pyarrow"}
