@@ -2,7 +2,7 @@
 
     python -m benchmarks attention loss          these two
     python -m benchmarks all                     all of them
-    python -m benchmarks all --quick             every line at toy sizes, untimed
+    python -m benchmarks all --quick             toy sizes, untimed
     python -m benchmarks attention --heads 6     with a flag of the benchmark's
     python -m benchmarks attention --help        which are these
 

@@ -22,6 +22,7 @@ def parse(kind: type, *, description: str, **options):
     import tyro
 
     _put_help_on_one_line(kind)
+    description = description.partition("\nMay import:")[0]  # of a package's docstring, for its readers
     parsed = tyro.cli(tyro.conf.OmitArgPrefixes[kind], description=_Verbatim(fold(description)), **options)
     check_bounds(parsed)
     return parsed

@@ -1,8 +1,8 @@
 """Accuracy and calibration of each head and of their average, for the weights and for their moving average.
 
     python -m fastdeit.evaluate RUN --data-path DIR
-    python -m fastdeit.evaluate deit_small.pth --model deit_small_patch16_224 --data-path DIR
-    python -m fastdeit.evaluate deit_small_patch16_224.fb_in1k --pretrained --data-path DIR
+    python -m fastdeit.evaluate FILE.pth --model MODEL --data-path DIR
+    python -m fastdeit.evaluate TIMM_NAME --pretrained --data-path DIR
 
 With --output FOLDER also: accuracy.json; classes.csv, the top-1 of each head in each class; confusion.png, the
 confusion matrix of the model's predictions (confusion_ema.png for the moving average); calibration.png, accuracy over
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastdeit.cli import parse
+from fastdeit.config import setting
 from fastdeit.errors import UserError, run
 
 
@@ -24,33 +25,33 @@ def main() -> None:
     @dataclass(kw_only=True)
     class Evaluate:
         checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-        """A run's folder, or last or best in it; a folder of timm's or transformers' kind; a file of weights (with
-        --model); a model name of timm's (with --pretrained)."""
+        """A run's folder, or last or best in it; a folder of timm or transformers; a file of weights (with --model); a
+        timm model name (with --pretrained)."""
         data_path: Path
         """DIR/val/CLASS/*, or shards."""
         classes: Path | None = None
-        """Text file, a class a line: the order of the model's outputs, for weights that come without names. Default:
+        """Text file, a class a line: the order of the model's outputs, for weights without class names. None:
         class folders sorted as strings (10 before 2)."""
         label_column: str | None = None
-        """Column of Parquet files that holds the labels. Default: label, labels, ..., or the one with class names."""
+        """Column of Parquet files that holds the labels. None: label, labels, ..., or the one with class names."""
         model: str | None = None
-        """The model a file of weights is of: deit_*, deit3_*, or any other of timm's."""
+        """The model a file of weights is of: deit_*, deit3_*, or any other timm model name."""
         pretrained: bool = False
-        """CHECKPOINT is a timm name, whose published weights are to be taken."""
+        """CHECKPOINT is a timm model name: take its published weights."""
         output: Path | None = None
         """Folder for results by class, confusion matrix and calibration."""
-        batch_size: int = 64
+        batch_size: int = setting(64, at_least=1)
         """Images per process and step."""
-        input_size: int | None = None
-        """Pixels on a side; position embeddings are interpolated. Default: the checkpoint's."""
-        eval_crop_ratio: float | None = None
-        """Share of the resized image's side that the centre crop keeps. Default: the checkpoint's."""
+        input_size: int | None = setting(None, at_least=1)
+        """Height and width of the images in pixels; position embeddings are interpolated. None: the checkpoint's."""
+        eval_crop_ratio: float | None = setting(None, above=0, at_most=1)
+        """Side of the centre crop over that of the resized image (crop_pct in timm). None: the checkpoint's."""
         precision: Literal["fp32", "bf16", "fp16"] | None = None
-        """The model's arithmetic. Default: fp16 on CUDA, fp32 on the CPU."""
-        max_bad: float = 0.01
-        """Stop when more than this share of the images cannot be read."""
+        """Type of the weights and activations. None: fp16 on CUDA, fp32 on the CPU."""
+        max_bad: float = setting(0.01, at_least=0, at_most=1)
+        """Stop when more than this fraction of the images cannot be read."""
         device: str | None = None
-        """cuda, cuda:N or cpu. Default: cuda where present."""
+        """cuda, cuda:N or cpu. None: cuda where present."""
         json: bool = False
         """Print JSON in place of a table."""
 

@@ -1,9 +1,9 @@
 """The most probable classes of images.
 
-    python -m fastdeit.predict runs/RUN photo.jpg holidays/ 'archive/**/*.jpg'
-    python -m fastdeit.predict runs/RUN holidays/ --csv --top 3 > classes.csv
-    python -m fastdeit.predict deit_small.pth --model deit_small_patch16_224 holidays/ --json | jq '.classes[0]'
-    python -m fastdeit.predict runs/RUN holidays/ --attention maps/
+    python -m fastdeit.predict RUN photo.jpg photos/ 'archive/**/*.jpg'
+    python -m fastdeit.predict RUN photos/ --csv --top 3 > classes.csv
+    python -m fastdeit.predict FILE.pth --model MODEL photos/ --json
+    python -m fastdeit.predict RUN photos/ --attention maps/
 
 Predictions come in the order of the images, a batch at a time; a file that is given twice is predicted once. What
 cannot be read is named on stderr and skipped: the exit code is 2 only if nothing could be read. As in training, EXIF
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from fastdeit.cli import parse
+from fastdeit.config import setting
 from fastdeit.errors import UserError, run
 from fastdeit.pipelines import IMAGE_EXTENSIONS, list_files
 
@@ -141,15 +142,15 @@ def main() -> None:
     @dataclass(kw_only=True)
     class Predict:
         checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-        """A run's folder, or last or best in it; a folder of timm's or transformers' kind; a file of weights (with
-        --model); a model name of timm's (with --pretrained)."""
+        """A run's folder, or last or best in it; a folder of timm or transformers; a file of weights (with --model); a
+        timm model name (with --pretrained)."""
         images: Annotated[
             tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...", help_behavior_hint="")
         ]
         """Files; folders, which are searched with all below them, and patterns such as 'photos/**/*.jpg', which give
         the files with an image's extension, sorted."""
-        top: int | None = None
-        """Classes to show. Default: 5, or as many of them as fit on a line of the terminal."""
+        top: int | None = setting(None, at_least=1)
+        """Classes to show. None: 5, or as many of them as fit on a line of the terminal."""
         head: Literal["cls", "dist", "both"] = "both"
         """Class head, distillation head, or the average of their logits."""
         ema: bool = False
@@ -162,19 +163,19 @@ def main() -> None:
         csv: bool = False
         """A header and a row for each image: image, class_1, probability_1, class_2, ..."""
         model: str | None = None
-        """The model a file of weights is of: deit_*, deit3_*, or any other of timm's."""
+        """The model a file of weights is of: deit_*, deit3_*, or any other timm model name."""
         pretrained: bool = False
-        """CHECKPOINT is a timm name, whose published weights are to be taken."""
-        batch_size: int = 64
+        """CHECKPOINT is a timm model name: take its published weights."""
+        batch_size: int = setting(64, at_least=1)
         """Images per step."""
-        input_size: int | None = None
-        """Pixels on a side; position embeddings are interpolated. Default: the checkpoint's."""
-        eval_crop_ratio: float | None = None
-        """Share of the resized image's side that the centre crop keeps. Default: the checkpoint's."""
+        input_size: int | None = setting(None, at_least=1)
+        """Height and width of the images in pixels; position embeddings are interpolated. None: the checkpoint's."""
+        eval_crop_ratio: float | None = setting(None, above=0, at_most=1)
+        """Side of the centre crop over that of the resized image (crop_pct in timm). None: the checkpoint's."""
         precision: Literal["fp32", "bf16", "fp16"] | None = None
-        """The model's arithmetic. Default: fp16 on CUDA, fp32 on the CPU."""
+        """Type of the weights and activations. None: fp16 on CUDA, fp32 on the CPU."""
         device: str | None = None
-        """cuda, cuda:N or cpu. Default: cuda where present."""
+        """cuda, cuda:N or cpu. None: cuda where present."""
 
     arguments = parse(Predict, prog="python -m fastdeit.predict", description=__doc__)
 
@@ -186,8 +187,6 @@ def main() -> None:
         raise UserError("--json and --csv are two formats of the same output: choose one")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("predict is one process: start it with python, not with torchrun")
-    if arguments.top is not None and arguments.top < 1:
-        raise UserError(f"--top {arguments.top}: show at least one class")
     files = image_files(arguments.images)
     pictures = None if arguments.attention is None else _picture_paths(files, arguments.attention)
     if arguments.ema and not has_moving_average(arguments.checkpoint, pretrained=arguments.pretrained):

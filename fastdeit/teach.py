@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Annotated
 
 from fastdeit.cli import fold, parse, parse_config
-from fastdeit.config import Config
+from fastdeit.config import Config, setting
 from fastdeit.errors import UserError, run
 
 STORE = """Write a teacher's logits for the epochs of a training run to come, once, for runs with no teacher in memory.
 
-    python -m fastdeit.teach store --views 30 --output CACHE --data-path DIR --teacher-path RUN --distillation-type hard
+    FLAGS="--data-path DIR --distillation-type hard"
+    python -m fastdeit.teach store $FLAGS --teacher-path RUN \\
+        --views 30 --output CACHE
     torchrun --nproc-per-node 8 -m fastdeit.teach store ...
-    python -m fastdeit.train --teacher-store CACHE --data-path DIR --distillation-type hard
+    python -m fastdeit.train $FLAGS --teacher-store CACHE
 
-It takes the flags of fastdeit.train: give those of the run to come, since they decide what the images look like. The
-same command resumes an interrupted cache."""
+FLAGS: all those of the run to come, since they decide what the images look like. The same command resumes an
+interrupted cache."""
 
 
 def main() -> int | None:
@@ -51,18 +53,18 @@ def fit(arguments: list[str]) -> None:
             data = "" if config.data.data_path is None else f" --data-path {config.data.data_path}"
             folder, what = config.run.output_dir or "RUN", "" if config.run.output_dir else " (RUN: the folder above)"
             command = f"python -m fastdeit.train{data} --distillation-type hard --teacher-path {folder}"
-            print(f"teach a student with it{what}:\n\n{fold(f'    {command}')}")
+            print(f"teach a student with it{what}:\n\n    {command}")
 
 
 @dataclass(kw_only=True)
 class LogitCacheOptions:
     """Size and place of the logit cache."""
 
-    views: int | None = None
+    views: int | None = setting(None, at_least=1)
     """Required: how many epochs of augmented views to write; later epochs use them again."""
     output: Path | None = None
     """Required: folder of the logit cache."""
-    top: int = 10
+    top: int = setting(10, at_least=1)
     """Soft targets: how many classes keep their probability."""
 
 
@@ -89,9 +91,6 @@ def store(arguments: list[str]) -> None:
 def _check(options: LogitCacheOptions, config: Config) -> None:
     if options.views is None or options.output is None:
         raise UserError("teach store needs --views N, the number of epochs to write, and --output FOLDER")
-    for flag, value in (("--views", options.views), ("--top", options.top)):
-        if value < 1:
-            raise UserError(f"{flag} {value}: must be at least 1")
     if config.distillation.distillation_type == "none":
         raise UserError("teach store needs --distillation-type hard or soft, that of the training run")
     if config.distillation.teacher_store is not None:

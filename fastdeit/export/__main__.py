@@ -1,16 +1,19 @@
-"""A trained checkpoint in the form others read.
+"""A trained checkpoint in the format of another library.
 
-python -m fastdeit.export CHECKPOINT --format onnx --output FOLDER
+    python -m fastdeit.export CHECKPOINT --format onnx --output FOLDER
 
     timm           timm.create_model("local-dir:FOLDER", pretrained=True)
-    transformers   AutoModelForImageClassification.from_pretrained(FOLDER), and its image processor
-    onnx           FOLDER/model.onnx, any batch size
-    torch-export   torch.export.load("FOLDER/model.pt2").module(), any batch size
-    aotinductor    torch._inductor.aoti_load_package("FOLDER/model.pt2"), compiled for this kind of device
+    transformers   AutoModelForImageClassification.from_pretrained("FOLDER"),
+                   and its image processor
+    onnx           FOLDER/model.onnx
+    torch-export   torch.export.load("FOLDER/model.pt2").module()
+    aotinductor    torch._inductor.aoti_load_package("FOLDER/model.pt2"),
+                   compiled for one kind of device
 
 Every export is read back by the library it is meant for and its logits are compared with the checkpoint's; the folder
-appears only after that. The last three take normalised images (batch, 3, height, width) in float32 and give logits
-(batch, classes), the average of both heads; preprocessing.json beside them says how images become such input.
+appears only after that. The last three take normalised images (batch, 3, height, width) in float32, of any batch size,
+and return logits (batch, classes), the average of both heads; preprocessing.json beside them says how to make such
+input from images.
 """
 
 import sys
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastdeit.cli import parse
+from fastdeit.config import setting
 from fastdeit.errors import run
 
 
@@ -28,22 +32,21 @@ def main() -> None:
     @dataclass(kw_only=True)
     class Export:
         checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-        """A run's folder, or last or best in it; a folder of timm's or transformers' kind; a file of weights (with
-        --model)."""
+        """A run's folder, or last or best in it; a folder of timm or transformers; a file of weights (with --model)."""
         output: Path
         """Folder to write; must not exist."""
         format: Literal["timm", "transformers", "onnx", "torch-export", "aotinductor"] = "timm"
-        """Who is to read it."""
+        """What it is for; see above."""
         ema: bool = False
         """Export the moving average of the weights."""
         model: str | None = None
-        """The model a file of weights is of: deit_*, deit3_*, or any other of timm's."""
-        input_size: int | None = None
-        """Pixels on a side, if another than in training: the position embedding is interpolated."""
-        opset: int = 23
-        """ONNX operators: 23 has attention as one operator; 20 is read by older runtimes."""
+        """The model a file of weights is of: deit_*, deit3_*, or any other timm model name."""
+        input_size: int | None = setting(None, at_least=1)
+        """Height and width of the images in pixels; position embeddings are interpolated. None: the checkpoint's."""
+        opset: int = setting(23, at_least=1)
+        """ONNX operator set: 23 has attention as one operator; older runtimes read 20."""
         device: str | None = None
-        """aotinductor compiles for this one. Default: cuda where present."""
+        """Device that aotinductor compiles for. None: cuda where present."""
 
     arguments = parse(Export, prog="python -m fastdeit.export", description=__doc__)
 

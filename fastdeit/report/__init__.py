@@ -1,6 +1,6 @@
 """One HTML page about a training run, in one file that needs nothing else.
 
-python -m fastdeit.report RUN [--output FILE]
+    python -m fastdeit.report RUN [--output FILE]
 
 The page shows what RUN's folder holds: accuracies, curves, where the time went, the first batch, all settings. While
 the checkpoint and the validation images are still there, also what the class and distillation token look at. A run that
@@ -25,7 +25,7 @@ def main() -> None:
         run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """A run's folder."""
         output: Path | None = None
-        """The file to write. Default: RUN/report.html."""
+        """The file to write. None: RUN/report.html."""
 
     arguments = parse(Report, prog="python -m fastdeit.report", description=__doc__)
     file = write(arguments.run, arguments.output)

@@ -18,6 +18,7 @@ from fastdeit.errors import UserError
 from fastdeit.evaluation import plots, tables
 from fastdeit.models.build import build_student, mean_std, normalise
 
+from . import trackers
 from .dry_run import dry_run
 from .loop import Loop
 from .optimizer import average_in_words, rates_in_words
@@ -173,6 +174,7 @@ def _end(loop: Loop, summary: dict, folder: Path) -> None:
 
 def set_up(config: Config, world: World) -> None:
     """What holds for the whole process. --deterministic: an operation without a deterministic algorithm raises."""
+    trackers.check(config.run.tracker)
     if config.speed.attention == "xformers" and world.device.type != "cuda":
         raise UserError("--attention xformers runs on CUDA devices only: omit --attention on this one")
     if config.speed.deterministic:

@@ -99,27 +99,7 @@ def test_help_is_in_paragraphs(monkeypatch, capsys):
         "Of the thing, in metres; what is longer than a line goes on --below, and stays one paragraph. (default: 3)"
         in out
     )
-    assert "Default: none." in out and "None)" not in out
     assert "\nOne.\n\n    some --size 4\n\ntwo two" in out
-
-
-def test_a_long_command_line_goes_on_behind_a_backslash(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-    command_line = "    python -m fastdeit.predict runs/RUN holidays/ --csv | sort"
-    first, second = cli.fold(f"One.\n\n{command_line}").splitlines()[2:]
-    assert first.startswith("    python -m") and first.endswith(" \\") and second.startswith(" " * 8)
-    assert first.removesuffix("\\").split() + second.split() == command_line.split() and len(first) < 60
-
-
-def test_the_text_of_a_table_goes_on_below_itself(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-    first = "    mfu         FLOP of the forward pass and of the backward pass,\n                counted"
-    table = f"{first}\n    idle_share  rest"
-    assert cli.fold(table).splitlines() == [
-        "    mfu         FLOP of the forward pass and of the",
-        "                backward pass, counted",
-        "    idle_share  rest",
-    ]
 
 
 def test_settings_without_their_source():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdeit import evaluate, export, predict, report, teach, train
+from fastdeit import evaluate, export, predict, teach, train
 
 from . import runs
 from .conftest import SMALL, refused, write_folder
@@ -69,29 +69,6 @@ def test_fit_a_teacher_and_learn_from_it(colors, tmp_path, cli):
     )  # fmt: skip
     assert code == 0, err
     assert set(json.loads((student / "summary.json").read_text())) == {"teacher", "cls", "dist", "both"}
-
-
-COMMANDS = {
-    "train": train.main, "evaluate": evaluate.main, "predict": predict.main, "export": export.main,
-    "report": report.main, "teach": teach.main, "teach fit": teach.main, "teach store": teach.main,
-    "teach verify": teach.main,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_fits_a_terminal_of_80_columns(name, cli, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    code, out, _ = cli(COMMANDS[name], *name.split()[1:], "--help")
-    assert code == 0 and f"python -m fastdeit.{name}" in out
-    text = out[out.index("\n\n") :] if out.startswith("usage:") else out  # the usage is one line, however long
-    assert max(map(len, text.splitlines())) <= 80
-
-
-def test_help_of_teach_store_speaks_of_storing(cli):
-    _, out, _ = cli(teach.main, "store", "--help")
-    assert out.count("usage:") == 1 and "handwritten" not in out
-    for words in ("goes on where it was stopped", "--views", "--top", "--distillation-type"):
-        assert words in " ".join(out.split()), words
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,17 @@
+import dataclasses
 import json
+import math
 import shlex
+import typing
 from functools import partial
 
 import pytest
 
 from fastdeit import recipes
 from fastdeit.cli import parse_config
-from fastdeit.config import Config
+from fastdeit.config import Config, check_bounds
 from fastdeit.errors import UserError
+from fastdeit.teach import LogitCacheOptions
 from fastdeit.train import main
 
 pytest.importorskip("tyro")
@@ -79,21 +83,6 @@ def test_print_config_prints_json_and_runs_nothing(cli):
     assert json.loads(out)["optimization"]["epochs"] == 7
 
 
-def test_help_is_grouped_and_states_units_and_defaults(cli):
-    code, out, _ = cli(main, "--help")
-    assert code == 0
-    for text in ("data options", "optimization options", "--distillation-tau", "Pixels on a side", "(default: 30)"):
-        assert text in out, text
-
-
-def test_help_breaks_lines_at_the_terminals_edge_only(cli, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "90")
-    _, out, _ = cli(main, "--help")
-    assert "auto: the same command again goes on with --output-dir where" in out  # a flag in the middle of two lines
-    assert "mixed into the training set, they carry the teacher's term" in out
-    assert "starts it elsewhere. " in out  # and no (default: None) behind what says what it means
-
-
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -111,6 +100,8 @@ def test_help_breaks_lines_at_the_terminals_edge_only(cli, monkeypatch):
         (["--weight-decay", "-1"], "--weight-decay"),
         (["--clip-grad", "-1"], "--clip-grad"),
         (["--clip-grad", "0"], "no clipping"),
+        (["--scale", "0.9", "0.5"], "--scale 0.9 0.5"),
+        (["--ratio", "2", "1"], "--ratio 2.0 1.0"),
         (["--recipe", "demo", "--recipe", "none"], "--recipe none"),
         (["--seed", "-1"], "--seed"),
         (["--model-ema-decay", "2"], "--model-ema-decay"),
@@ -126,6 +117,53 @@ def test_impossible_values_are_refused_in_a_sentence(cli, arguments, words):
     code, _, err = cli(main, *arguments)
     assert code == 2
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def fields(kind=Config):
+    """Every field of the settings, groups resolved."""
+    for field in dataclasses.fields(kind):
+        yield from fields(field.type) if dataclasses.is_dataclass(field.type) else [field]
+
+
+def is_number(kind) -> bool:
+    return kind in (int, float) or any(map(is_number, typing.get_args(kind)))
+
+
+@pytest.mark.parametrize("kind", [Config, LogitCacheOptions])
+def test_every_number_has_bounds(kind):
+    numbers = [field for field in fields(kind) if is_number(field.type)]
+    assert len(numbers) > 1
+    assert [field.name for field in numbers if not field.metadata.get("bounds")] == []
+
+
+@pytest.mark.parametrize("field", [field for field in fields() if field.metadata.get("bounds")], ids=lambda f: f.name)
+def test_a_bound_holds_at_the_limit_and_not_beyond(field):
+    """The limits themselves, the next number beyond each of them, infinity and NaN."""
+    step = 1 if int in (field.type, *typing.get_args(field.type)) else 1e-9
+    for name, limit in field.metadata["bounds"].items():
+        beyond = limit + (step if name in ("at_most", "below") else -step)
+        taken = {"at_least": limit, "at_most": limit, "above": limit + step, "below": limit - step}[name]
+        refused = [beyond, math.inf, -math.inf, math.nan] + [limit] * (name in ("above", "below"))
+        for value in [taken, *refused]:
+            config = Config()
+            (group,) = [group for group in vars(config).values() if hasattr(group, field.name)]
+            setattr(group, field.name, (value, value) if isinstance(field.default, tuple) else value)
+            if value == taken:
+                check_bounds(config)
+                continue
+            flag = f"--{field.name.replace('_', '-')}"
+            with pytest.raises(UserError, match=rf"^{flag} .*: must be .*{name.replace('_', ' ')} {limit}"):
+                check_bounds(config)
+
+
+def test_settings_that_a_resumed_run_may_change():
+    """Those on which the weights do not depend; of data and teacher the content counts, of the batch the product."""
+    free = {field.name for field in fields() if field.metadata.get("resumable")}
+    run = "output_dir resume eval device tracker dry_run print_config checkpoint_minutes keep_epochs keep_count"
+    data = "data_path classes label_column batch_size num_workers max_bad unlabelled_path"
+    teacher = "teacher_path teacher_classes teacher_store"
+    speed = "grad_checkpointing accumulate compile attention sharding deterministic"
+    assert free == {*run.split(), "skip_nonfinite", *data.split(), *teacher.split(), *speed.split()}
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "deit3_finetune", "deit_base_384", "deit_base_distilled_384"])

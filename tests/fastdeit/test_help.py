@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("tyro")
 
 COMMANDS = [
-    "train", "evaluate", "predict", "export", "report", "pipelines.prepare",
-    "pipelines.show",
+    "train", "evaluate", "predict", "export", "report", "teach", "teach fit", "teach store", "teach verify",
+    "pipelines.prepare", "pipelines.show",
 ]  # fmt: skip
 HEAVY = {"torch", "torchvision", "timm", "transformers", "nvidia", "scipy", "sklearn", "matplotlib", "pyarrow"}
 
@@ -37,9 +37,24 @@ def help_of(command: str, columns: int = 80) -> tuple[str, dict]:
     return printed, json.loads(took)
 
 
+@pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_there_before_pytorch_would_be(command):
-    printed, took = help_of(command)
+def test_help_is_fast_and_fits_the_terminal(command, columns):
+    printed, took = help_of(command, columns)
     assert took["code"] == 0 and f"python -m fastdeit.{command}" in printed
+    assert max(map(len, printed.splitlines()[1:])) <= columns  # the first, the usage, tyro does not fold
     assert HEAVY & {*took["modules"]} == set()
     assert took["seconds"] < 1.5  # about 0.3 on a free core
+
+
+def test_help_is_grouped_and_states_units_and_defaults():
+    printed = help_of("train")[0]
+    for text in ("data options", "optimization options", "--distillation-tau", "images in pixels", "(default: 30)"):
+        assert text in printed, text
+
+
+def test_help_of_teach_store_is_its_own():
+    printed = help_of("teach store")[0]
+    assert printed.count("usage:") == 1 and "handwritten" not in printed
+    for words in ("resumes an interrupted cache", "--views", "--top", "--distillation-type"):
+        assert words in " ".join(printed.split()), words
