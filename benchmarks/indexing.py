@@ -1,15 +1,15 @@
-"""Opening a data set costs microseconds an image, the second time less: names, labels and sizes of all of it.
+"""Opening a data set costs microseconds per image, from the cache less: names, labels and sizes of all images.
 
-    python benchmarks/indexing.py [--images 50000]
+    python -m benchmarks.indexing [--images 50000]
 
-Ours reads every header (height, width, bad files), from class folders and from tar shards, first and from the cache.
-Peers: torchvision's ImageFolder and timm's folder reader, which list files and know neither sizes nor bad files;
+Ours reads every header (height, width, bad files), of class folders and of tar shards, first without and then with the
+cache. Peers: torchvision's ImageFolder and timm's folder reader, which list files but know neither sizes nor bad files;
 the standard library's tarfile, which lists members; Pillow's lazy open, for the sizes. Floor: listing the folder and
-reading the first 4 KiB of each file, with nothing made of them.
+reading the first 4 KiB of each file.
 
-The files are small JPEGs made on the spot, in the page cache: it is the host's work that is measured, not the disk.
-Interleaved, medians of --rounds, in wall time and in CPU time of all threads (which other work on the machine disturbs
-less); writes records/cpu/indexing.csv.
+The files are small generated JPEGs in the page cache: this measures the host, not the disk. Interleaved, medians of
+--rounds, of wall time and of the CPU time of all threads (less sensitive to other load); writes
+records/cpu/indexing.csv.
 """
 
 import argparse
