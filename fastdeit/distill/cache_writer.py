@@ -49,7 +49,7 @@ def write_cache(config: Config, world: World, folder: Path, *, epochs: int, top:
     _say(
         world,
         f"the logit cache {folder} is complete: {epochs} epoch{'s' * (epochs != 1)} of {header['positions']:,} images, "
-        f"{size / 1e6:,.1f} MB; train with the same flags and --teacher-store {folder}",
+        f"{size / 1e6:,.2f} MB; train with the same flags and --teacher-store {folder}",
     )
 
 
