@@ -20,7 +20,7 @@ from fastdeit.checkpoint.state_dict import StateDict
 from fastdeit.errors import UserError
 
 from . import deit as ours
-from . import sources, weights
+from . import sources, weight_names, weights
 from .architectures import ARCHITECTURES, Architecture
 from .build import create_model, is_known, is_ours, mean_std, one_line, patch_and_grid, refuse_remainder
 from .sources import Source
@@ -171,10 +171,12 @@ def _file(found: Source, ema: bool, input_size: int | None, name: str | None, de
     contents = state_dict.read(found.weights, ema=ema)
     name = name or (contents.model if contents.model and is_known(contents.model) else None) or default
     if name is None:
-        raise UserError(f"{found.path} does not say which model it is of: give --model NAME, such as {EXAMPLE}")
+        raise UserError(
+            f"{found.path} does not say which model it is of: give --model NAME, such as deit_small_patch16_224"
+        )
     probe, notes = create_model(name), []
     fresh, heads = probe.state_dict(), weights.head_names(probe)
-    state = weights.weight_names.match(found.path, contents.state, fresh, heads, notes)
+    state = weight_names.match(found.path, contents.state, fresh, heads, notes)
     head, kernel = state.get(f"{heads[0]}.weight"), state.get("patch_embed.proj.weight")
     patch = None
     if kernel is not None and kernel.ndim == 4 and is_ours(name) and kernel.shape[-1] != probe.arch.patch_size:
@@ -187,9 +189,6 @@ def _file(found: Source, ema: bool, input_size: int | None, name: str | None, de
         found, model, side, (*contents.notes, *notes, *more), architecture=name,
         name=f"{name} from {found.path}",
     )  # fmt: skip
-
-
-EXAMPLE = "deit_small_patch16_224"
 
 
 def _side_of(model: nn.Module, state: StateDict) -> int | None:
@@ -261,9 +260,7 @@ def _by_transformers(found: Source, size: int | None) -> LoadedModel:
             found.weights.parent, output_loading_info=True
         )
     except Exception as error:  # whatever its reader raises
-        raise UserError(
-            f"transformers cannot read {found.path} as a classifier of images: {one_line(error)}"
-        ) from error
+        raise UserError(f"transformers cannot read {found.path} as an image classifier: {one_line(error)}") from error
     if missing := sorted(map(str, report["missing_keys"])):
         raise UserError(f"{found.path} has no trained head of classes: it lacks {', '.join(missing[:3])}")
     model = InTransformers(network.float())
