@@ -80,7 +80,7 @@ def store(arguments: list[str]) -> None:
     given = parse_config(arguments, prog="python -m fastdeit.teach store", kind=_CommandLine, description=STORE)
     options, config = given.cache, Config(**{group.name: getattr(given, group.name) for group in fields(Config)})
     _check(options, config)
-    from fastdeit.digits import with_digits
+    from fastdeit.demo import with_digits
     from fastdeit.distill.cache_writer import write_cache
     from fastdeit.distributed.world import join
 

@@ -26,7 +26,7 @@ def main() -> None:
 
 def train(config, world, on_micro_batch=None) -> dict:
     """One run, or what --eval asks for. Returns the closing table. on_micro_batch: see training.trainer.Trainer."""
-    from fastdeit.digits import with_digits
+    from fastdeit.demo import with_digits
     from fastdeit.training import run
 
     run.set_up(config, world)
@@ -37,7 +37,7 @@ def train(config, world, on_micro_batch=None) -> dict:
 
 def evaluate_only(config, world) -> dict:
     """--eval: the accuracies of --resume or --finetune on the validation images, as a table. See fastdeit.evaluate."""
-    from fastdeit.digits import with_digits
+    from fastdeit.demo import with_digits
     from fastdeit.evaluation.evaluator import about, evaluate
     from fastdeit.evaluation.tables import accuracy_table
     from fastdeit.models.inference import load

@@ -19,6 +19,7 @@ MODULES = {
     "data": "config, distributed, errors, kernels, pipelines",
     "config_check": "config, errors, recipes",
     "deit_flags": "errors",
+    "demo": "recipes, training",
     "cli": "checkpoint, config, config_check, deit_flags, errors, models, recipes",
 }
 COMMANDS = ("train", "evaluate", "predict", "teach")  # import anything, and only each other import them

@@ -1,9 +1,13 @@
-"""The default run's data and teacher: scikit-learn's 1,797 handwritten digits, written once as a folder of PNGs."""
+"""Data and teacher of a run without --data-path: scikit-learn's 1,797 handwritten digits, written once as a folder of
+PNGs, and a small CNN trained on them."""
 
 import shutil
 from pathlib import Path
 
-VAL_SHARE = 0.2
+from fastdeit import recipes
+from fastdeit.training import run
+
+VAL_FRACTION = 0.2
 SPLIT_SEED = 0
 
 
@@ -21,8 +25,8 @@ def digits_folder(root: Path = Path("data/digits")) -> Path:
 
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")
-    train, val = train_test_split(range(len(labels)), test_size=VAL_SHARE, stratify=labels, random_state=SPLIT_SEED)
-    # Written beside the target and renamed, so that a folder of this name is always a whole one.
+    train, val = train_test_split(range(len(labels)), test_size=VAL_FRACTION, stratify=labels, random_state=SPLIT_SEED)
+    # Written beside the target and renamed, so that a folder of this name is always complete.
     unfinished = root.with_name(root.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     for split, members in (("train", train), ("val", val)):
@@ -35,33 +39,34 @@ def digits_folder(root: Path = Path("data/digits")) -> Path:
 
 
 def with_digits(config, world):
-    """The settings of a run: without --data-path with the digits as data and, where a teacher is asked for, with one
-    fitted on them, which is kept for the next run."""
-    from fastdeit import recipes
-    from fastdeit.train import train
-
+    """The settings of a run; without --data-path with the digits as data and, if a teacher is asked for but not given,
+    one trained on them, which is kept for the next run."""
     if config.data.data_path is not None:
         return config
     config = type(config).from_dict(config.to_dict())
     config.data.data_path = world.broadcast(digits_folder() if world.is_main else None)
     asked = config.distillation
-    if asked.distillation_type == "none" or asked.teacher_path is not None or asked.teacher_store is not None:
-        return config
+    if asked.distillation_type != "none" and asked.teacher_path is None and asked.teacher_store is None:
+        asked.teacher_path = str(_teacher(config, world))
+    return config
+
+
+def _teacher(config, world) -> Path:
+    """The folder of a finished training run of --teacher-model on the digits."""
     settings = recipes.load("teacher_digits")
     settings.model.model = config.distillation.teacher_model
     settings.data.data_path, settings.data.input_size = config.data.data_path, config.data.input_size
     settings.run.device, settings.run.tracker = config.run.device, config.run.tracker
     target = Path("runs") / f"digits-teacher-{settings.model.model}-{settings.data.input_size}px"
     if not world.broadcast(target.is_dir()):
-        # Fitted under another name, so that a folder of this name is always a finished fit.
+        # Trained under another name, so that a folder of this name is always a finished run.
         settings.run.output_dir = target.with_name(target.name + ".unfinished")
         if world.is_main:
             shutil.rmtree(settings.run.output_dir, ignore_errors=True)
-            print(f"fitting the teacher {settings.model.model} on the digits, kept in {target} for the next run")
-        train(settings, world)
+            print(f"training the teacher {settings.model.model} on the digits, kept in {target} for the next run")
+        run.run(settings, world)
         if world.is_main:
             settings.run.output_dir.rename(target)
             print(f"the teacher is finished: {settings.run.output_dir} is now {target}")
         world.barrier()
-    config.distillation.teacher_path = str(target)
-    return config
+    return target
