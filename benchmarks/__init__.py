@@ -1,1 +1,1 @@
-"""Every claim of speed, as a command with its record: `python -m benchmarks --help`."""
+"""Every claim about speed, as a command with its record: `python -m benchmarks --help`."""

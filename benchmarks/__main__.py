@@ -3,12 +3,12 @@
     python -m benchmarks attention loss          these two
     python -m benchmarks all                     all of them
     python -m benchmarks all --quick             toy sizes, untimed
-    python -m benchmarks attention --heads 6     with a flag of the benchmark's
-    python -m benchmarks attention --help        which are these
+    python -m benchmarks attention --heads 6     with one of the benchmark's flags
+    python -m benchmarks attention --help        lists its flags
 
 Records are written to benchmarks/records/DEVICE; `python -m benchmarks.readme` brings the README up to date with them.
-Without a GPU the kernels are not timed (with --quick they run in Triton's interpreter), the rest is. What needs a
-package that is not here says so and is not run, which `all` does not mind.
+Without a GPU the kernels are not timed (with --quick they run in Triton's interpreter), the rest is. A benchmark
+that lacks a package says so and is skipped; `all` succeeds without it.
 """
 
 import argparse

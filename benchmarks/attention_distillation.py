@@ -1,10 +1,10 @@
-"""Claim: the distance of two models' attention maps costs a fraction of making the maps, and memory grows with tokens.
+"""Claim: comparing two models' attention maps costs a fraction of materialising them, and memory grows with tokens.
 
     python -m benchmarks attention-distillation
 
 attention_distillation_loss, forward and backward, from the packed q and k of one layer: a DeiT-S student (6 heads)
 beside a teacher ViT-B (12 heads, averaged on both sides) or ViT-S (head by head, and class rows only). The peers hold
-the maps, as one writes it in PyTorch; eager and compiled. Who gives other gradients than the eager one is not timed.
+the maps, as one writes it in PyTorch; eager and compiled. One whose gradients differ from the eager one's is not timed.
 
 The floor is the larger of bytes (q and k of both models in for the forward and again for the backward, gradients out)
 and products (scores of both models in the forward and again in the backward, two products for the gradients).
@@ -21,7 +21,7 @@ from .record import parser
 from .timing import compiled
 
 HEAD_DIM, STUDENT_HEADS = 64, 6
-KINDS = {"mean of heads": 12, "whole maps": 6, "class rows": 6}  # with the heads of the teacher
+KINDS = {"mean of heads": 12, "full maps": 6, "class rows": 6}  # with the heads of the teacher
 TOLERANCE = 3e-2  # of bfloat16 gradients, relative to the largest
 
 
@@ -43,7 +43,7 @@ def materialised_loss(student, teacher, kind):
 
 
 def our_loss(student, teacher, kind):
-    options = {"class rows": {"rows": "prefix"}, "mean of heads": {"heads": "mean"}, "whole maps": {}}[kind]
+    options = {"class rows": {"rows": "prefix"}, "mean of heads": {"heads": "mean"}, "full maps": {}}[kind]
     return attention_distillation_loss(*student.unbind(2), *teacher.unbind(2), **options)
 
 
@@ -53,7 +53,7 @@ def contenders(student, teacher, kind: str, quick: bool) -> tuple[dict[str, Call
     def call(loss):
         return lambda: torch.autograd.grad(loss(student, teacher, kind), student)
 
-    torch._dynamo.reset()  # compiled anew for each case
+    torch._dynamo.reset()  # recompiled for each case
     functions = {"fastdeit": our_loss, "compiled": compiled(materialised_loss, quick=quick), "eager": materialised_loss}
     (expected,), usable, missing = call(materialised_loss)(), {}, {}
     for name, function in functions.items():

@@ -1,4 +1,4 @@
-"""The pictures of the records."""
+"""The charts of the records."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -98,7 +98,7 @@ def shares(totals: Mapping[str, float], floor: str, title: str, unit: str, path:
 
 
 def bars(columns: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """A picture for each column, side by side, with a bar for each of its values; those called fastdeit stand out."""
+    """A plot for each column, side by side, with a bar for each of its values; those called fastdeit stand out."""
     names = list(next(iter(columns.values())))
     size = (5 * len(columns), 0.4 * len(names) + 1)
     figure, many = plt.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained")

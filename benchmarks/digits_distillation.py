@@ -1,12 +1,12 @@
-"""What each way of being taught brings on the digits: none, soft, hard, hard with attention, hard from a store.
+"""What each distillation setting brings on the digits: none, soft, hard, hard with attention maps, hard from a cache.
 
     python -m benchmarks.digits_distillation [--seeds 5] [--folder runs/digits-distillation]
 
-The demo's student (fastdeit/recipes/demo.py) for each way and seed; a finished run is not repeated. Two teachers are
-fitted once: the demo's CNN, and a plain nano DeiT, as attention can be compared with a transformer's only; its hard
-labels alone are a row too, so that teacher and attention can be told apart. The store holds 10 views, each of which the
-30 epochs use three times. Writes top-1 of each head on the 360 validation images with mean and standard deviation over
-the seeds to records/cpu/digits_distillation.csv and .md. One image is 0.28 %.
+The demo's student (fastdeit/recipes) for each setting and seed; a finished run is not repeated. Two teachers are fitted
+once: the demo's CNN, and a plain nano DeiT, since attention maps can be compared with a transformer's only; its hard
+labels alone are a row too, so that teacher and attention can be told apart. The logit cache holds 10 epochs, each of
+which is used three times in 30. Writes top-1 of each head on the 360 validation images with mean and standard deviation
+over the seeds to records/cpu/digits_distillation.csv and .md. One image is 0.28 %.
 """
 
 import argparse
@@ -26,14 +26,14 @@ VIEWS = 10
 PLAIN = "deit_nano_patch4_16"  # the student without a distillation token
 CNN, VIT = "runs/cnn", "runs/vit"
 
-# Flags beyond the demo's, by way.
-WAYS = {
+# Flags beyond the demo's.
+SETTINGS = {
     "none": f"--distillation-type none --model {PLAIN}",
     "soft": f"--distillation-type soft --teacher-path {CNN}",
     "hard": f"--distillation-type hard --teacher-path {CNN}",
     "hard, ViT teacher": f"--distillation-type hard --teacher-path {VIT}",
     "hard + attention, ViT teacher": f"--distillation-type hard --teacher-path {VIT} --attention-distillation-weight 1",
-    f"hard, stored ({VIEWS} views)": "--distillation-type hard --teacher-store {store}",
+    f"hard, cached logits ({VIEWS} epochs)": "--distillation-type hard --teacher-store {cache}",
 }
 
 
@@ -46,7 +46,9 @@ def main() -> None:
     runs = Runs(arguments.folder.resolve(), arguments.epochs)
     runs.train(CNN, "--recipe teacher_digits")
     runs.train(VIT, f"--model {PLAIN} --distillation-type none")
-    results = {way: [runs.student(way, flags, seed) for seed in range(arguments.seeds)] for way, flags in WAYS.items()}
+    results = {
+        name: [runs.student(name, flags, seed) for seed in range(arguments.seeds)] for name, flags in SETTINGS.items()
+    }
     table = to_table(results)
     print(table)
     if arguments.epochs is None:
@@ -58,13 +60,13 @@ class Runs:
         self.folder, self.epochs = folder, epochs
         folder.mkdir(parents=True, exist_ok=True)
 
-    def student(self, way: str, flags: str, seed: int) -> dict[str, float]:
-        store = f"stores/seed-{seed}"
-        if "{store}" in flags:
-            asked = f"--distillation-type hard --teacher-path {CNN} --seed {seed} --views {VIEWS} --output {store}"
-            self._command("fastdeit.teach store", asked)  # a finished one is looked at and left
-        name = "".join(letter if letter.isalnum() else "-" for letter in way)
-        return self.train(f"runs/{name}/seed-{seed}", f"{flags.format(store=store)} --seed {seed}")
+    def student(self, setting: str, flags: str, seed: int) -> dict[str, float]:
+        cache = f"caches/seed-{seed}"
+        if "{cache}" in flags:
+            asked = f"--distillation-type hard --teacher-path {CNN} --seed {seed} --views {VIEWS} --output {cache}"
+            self._command("fastdeit.teach store", asked)  # a finished one is left as it is
+        name = "".join(letter if letter.isalnum() else "-" for letter in setting)
+        return self.train(f"runs/{name}/seed-{seed}", f"{flags.format(cache=cache)} --seed {seed}")
 
     def train(self, target: str, flags: str) -> dict[str, float]:
         """Top-1 of each head; trained unless there is a finished run in the folder."""
@@ -86,9 +88,9 @@ def to_table(results: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: mean and standard deviation over the seeds, per cent."""
     seeds = len(next(iter(results.values())))
     lines = [f"| top-1 %, {seeds} seeds | " + " | ".join(HEADS.values()) + " |", "|---" * (len(HEADS) + 1) + "|"]
-    for way, summaries in results.items():
+    for setting, summaries in results.items():
         cells = [_cell([summary[head] for summary in summaries if head in summary]) for head in HEADS]
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -104,11 +106,11 @@ def record(results: dict[str, list[dict[str, float]]], table: str) -> None:
     (RECORDS / "digits_distillation.md").write_text(table)
     with (RECORDS / "digits_distillation.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["way", "seed", *HEADS])
-        for way, summaries in results.items():
+        writer.writerow(["setting", "seed", *HEADS])
+        for setting, summaries in results.items():
             for seed, summary in enumerate(summaries):
                 values = [f"{100 * summary[head]:.2f}" if head in summary else "" for head in HEADS]
-                writer.writerow([way, seed, *values])
+                writer.writerow([setting, seed, *values])
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
     python -m benchmarks epoch [--data-path DIR] [--student deit_small_distilled_patch16_224] [--batch-size 256]
 
-Whole epochs, the start of each included, with all that the DeiT recipe does to an image (random resized crops, flips,
+Full epochs, the start of each included, with all that the DeiT recipe does to an image (random resized crops, flips,
 RandAugment, erasing, mixup and cutmix, each image three times an epoch) and hard distillation:
 
-    fastdeit, from disk   the trainer's own epoch over its own loader, with answers from a store
-    fastdeit, noise       the same trainer, its batches noise that lies on the device (mixed and erased all the same)
+    fastdeit, from disk   the trainer's own epoch over its own loader, with cached logits
+    fastdeit, noise       the same trainer, on noise that is on the device (mixed and erased all the same)
     timm, from disk       timm's loader, a worker for each core, which mixes there, and the step of its train.py with a
                           live teacher, the only one it knows; each image once an epoch
-    timm, noise           that step on noise that lies on the device
+    timm, noise           that step on noise that is on the device
 
 Interleaved, an epoch each a round, medians. `share_of_noise` is what remains of the speed on noise; for ours it stands
 in the place of the share of the floor. Without --data-path: JPEGs of 500 x 375 cut from two photographs, about the size
@@ -42,15 +42,15 @@ from fastdeit.training.loop import Loop
 from . import charts, peers
 from .pipeline import CORES, Epoch, make_images, measure, needs_dali, timm_loader
 from .record import Headline, Record, parser
-from .steps import CLASSES, configuration, fill_in, loop_on, pick_place, random_store, speed
+from .steps import CLASSES, configuration, fill_in, loop_on, pick_world, random_cache, speed
 
 COLUMNS = ("contender", "cores", "images_an_epoch", "images_per_s", "images_per_cpu_s", "share_of_noise")
-VIEWS = 4  # of the store; epochs go round
+VIEWS = 4  # epochs in the cache, used again and again
 SOURCES = ("from disk", "noise")
 
 
-def taught(loader: Loader, folder: Path) -> LoaderWithTargets:
-    """The loader with a store of answers, drawn at random, to the very images it gives."""
+def with_cache(loader: Loader, folder: Path) -> LoaderWithTargets:
+    """The loader with a logit cache, drawn at random, for the very images it gives."""
     plans = loader.plans
     length = len(loader) * plans.batch_size
     orders = [
@@ -60,7 +60,7 @@ def taught(loader: Loader, folder: Path) -> LoaderWithTargets:
         )[0][:length]
         for view in range(VIEWS)
     ]  # fmt: skip
-    return LoaderWithTargets(loader, random_store(folder, np.stack(orders), plans.batch_size))
+    return LoaderWithTargets(loader, random_cache(folder, np.stack(orders), plans.batch_size))
 
 
 def our_epochs(loop: Loop, loader: LoaderWithTargets) -> Epoch:
@@ -81,7 +81,7 @@ def ours(arguments: argparse.Namespace, root: Path, world: World, folder: Path) 
     sources = {}
     for name, source in zip(SOURCES, (index, SyntheticIndex(len(index), CLASSES))):
         loader, _ = loaders(config, (source, source), world, None)
-        sources[name] = taught(loader, folder / name)
+        sources[name] = with_cache(loader, folder / name)
     loop = loop_on(config, world, sources["from disk"])
     loop.trainer.teacher = CachedTeacher(sources["from disk"].cache, config)
     return {f"fastdeit, {name}": our_epochs(loop, loader) for name, loader in sources.items()}
@@ -143,7 +143,7 @@ def settings() -> argparse.Namespace:
 
 def headline(arguments: argparse.Namespace, speeds: dict[str, float], device: torch.device) -> Headline:
     mine, other = speeds["fastdeit, from disk"], speeds["timm, from disk"]
-    what = f"epoch from JPEGs, {arguments.student}, stored answers, batch {arguments.batch_size}"
+    what = f"epoch from JPEGs, {arguments.student}, cached logits, batch {arguments.batch_size}"
     share = round(mine / speeds["fastdeit, noise"], 3)
     return Headline(what, speed(mine, device), "timm", speed(other, device), round(mine / other, 3), share)
 
@@ -151,7 +151,7 @@ def headline(arguments: argparse.Namespace, speeds: dict[str, float], device: to
 def main() -> None:
     arguments = settings()
     needs_dali()
-    record, world = Record("epoch", arguments, COLUMNS), pick_place(arguments.device)
+    record, world = Record("epoch", arguments, COLUMNS), pick_world(arguments.device)
     record.conditions |= {name: getattr(arguments, name) for name in ("student", "teacher", "batch_size", "rounds")}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -9,8 +9,8 @@
 --only benchmarks: python -m benchmarks, those of the kernels unless named by --benchmarks, one after another with the
 GPU to themselves.
 
-Everything is printed as it comes and the table last. What does not fit into the minutes is stopped or left out, and the
-table says so. Exits with 0 when all that ran has passed.
+Output is printed as it comes, the table last. What does not fit into the minutes is stopped or skipped, and the table
+says so. Exits with 0 when all that ran has passed.
 """
 
 import argparse

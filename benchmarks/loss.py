@@ -90,7 +90,7 @@ class Case:
 
     def contenders(self, quick: bool) -> tuple[dict[str, Callable], dict[str, str]]:
         """Those that give the gradients that deit's loss gives, and the others with the reason. Ours must."""
-        torch._dynamo.reset()  # compiled anew for each case: shapes and kinds are as static as in training
+        torch._dynamo.reset()  # recompiled for each case: shapes and kinds are as static as in training
         functions = FUNCTIONS | {name: compiled(function, quick=quick) for name, function in COMPILED.items()}
         usable, missing, expected = {}, {}, self.call(deit_loss)()
         for name, function in functions.items():

@@ -64,7 +64,7 @@ def teacher_of_timm(network: nn.Module, device: torch.device, *, compile: bool) 
 
 
 @torch.no_grad()
-def answers(teacher: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
+def logits(teacher: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits (B, classes) of a teacher of timm, which runs in the student's autocast."""
     with _cudnn_benchmark(), _autocast(images.device, dtype):
         return teacher(images)

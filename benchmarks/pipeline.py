@@ -1,4 +1,4 @@
-"""Claim: the loader feeds more images a second than its peers, and more for each second of CPU time.
+"""Claim: the loader delivers more images per second than its peers, and more per second of CPU time.
 
     python -m benchmarks pipeline [--data-path DIR] [--rounds 5]
 

@@ -1,7 +1,7 @@
 """Brings the README's tables up to date with the records.
 
     python -m benchmarks.readme              writes them
-    python -m benchmarks.readme --check      exits with 1 when they are not up to date
+    python -m benchmarks.readme --check      exits with 1 when they are stale
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of TABLES.
 """
@@ -47,7 +47,7 @@ def _device(folder: Path) -> str:
 
 
 def digits_distillation() -> str:
-    """What each way of being taught brings on the digits."""
+    """What each distillation setting brings on the digits."""
     return (RECORDS / "cpu" / "digits_distillation.md").read_text()
 
 

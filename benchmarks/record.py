@@ -1,4 +1,4 @@
-"""What stays of a measurement: records/DEVICE/NAME.csv, NAME.json with the conditions, and the charts.
+"""The record of a measurement: records/DEVICE/NAME.csv, NAME.json with the conditions, and the charts.
 
 A record's JSON holds its headlines, the lines that `python -m benchmarks.readme` puts into the README.
 """
@@ -62,7 +62,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 class Record:
-    """Rows under columns, headlines and conditions, written as a whole by `write`, as often as wanted."""
+    """Rows under columns, headlines and conditions, written in full by each call of `write`."""
 
     def __init__(self, name: str, arguments: argparse.Namespace, columns: Sequence[str]):
         self.name, self.device, self.quick, self.columns = name, arguments.device, arguments.quick, columns
@@ -70,7 +70,7 @@ class Record:
         self.headlines: list[Headline] = []
         self.conditions: dict = {}
         self.folder = RECORDS / device_name(self.device)
-        if self.quick:  # written all the same, and thrown away: a quick run goes every way
+        if self.quick:  # written all the same, and thrown away: a quick run takes every path
             self._temporary = tempfile.TemporaryDirectory()
             self.folder = Path(self._temporary.name)
             print(NO_TIMING)

@@ -153,7 +153,7 @@ def moved(value):
 @contextmanager
 def imitated_h200():
     target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
-    answers = {
+    results = {
         "torch.cuda.is_available": True, "torch.cuda.device_count": 1, "torch.cuda.current_device": 0,
         "torch.cuda.get_rng_state": torch.zeros(16, dtype=torch.uint8), "torch.cuda.set_rng_state": None,
         "torch.cuda.get_device_properties": H200, "torch.cuda.get_device_capability": (9, 0),
@@ -164,8 +164,8 @@ def imitated_h200():
     }  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(driver, "_active", target))
-        for name, answer in answers.items():
-            stack.enter_context(mock.patch(name, lambda *_, answer=answer, **__: answer))
+        for name, result in results.items():
+            stack.enter_context(mock.patch(name, lambda *_, result=result, **__: result))
         yield
 
 

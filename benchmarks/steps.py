@@ -1,4 +1,4 @@
-"""What the benchmarks of whole training steps share: our trainer on noise, answers from a store, steps in turn.
+"""What the benchmarks of full training steps share: our trainer on noise, cached logits, steps in turn.
 
 Steps are called as training calls them, launches and all, with nothing captured and no cache flushed in between. A
 sample is, on a GPU, the time between two events around a few steps in a row; on the CPU, the CPU time of a step, which
@@ -30,7 +30,7 @@ from .timing import Timing
 CLASSES = 1000
 RESIDENT = 8  # batches: one noise, mixed and erased in so many ways
 IN_A_ROW = 5  # steps of a sample on a GPU
-STORED_STEPS = 64  # answers go round
+CACHED_STEPS = 64  # used again and again
 Step = Callable[[], torch.Tensor]  # one training step; returns its loss, a tensor on the device
 
 
@@ -46,7 +46,7 @@ def speed(images_per_s: float, device: torch.device) -> str:
     return f"{images_per_s:,.{1 if images_per_s < 100 else 0}f} images/{'CPU-s' if device.type == 'cpu' else 's'}"
 
 
-def pick_place(device: str) -> World:
+def pick_world(device: str) -> World:
     if device == "cpu":
         torch.set_num_threads(1)
     return World(pick_device(device))
@@ -90,8 +90,8 @@ def our_step(loop: Loop, teacher, batches: list[Batch]) -> Step:
     return step
 
 
-def random_store(folder: Path, indices: np.ndarray, batch_size: int) -> logit_cache.LogitCache:
-    """A store with a random decision for each position. indices: (views, positions), the images they are of."""
+def random_cache(folder: Path, indices: np.ndarray, batch_size: int) -> logit_cache.LogitCache:
+    """A logit cache with a random label for each position. indices: (views, positions), the images they are of."""
     views, positions = indices.shape
     steps = positions // batch_size
     header = {
@@ -108,16 +108,16 @@ def random_store(folder: Path, indices: np.ndarray, batch_size: int) -> logit_ca
     return logit_cache.LogitCache(folder)
 
 
-def stored_answers(folder: Path, batch_size: int, device: torch.device) -> Callable:
-    """In a teacher's place: answers as the loader of a stored run reads them, from a mapped file to the device."""
-    store = random_store(folder, np.zeros((1, STORED_STEPS * batch_size), np.int64), batch_size)
-    starts = itertools.cycle(range(0, STORED_STEPS * batch_size, batch_size))
+def cached_logits(folder: Path, batch_size: int, device: torch.device) -> Callable:
+    """In a teacher's place: its labels as a training run reads them, from a mapped file to the device."""
+    cache = random_cache(folder, np.zeros((1, CACHED_STEPS * batch_size), np.int64), batch_size)
+    starts = itertools.cycle(range(0, CACHED_STEPS * batch_size, batch_size))
 
-    def answers(images, batch):
+    def labels(images, batch):
         start = next(starts)
-        return targets_of(store.rows(0, slice(start, start + batch_size)), device)
+        return targets_of(cache.rows(0, slice(start, start + batch_size)), device)
 
-    return answers
+    return labels
 
 
 def built(build: Callable[[], Step], device: torch.device, warm_up: int) -> tuple[Step, int | None]:

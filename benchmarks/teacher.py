@@ -1,16 +1,16 @@
-"""Claim: stored answers make the teacher free; a live one is cheaper folded, on a GPU also in fp16 and compiled.
+"""Claim: cached logits make the teacher free; a live one is cheaper folded, on a GPU also in fp16 and compiled.
 
     python -m benchmarks teacher [--student deit_tiny_distilled_patch16_224] [--teacher regnety_016] [--batch-size 8]
 
 Two comparisons, each in turns, medians:
 
-    step       the trainer's own step on noise that lies on the device (steps.py), hard distillation, with the teacher
-               in different states; the floor is a step whose answers lie ready on the device
+    step       the trainer's own step on noise on the device (steps.py), hard distillation, with the teacher
+               in different states; the floor is a step whose labels are on the device
     forward    the teacher alone, to logits: ours in its best state beside timm's distillation teacher, in autocast's
                bf16 and compiled on a GPU, fed contiguous and channels_last
 
 Weights are random: they do not change the time. On a GPU the default is DeiT-S and RegNetY-16GF at batch 256, all
-compiled (`--no-compile` leaves that out).
+compiled (not with `--no-compile`).
 """
 
 import argparse
@@ -42,7 +42,7 @@ def make_teacher(
     network: nn.Module, trainer: Trainer, dtype: torch.dtype, *, folded: bool = True, laid_out: bool = False,
     compiled: bool = False,
 ) -> Teacher:  # fmt: skip
-    """A timm model in the trainer's service, in a state between published and best."""
+    """A timm model as the trainer's teacher, in a state between published and best."""
     data, world = trainer.config.data, trainer.world
     mean, std = mean_std(network)
     loaded = LoadedModel(name="teacher", model=network.eval(), input_size=data.input_size, mean=mean, std=std)
@@ -68,7 +68,7 @@ def best_teacher(network: nn.Module, trainer: Trainer, *, compiled: bool) -> Tea
 
 
 def states(network: nn.Module, trainer: Trainer, *, compiled: bool) -> dict[str, Callable]:
-    """Each state of the teacher, by name, from the dearest to the cheapest that is expected."""
+    """Each state of the teacher, by name, the slowest first, as far as expected."""
     made = {
         "fp32, as published": make_teacher(network, trainer, torch.float32, folded=False),
         "fp32, folded": make_teacher(network, trainer, torch.float32),
@@ -90,7 +90,7 @@ def compare_steps(arguments, network: nn.Module, loop: Loop) -> dict[str, Timing
     device, batches = trainer.world.device, list(islice(loop.train_loader, steps.RESIDENT))
     with tempfile.TemporaryDirectory() as folder:
         teachers = states(network, trainer, compiled=arguments.compile)
-        teachers["stored answers"] = steps.stored_answers(Path(folder), arguments.batch_size, device)
+        teachers["cached logits"] = steps.cached_logits(Path(folder), arguments.batch_size, device)
         ready = torch.zeros(arguments.batch_size, dtype=torch.int64, device=device)
         teachers[FLOOR] = lambda images, batch: ready
         calls = {name: steps.our_step(loop, teacher, batches) for name, teacher in teachers.items()}
@@ -115,7 +115,7 @@ def compare_forwards(arguments, network: nn.Module, loop: Loop) -> dict[str, Tim
         for name, layout in formats.items():
             theirs = peers.teacher_of_timm(copy.deepcopy(network), device, compile=arguments.compile)
             given = images.float().contiguous(memory_format=layout)
-            calls[name] = lambda theirs=theirs, given=given: peers.answers(theirs, given, dtype)
+            calls[name] = lambda theirs=theirs, given=given: peers.logits(theirs, given, dtype)
     for call in calls.values():
         for _ in range(1 if arguments.quick else 2):
             call()
@@ -163,15 +163,15 @@ def main() -> None:
     record = Record("teacher", arguments, COLUMNS)
     names = ("student", "teacher", "batch_size", "rounds", "compile")
     record.conditions |= {name: getattr(arguments, name) for name in names}
-    world = steps.pick_place(arguments.device)
+    world = steps.pick_world(arguments.device)
     torch._dynamo.config.recompile_limit = 64  # of states that in training have a process each
     config = steps.configuration(
         arguments.student, batch_size=arguments.batch_size, pixels=arguments.pixels, compile=arguments.compile
     )
     loop = steps.loop_on(config, world, steps.noise(config, world))
     network = timm.create_model(arguments.teacher, num_classes=steps.CLASSES)
-    whole = compare_steps(arguments, network, loop)
-    report(record, "step", whole, arguments.batch_size)
+    by_state = compare_steps(arguments, network, loop)
+    report(record, "step", by_state, arguments.batch_size)
     record.write()
     forwards = compare_forwards(arguments, network, loop)
     report(record, "forward", forwards, arguments.batch_size)
@@ -180,7 +180,7 @@ def main() -> None:
     record.write()
     if (chart := record.path("teacher.png")) is not None:
         title = f"a step of {arguments.student}, teacher {arguments.teacher}, batch {arguments.batch_size}"
-        charts.shares({name: t.median / 1e3 for name, t in whole.items()}, FLOOR, title, "ms", chart)
+        charts.shares({name: t.median / 1e3 for name, t in by_state.items()}, FLOOR, title, "ms", chart)
 
 
 if __name__ == "__main__":

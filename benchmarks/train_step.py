@@ -1,12 +1,12 @@
-"""Claim: a step of distilled training takes less time than with timm, with a live teacher and with stored answers.
+"""Claim: a step of distilled training takes less time than with timm, with a live teacher and with cached logits.
 
     python -m benchmarks train-step [--students deit_small_distilled_patch16_224 ...] [--teacher regnety_160]
                                 [--batch-size 256]
 
-From uint8 noise that lies on the device to new weights and a new moving average: normalised, a quarter of it erased,
+From uint8 noise on the device to new weights and a new moving average: normalised, a quarter of it erased,
 mixed, smoothed labels, hard distillation, drop path 0.1, AdamW. bf16 AMP on a GPU, fp32 on the CPU. Contenders:
 
-    fastdeit              the trainer's own step (steps.py), with a live teacher, and with answers read from a store
+    fastdeit              the trainer's own step (steps.py), with a live teacher, and with cached logits
     timm                  as its train.py does it with token distillation (peers.py), with --torchcompile on a GPU,
                           there with and without --channels-last
     facebookresearch/deit  as its engine.py does it (peers.py), eager; its images come without being erased, which its
@@ -55,7 +55,7 @@ COLUMNS = (
     "student", "contender", "ms", "ms_p10", "ms_p90", "images_per_s", "times_live", "mfu_datasheet", "mfu_measured",
     "peak_mb", "launches", "kernels", "idle_share",
 )  # fmt: skip
-STORED, LIVE = "fastdeit, stored answers", "fastdeit, live teacher"
+CACHED, LIVE = "fastdeit, cached logits", "fastdeit, live teacher"
 DEIT = "facebookresearch/deit"
 DATASHEET = {  # FLOP/s of dense bf16
     "H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "B200": 2250e12,
@@ -69,13 +69,13 @@ ON_GPU = {
     "fastdeit, teacher folded": "teacher's BatchNorms folded, laid out",
     "fastdeit, teacher compiled": "teacher compiled",
     LIVE: "fused attention",
-    STORED: "stored answers",
+    CACHED: "cached logits",
 }
 ON_CPU = {
     DEIT: DEIT,
     "fastdeit, teacher not folded": "our trainer: lean last block, loss, mixing, AdamW and EMA",
     LIVE: "teacher's BatchNorms folded",
-    STORED: "stored answers",
+    CACHED: "cached logits",
 }
 
 
@@ -84,7 +84,7 @@ class Case:
 
     def __init__(self, arguments: argparse.Namespace, student: str, folder: Path):
         self.arguments, self.student, self.folder = arguments, student, folder
-        self.world = steps.pick_place(arguments.device)
+        self.world = steps.pick_world(arguments.device)
         self.device, self.gpu = self.world.device, arguments.device != "cpu"
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         self.network = timm.create_model(arguments.teacher, num_classes=CLASSES)
@@ -96,7 +96,7 @@ class Case:
         best = partial(best_teacher, compiled=self.arguments.compile)
         attention = "fused" if self.gpu else "sdpa"
         found = {
-            STORED: lambda: self.ours(None, attention=attention),
+            CACHED: lambda: self.ours(None, attention=attention),
             LIVE: lambda: self.ours(best, attention=attention),
             DEIT: lambda: self.deit(self.dtype),
         }
@@ -119,11 +119,11 @@ class Case:
         return found
 
     def ours(self, make: Callable | None, *, attention: str = "sdpa", compile: bool | None = None) -> Step:
-        """make: of the timm model and the trainer its teacher; None for stored answers."""
+        """make: of the timm model and the trainer its teacher; None for cached logits."""
         loop = steps.loop_on(self._configuration(attention, compile), self.world, self.noise)
         if make is None:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
-            teacher = steps.stored_answers(folder, self.arguments.batch_size, self.device)
+            teacher = steps.cached_logits(folder, self.arguments.batch_size, self.device)
         else:
             teacher = make(self.network, loop.trainer)
         return steps.our_step(loop, teacher, self.batches)
@@ -180,7 +180,7 @@ class Result:
             began = time.monotonic()
             try:
                 self.steps[name], self.peaks[name] = steps.built(build, case.device, warm_up)
-            except Exception as error:  # the others are worth having all the same
+            except Exception as error:  # the others are still worth measuring
                 traceback.print_exc()
                 reason = " ".join(str(error).split())[:150]
                 self.missing.append(f"{case.student}, {name}: {type(error).__name__}: {reason}")
@@ -217,17 +217,17 @@ class Result:
         return rows
 
     def headlines(self, measured_peak: float | None) -> list[Headline]:
-        """Ours beside the fastest peer; for stored answers also which share of the measured peak is reached."""
+        """Ours beside the fastest peer; for cached logits also which share of the measured peak is reached."""
         theirs = {name: self.images_per_s(name) for name in self.timings if not name.startswith("fastdeit,")}
         if not theirs:
             return []
         peer = max(theirs, key=theirs.get)
         arguments, found = self.case.arguments, []
-        for name, teacher in ((LIVE, f"live {arguments.teacher}"), (STORED, "stored answers")):
+        for name, teacher in ((LIVE, f"live {arguments.teacher}"), (CACHED, "cached logits")):
             if name not in self.timings:
                 continue
             what = f"training step, {self.case.student}, {teacher}, batch {arguments.batch_size}"
-            ours, share = self.images_per_s(name), self.mfu(name, measured_peak) if name == STORED else None
+            ours, share = self.images_per_s(name), self.mfu(name, measured_peak) if name == CACHED else None
             speeds = steps.speed(ours, self.case.device), peer, steps.speed(theirs[peer], self.case.device)
             found.append(Headline(what, *speeds, round(ours / theirs[peer], 3), share and round(share, 3)))
         return found

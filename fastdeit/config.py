@@ -19,7 +19,7 @@ from fastdeit.errors import UserError
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
-def setting(default, *, resumable: bool = False, remedy: str = "", **bounds: float) -> Any:
+def setting(default: Any, *, resumable: bool = False, remedy: str = "", **bounds: float) -> Any:
     """A field of a dataclass of flags; the docstring below it is its help, and states the unit.
 
     bounds: at_least, above, at_most, below: of a number, or of each number of a tuple. remedy: what to add where they
@@ -30,7 +30,7 @@ def setting(default, *, resumable: bool = False, remedy: str = "", **bounds: flo
     return field(default=default, metadata={"bounds": bounds, "remedy": remedy, "resumable": resumable})
 
 
-def check_bounds(settings) -> None:
+def check_bounds(settings: Any) -> None:
     """Raises UserError for a field of this dataclass, or of the dataclasses in it, whose value is out of bounds."""
     for one in dataclasses.fields(settings):
         value, bounds = getattr(settings, one.name), one.metadata.get("bounds")
