@@ -99,7 +99,8 @@ def parse_config(
     )  # fmt: skip
     config.typed = typed_flags(arguments)
     if starts:
-        sources.adopt(config, config.typed)
+        keep_size = recipes.changes_size(chosen) and not config.run.eval
+        sources.adopt(config, config.typed, keep_size=keep_size)
     config_check.check(config)
     if starts and kind is Config:
         config_check.check_start(config)

@@ -233,12 +233,10 @@ def _edge(size) -> int | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
-OWN_SIZE = ("deit_base_384", "deit_base_distilled_384", "deit3_finetune")  # recipes that are about a size to go to
 
-
-def adopt(config, typed: frozenset[str]) -> None:
+def adopt(config, typed: frozenset[str], *, keep_size: bool = False) -> None:
     """Give a config.Config what the weights of --finetune say, except for the flags that were `typed`: the model with
-    its patch size, and the size and crop of images where the recipe is not about another size."""
+    its patch size, and, unless `keep_size`, the size and crop of images."""
     path = Path(config.model.finetune).expanduser() if config.model.finetune else None
     if path is None or not path.exists():
         return
@@ -249,7 +247,7 @@ def adopt(config, typed: frozenset[str]) -> None:
             own = ARCHITECTURES.get(source.model)
             is_own = own is not None and own.patch_size == source.patch_size
             config.model.patch_size = None if is_own else source.patch_size
-    if config.run.recipe in OWN_SIZE and not config.run.eval:
+    if keep_size:
         return
     if source.input_size is not None and "--input-size" not in typed:
         config.data.input_size = source.input_size[0]

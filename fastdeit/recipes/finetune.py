@@ -1,19 +1,19 @@
-"""A pretrained DeiT on a folder of your own with some hundred to some ten thousand images.
-
-    python -m fastdeit.train --recipe finetune --data-path DIR --finetune CHECKPOINT
-
-CHECKPOINT: a file of timm or facebookresearch/deit for the same --model; its head is replaced by a fresh one when
-the number of classes differs. Milder than the recipe for training from scratch, which underfits small folders: crops
-of at least 35 %, no erasing, weak mixing, no repeated augmentation, a moving average that follows within an epoch or
-two. No accuracy is claimed: it depends on the folder.
-"""
+"""Fine-tuning on a folder of your own."""
 
 from fastdeit.config import Config, Data, Model, Optimization
 
-FINETUNES = True  # refused without weights to begin with
 
+def finetune() -> Config:
+    """A pretrained DeiT on a folder of your own with some hundred to some ten thousand images.
 
-def config() -> Config:
+        python -m fastdeit.train --recipe finetune \\
+            --data-path DIR --finetune CHECKPOINT
+
+    CHECKPOINT: a file of timm or facebookresearch/deit for the same --model; its head is replaced by a new one if the
+    number of classes differs. Milder than the recipe for training from scratch, which underfits small folders: crops of
+    at least 35 %, no erasing, weak mixing, no repeated augmentation, a moving average that follows within an epoch or
+    two. No accuracy is claimed: it depends on the folder.
+    """
     return Config(
         data=Data(
             batch_size=64, scale=(0.35, 1.0), aa="rand-m7-mstd0.5-inc1", reprob=0.0, mixup=0.1, cutmix=0.0,

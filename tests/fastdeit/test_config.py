@@ -67,7 +67,8 @@ STARTS = {
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_the_command_in_a_recipes_docstring_is_of_that_recipe(name):
-    lines = [line.strip() for line in recipes.describe(name).splitlines() if line.startswith("    ")]
+    text = recipes.describe(name).replace("\\\n", "")
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     assert len(lines) == 1
     (start,) = [start for start in STARTS if lines[0].startswith(start)]
     given = shlex.split(lines[0].removeprefix(start))

@@ -449,7 +449,7 @@ def test_a_start_from_a_run_takes_over_what_it_knows(tmp_path):
     assert taken == (NANO, 4, 16, 1.0)
 
 
-@pytest.mark.parametrize("recipe", sources.OWN_SIZE)
+@pytest.mark.parametrize("recipe", ["deit_base_384", "deit_base_distilled_384", "deit3_finetune"])
 def test_a_recipe_about_a_size_keeps_it(tmp_path, recipe):
     write_run(tmp_path / "run", PLAIN, 32)
     config = parse_flags("--recipe", recipe, "--finetune", tmp_path / "run")
