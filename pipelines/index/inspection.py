@@ -184,7 +184,7 @@ def _check_jpeg(head: bytes, read: Read) -> tuple[bytes, bool]:
                 raise _unsupported(f"JPEG with the frame SOF{marker - 0xC0} (lossless or hierarchical)")
         elif marker == 0xE1 and head[body : body + 6] == b"Exif\0\0":
             head = _at_least(position + 2 + length, head, read)
-            rotated = orientation(head[body + 6 : position + 2 + length]) != 1
+            rotated = _orientation(head[body + 6 : position + 2 + length]) != 1
         elif marker == 0xEE and head[body : body + 5] == b"Adobe":
             adobe = True
         position += 2 + length
@@ -212,7 +212,7 @@ def _check_png(head: bytes, read: Read) -> tuple[bytes, bool]:
         if kind == b"IDAT" and b"IDAT" not in seen and b"acTL" in seen and b"fcTL" not in seen:
             raise _unsupported("an animated PNG whose default image is not one of its frames")
         if kind == b"eXIf":
-            rotated = orientation(encoded[position + 8 : position + 8 + length]) != 1
+            rotated = _orientation(encoded[position + 8 : position + 8 + length]) != 1
         seen.add(kind)
         position += 12 + length
     return encoded, rotated
@@ -224,7 +224,7 @@ def _check_webp(head: bytes, read: Read) -> tuple[bytes, bool]:
         kind, length = struct.unpack_from("<4sI", encoded, position)
         if kind == b"EXIF":
             exif = encoded[position + 8 : position + 8 + length]
-            rotated = orientation(exif.removeprefix(b"Exif\0\0")) != 1
+            rotated = _orientation(exif.removeprefix(b"Exif\0\0")) != 1
         position += 8 + length + length % 2
     if position - length % 2 > len(encoded):
         raise BadHeader("truncated file")
@@ -250,7 +250,7 @@ def _check_bmp(head: bytes, read: Read) -> tuple[bytes, bool]:
 
 def _check_tiff(head: bytes, read: Read) -> tuple[bytes, bool]:
     encoded = read(0, -1)
-    found = tags(encoded)
+    found = _tiff_tags(encoded)
 
     def of(tag: int, default: int) -> int:
         return (*found.get(tag, ()), default)[0]
@@ -278,7 +278,7 @@ def _check_tiff(head: bytes, read: Read) -> tuple[bytes, bool]:
     ):
         depth = "/".join(map(str, sorted(bits)))
         raise _unsupported(f"TIFF with {samples} channels of {depth} bits, photometric interpretation {photometric}")
-    return encoded, orientation(encoded) != 1
+    return encoded, _orientation(encoded) != 1
 
 
 def _check_pnm(head: bytes, read: Read) -> tuple[bytes, bool]:
@@ -299,7 +299,7 @@ _LETTERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # BYTE, SHORT, LONG, LONG8: types 
 _LONGEST = 16  # values; of longer tags (strip offsets, colour maps) only the first are read
 
 
-def tags(encoded: bytes) -> dict[int, tuple[int, ...]]:
+def _tiff_tags(encoded: bytes) -> dict[int, tuple[int, ...]]:
     """{tag: values} of the integer tags of the first image. Raises struct.error where the file ends before them."""
     order = "<" if encoded[:2] == b"II" else ">"
     (version,) = struct.unpack_from(order + "H", encoded, 2)
@@ -319,10 +319,10 @@ def tags(encoded: bytes) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def orientation(encoded: bytes) -> int:
+def _orientation(encoded: bytes) -> int:
     """The EXIF orientation, 1 (upright) if it is missing or invalid."""
     try:
-        (value, *_) = tags(encoded).get(ORIENTATION, (1,))
+        (value, *_) = _tiff_tags(encoded).get(ORIENTATION, (1,))
     except (struct.error, ValueError):
         return 1
     return value if 1 <= value <= 8 else 1

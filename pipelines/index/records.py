@@ -18,6 +18,30 @@ from fastdeit.pipelines.bad_files import BadFile
 
 
 @dataclass(frozen=True)
+class Listing:
+    """The files of one split, from stat only: images of a folder, or tar or Parquet shards."""
+
+    kind: str  # "folder", "webdataset" or "parquet"
+    root: str  # of the file names; "" for files given one by one
+    files: list[str]
+    sizes: np.ndarray  # (files,) int64, bytes
+    mtimes: np.ndarray  # (files,) int64, nanoseconds
+    classes: tuple[str, ...] = ()  # class folders, or the names in the classes.txt of shards
+    labels: np.ndarray | None = None  # (files,) int64, folders only
+    label_column: str | None = None  # of Parquet files, if given
+    split: str = ""  # the name it was found under
+    notes: tuple[str, ...] = ()  # decisions to log each time the split is opened
+
+    def key(self) -> str:
+        """Changes when a file is added, removed, renamed or rewritten, or a class is added or removed."""
+        names = "\0".join([self.kind, self.label_column or "", *self.classes, "", *self.files])
+        digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
+        digest.update(self.sizes.tobytes())
+        digest.update(self.mtimes.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
 class Names:
     """A read-only sequence of str. Names that are not UTF-8 survive, as in os.fsdecode."""
 
@@ -40,64 +64,6 @@ class Names:
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
-
-
-class Lost(NamedTuple):
-    """A part of a shard that cannot be read."""
-
-    shard_id: int
-    cause: str
-    images: int | None = None  # None if not known
-    bytes: int | None = None  # skipped; None if not known
-
-
-def bad_shards(files: Sequence[str], lost: Sequence[Lost], found: np.ndarray, sizes: np.ndarray) -> tuple[BadFile, ...]:
-    """One BadFile for each damaged shard, with the number of images lost: known, or estimated from the other shards.
-
-    found: (shards,) images that can be read in each. sizes: (shards,) bytes of each
-    """
-    damaged = np.array(sorted({one.shard_id for one in lost}), np.int64)
-    whole = np.delete(found, damaged)
-    usual = int(np.median(whole)) if len(whole) else 0
-    readable = sizes.sum() - sum(one.bytes or 0 for one in lost)
-    bytes_per_image = readable / found.sum() if found.sum() else np.inf
-    bad = []
-    for shard_id in damaged.tolist():
-        here = [one for one in lost if one.shard_id == shard_id]
-        images = sum(
-            one.images if one.images is not None
-            else max(1, usual - int(found[shard_id])) if one.bytes is None
-            else max(1, round(one.bytes / bytes_per_image))
-            for one in here
-        )  # fmt: skip
-        cause = here[0].cause + (f" (and {len(here) - 1} more)" if len(here) > 1 else "")
-        counted = f"; counted as {images} images" if images > 1 else ""
-        bad.append(BadFile(files[shard_id], cause + counted, images))
-    return tuple(bad)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of one split, from stat only: images of a folder, or tar or Parquet shards."""
-
-    kind: str  # "folder", "webdataset" or "parquet"
-    root: str  # of the file names; "" for files given one by one
-    files: list[str]
-    sizes: np.ndarray  # (files,) int64, bytes
-    mtimes: np.ndarray  # (files,) int64, nanoseconds
-    classes: tuple[str, ...] = ()  # class folders, or the names in the classes.txt of shards
-    labels: np.ndarray | None = None  # (files,) int64, folders only
-    label_column: str | None = None  # of Parquet files, if given
-    split: str = ""  # the name it was found under
-    notes: tuple[str, ...] = ()  # decisions to log each time the split is opened
-
-    def key(self) -> str:
-        """Changes when a file is added, removed, renamed or rewritten, or a class is added or removed."""
-        names = "\0".join([self.kind, self.label_column or "", *self.classes, "", *self.files])
-        digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
-        digest.update(self.sizes.tobytes())
-        digest.update(self.mtimes.tobytes())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -189,3 +155,40 @@ def save_records(file: Path, key: str, records: Records) -> None:
             **arrays,
         )
     os.replace(temporary, file)
+
+
+# --- damaged shards
+
+
+class Lost(NamedTuple):
+    """A part of a shard that cannot be read."""
+
+    shard_id: int
+    cause: str
+    images: int | None = None  # None if not known
+    bytes: int | None = None  # skipped; None if not known
+
+
+def bad_shards(files: Sequence[str], lost: Sequence[Lost], found: np.ndarray, sizes: np.ndarray) -> tuple[BadFile, ...]:
+    """One BadFile for each damaged shard, with the number of images lost: known, or estimated from the other shards.
+
+    found: (shards,) images that can be read in each. sizes: (shards,) bytes of each
+    """
+    damaged = np.array(sorted({one.shard_id for one in lost}), np.int64)
+    intact = np.delete(found, damaged)
+    usual = int(np.median(intact)) if len(intact) else 0
+    readable = sizes.sum() - sum(one.bytes or 0 for one in lost)
+    bytes_per_image = readable / found.sum() if found.sum() else np.inf
+    bad = []
+    for shard_id in damaged.tolist():
+        here = [one for one in lost if one.shard_id == shard_id]
+        images = sum(
+            one.images if one.images is not None
+            else max(1, usual - int(found[shard_id])) if one.bytes is None
+            else max(1, round(one.bytes / bytes_per_image))
+            for one in here
+        )  # fmt: skip
+        cause = here[0].cause + (f" (and {len(here) - 1} more)" if len(here) > 1 else "")
+        counted = f"; counted as {images} images" if images > 1 else ""
+        bad.append(BadFile(files[shard_id], cause + counted, images))
+    return tuple(bad)

@@ -44,7 +44,7 @@ def tolerant(index, path=None):
     return BadFiles.of(index, limit=0.5, path=path)
 
 
-def whole_epoch(loader, epoch=0):
+def full_epoch(loader, epoch=0):
     loader.set_epoch(epoch)
     return [(batch.indices.tolist(), batch.images, batch.labels) for batch in loader]
 
@@ -59,7 +59,7 @@ def test_training_goes_on_and_names_each_bad_file_once(mixed, tmp_path, device):
     settings = {"batch_size": 16, "input_size": 32, "augmentation": PLAIN, "device": device}
     loader = train_loader(index, bad_files=bad_files, **settings)
     for epoch in range(2):
-        for indices, images, labels in whole_epoch(loader, epoch):
+        for indices, images, labels in full_epoch(loader, epoch):
             assert labels.tolist() == index.labels[indices].tolist()
             assert not any("truncated" in index.name(i) for i in indices) and not {1, 2, 3} & set(indices)
             assert images.shape == (16, 32, 32, 3)
@@ -79,7 +79,7 @@ def test_who_takes_the_place_of_a_bad_image_does_not_depend_on_batches_or_thread
         loader = train_loader(
             index, input_size=32, augmentation=PLAIN, bad_files=tolerant(index), world_size=1, **settings
         )
-        batches = whole_epoch(loader)
+        batches = full_epoch(loader)
         return [i for indices, *_ in batches for i in indices], torch.cat([images for _, images, _ in batches])
 
     reference, images = epoch(batch_size=8, num_threads=1)
@@ -92,25 +92,25 @@ def test_who_takes_the_place_of_a_bad_image_does_not_depend_on_batches_or_thread
 def test_a_resumed_run_avoids_the_listed_files_from_the_start(mixed, tmp_path):
     index, path = open_index(mixed), tmp_path / "bad_files.txt"
     settings = {"batch_size": 8, "input_size": 32, "augmentation": PLAIN}
-    reference = whole_epoch(train_loader(index, bad_files=tolerant(index, path), **settings))
+    reference = full_epoch(train_loader(index, bad_files=tolerant(index, path), **settings))
     resumed = train_loader(index, bad_files=tolerant(index, path), **settings)
     assert {Path(index.name(i)).name.split("_")[1] for i in resumed.prefetcher.bad} == {
         "truncated.jpg",
         "truncated.tif",
     }
     resumed.load_state_dict({"position": 5})
-    for ours, theirs in zip(whole_epoch_from(resumed), reference[5:], strict=True):
+    for ours, theirs in zip(rest_of_epoch(resumed), reference[5:], strict=True):
         assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
 
 
-def whole_epoch_from(loader):
+def rest_of_epoch(loader):
     return [(batch.indices.tolist(), batch.images) for batch in loader]
 
 
 def test_evaluation_counts_no_image_twice(mixed):
     index = open_index(mixed)
     seen = []
-    for indices, _, labels in whole_epoch(eval_loader(index, batch_size=16, input_size=32, bad_files=tolerant(index))):
+    for indices, _, labels in full_epoch(eval_loader(index, batch_size=16, input_size=32, bad_files=tolerant(index))):
         assert [label == -100 for label in labels.tolist()] == [i == -1 for i in indices]
         seen += [i for i in indices if i >= 0]
     assert sorted(seen) == [i for i in range(len(index)) if "truncated" not in index.name(i)]
@@ -134,7 +134,7 @@ def test_what_crashes_the_decoder_in_a_large_batch(tmp_path, instead, device):
     for _ in range(5):
         settings = {"batch_size": 100, "input_size": 32, "num_threads": 2, "device": device}
         loader = eval_loader(index, bad_files=tolerant(index), **settings)
-        seen = [i for indices, *_ in whole_epoch(loader) for i in indices if i >= 0]
+        seen = [i for indices, *_ in full_epoch(loader) for i in indices if i >= 0]
         assert seen == [i for i in range(200) if i not in (1, 70, 130, 199)]
         assert len(loader.bad_files) == 4
 
@@ -173,7 +173,7 @@ def test_images_in_shards_that_vanish(mixed):
     index = Vanishing(open_index(mixed))
     bad_files = tolerant(index)
     loader = train_loader(index, batch_size=8, input_size=32, augmentation=PLAIN, bad_files=bad_files)
-    assert all(5 not in indices for indices, *_ in whole_epoch(loader))
+    assert all(5 not in indices for indices, *_ in full_epoch(loader))
     assert bad_files.causes[index.name(5)] == "cannot be read (the shard is gone)"
 
 

@@ -1,8 +1,11 @@
 """Whatever a header says, the process survives, and what is not named as bad shows the right picture."""
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import decode_variants
 import numpy as np
@@ -22,16 +25,24 @@ LEVELS = 2  # mean difference; other libraries round otherwise
 @pytest.fixture(scope="module")
 def decoded(tmp_path_factory):
     """What DALI made of all variants among good images, in batches of 64, in a process of its own."""
-    folder = tmp_path_factory.mktemp("variants")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of the workers of this run
+    out = shared / "header_variants.npz"
+    with open(shared / "header_variants.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker decodes, the others wait for it
+        if not out.exists():
+            decode_all(tmp_path_factory.mktemp("variants"), out)
+    with np.load(out) as stored:
+        return dict(stored)
+
+
+def decode_all(folder: Path, out: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (GOOD, H, W, 3), dtype=np.uint8)
     write(folder, {f"{n:03d}.png": encoded(Image.fromarray(pixels), "PNG") for n, pixels in enumerate(noise)})
     write(folder, {file_name(name): variant.contents for name, variant in variants().items()})
-    out = folder.parent / "decoded.npz"
-    subprocess.run(
-        [sys.executable, decode_variants.__file__, str(folder), str(out)], check=True, stderr=subprocess.DEVNULL
-    )
-    with np.load(out) as stored:
-        return dict(stored)
+    line = [sys.executable, decode_variants.__file__, str(folder), str(out)]
+    subprocess.run(line, check=True, stderr=subprocess.DEVNULL)
 
 
 def file_name(name: str) -> str:

@@ -41,7 +41,7 @@ def test_folder_of_classes(data):
     assert index.bad == ()
 
 
-def test_hidden_files_and_other_endings_are_passed_over(data):
+def test_hidden_files_and_other_extensions_are_ignored(data):
     (data / "train/cat/.hidden.jpg").write_bytes(b"junk")
     (data / "train/cat/notes.txt").write_text("junk")
     (data / "train/.cache").mkdir()

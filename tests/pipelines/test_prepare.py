@@ -150,7 +150,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("instant", [0, 1, 2, 5, 8])
-def test_interrupted_before_any_rename_it_goes_on_to_the_same_bytes(data, prepared, tmp_path, monkeypatch, instant):
+def test_interrupted_before_any_rename_it_resumes_to_the_same_bytes(data, prepared, tmp_path, monkeypatch, instant):
     replaced = []
 
     def replace_or_die(source, target):
@@ -200,7 +200,7 @@ def wait_until(condition, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-def test_killed_it_leaves_no_process_and_goes_on(tmp_path):
+def test_killed_it_leaves_no_process_and_resumes(tmp_path):
     pytest.importorskip("tyro")
     source, out = tmp_path / "source", tmp_path / "out"
     images = {f"{i}.jpg": odd_images.encoded(odd_images.picture(900, 1200, seed=i)) for i in range(60)}

@@ -149,7 +149,7 @@ def test_what_is_no_sample_is_named(tmp_path, members, bad):
     assert {one.name.partition(".tar:")[2]: one.cause.split(", which may")[0] for one in index.bad} == bad
 
 
-def test_masks_are_counted_and_passed_over(tmp_path, caplog):
+def test_masks_are_counted_and_ignored(tmp_path, caplog):
     write_members(tmp_path / "train.tar", "7.jpg 7.cls=1 7.mask.png 8.jpg 8.cls=0 8.mask.png 8.txt 8.json")
     for _ in range(2):  # the second time from the cache
         index = open_index(tmp_path, cache_dir=tmp_path / "cache")
