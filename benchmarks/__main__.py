@@ -3,7 +3,7 @@
     python -m benchmarks attention loss          these two
     python -m benchmarks all                     all of them
     python -m benchmarks all --quick             toy sizes, untimed
-    python -m benchmarks attention --heads 6     with one of the benchmark's flags
+    python -m benchmarks attention --heads 6     with a flag of its own
     python -m benchmarks attention --help        lists its flags
 
 Records are written to benchmarks/records/DEVICE; `python -m benchmarks.readme` brings the README up to date with them.

@@ -1,4 +1,4 @@
-"""Brings the README's tables up to date with the records.
+"""Brings the tables of README.md and docs/distillation.md up to date with the records.
 
     python -m benchmarks.readme              writes them
     python -m benchmarks.readme --check      exits with 1 when they are stale
@@ -17,7 +17,8 @@ from fastdeit.cli import FoldedHelp
 
 from .record import RECORDS, Headline
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "distillation.md")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -55,7 +56,7 @@ TABLES = {"speed": speed, "digits-distillation": digits_distillation}
 
 
 def up_to_date(text: str) -> str:
-    """The README's text with every table as the records have it."""
+    """A page's text with every table as the records have it."""
     return PLACE.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
 
 
@@ -68,15 +69,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=FoldedHelp)
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 when something is stale")
     arguments = parser.parse_args()
-    text = README.read_text()
-    fresh = up_to_date(text)
-    if fresh == text:
-        return 0
-    if arguments.check:
-        print("README.md is not what the records say: python -m benchmarks.readme", file=sys.stderr)
-        return 1
-    README.write_text(fresh)
-    return 0
+    fresh = {page: up_to_date(page.read_text()) for page in PAGES}
+    stale = [page for page in PAGES if page.read_text() != fresh[page]]
+    for page in stale:
+        if arguments.check:
+            print(f"{page.name} is not what the records say: python -m benchmarks.readme", file=sys.stderr)
+        else:
+            page.write_text(fresh[page])
+    return int(arguments.check and bool(stale))
 
 
 if __name__ == "__main__":

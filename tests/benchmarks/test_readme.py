@@ -1,13 +1,16 @@
-"""The README shows what the records hold."""
+"""README.md and docs/distillation.md show what the records hold."""
 
 import json
+
+import pytest
 
 from benchmarks import readme
 
 
-def test_the_readme_is_what_the_records_say():
-    text = readme.README.read_text()
-    assert readme.PLACE.findall(text), "the README has no tables of records"
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_a_page_is_what_the_records_say(page):
+    text = page.read_text()
+    assert readme.PLACE.findall(text), f"{page} has no tables of records"
     assert readme.up_to_date(text) == text, "run: python -m benchmarks.readme"
 
 
