@@ -109,17 +109,17 @@ def test_unlabelled_samples_carry_the_teachers_term_alone(logits):
     assert terms[1].item() == pytest.approx(cross_entropy(logits[1], one_hot(logits[2].argmax(1))).item(), rel=1e-6)
 
 
-def test_decisions_and_stored_probabilities_stand_for_logits(logits):
+def test_labels_and_cached_probabilities_replace_logits(logits):
     cls, dist, teacher = (value.float() for value in logits)
     live, _ = Objective("hard")((cls, dist), LABELS, None, teacher)
-    stored, _ = Objective("hard")((cls, dist), LABELS, None, teacher.argmax(1))
-    assert torch.equal(live, stored)
+    cached, _ = Objective("hard")((cls, dist), LABELS, None, teacher.argmax(1))
+    assert torch.equal(live, cached)
     probabilities, classes = (teacher / 2).softmax(1).topk(4, dim=1)
-    stored, _ = Objective("soft", tau=2.0, alpha=1.0)((cls, dist), LABELS, None, (classes, probabilities))
+    cached, _ = Objective("soft", tau=2.0, alpha=1.0)((cls, dist), LABELS, None, (classes, probabilities))
     p = torch.full((BATCH, CLASSES), 0.0, dtype=torch.float64).scatter(1, classes, probabilities.double())
     p = torch.where(p == 0, (1 - p.sum(1, keepdim=True)) / (CLASSES - 4), p)
     expected = 4 * (p * (p.log() - (logits[1] / 2).log_softmax(1))).sum() / BATCH
-    assert stored.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert cached.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])

@@ -76,7 +76,7 @@ def test_our_own_run_at_another_size(colors, tmp_path):
     assert loaded.model.drop_path == 0
     description = folder / "last" / "config.json"
     saved = json.loads(description.read_text())
-    saved["settings"]["speed"]["attention"] = "xformers"  # trained on a GPU; here it answers all the same
+    saved["settings"]["speed"]["attention"] = "xformers"  # trained on a GPU; it runs here all the same
     description.write_text(json.dumps(saved))
     assert load(Distillation(teacher_path=str(folder))).model.eval()(images(16)).isfinite().all()
 

@@ -67,7 +67,7 @@ def test_the_teacher_is_in_nothing_that_is_trained_or_saved(colors, teacher, tmp
     assert len(optimizer["state"]) == len(trained)
 
 
-def test_a_fitted_teacher_has_its_accuracy_printed_and_stored(colors, tmp_path, cli):
+def test_a_fitted_teacher_has_its_accuracy_printed_and_saved(colors, tmp_path, cli):
     folder = tmp_path / "teacher"
     code, out, err = cli(
         teach.main, "fit", "--data-path", colors, "--model", "test_resnet", "--output-dir", folder, "--no-pretrained",

@@ -1,4 +1,4 @@
-"""Runs, checkpoints and stored logits that an earlier version wrote still load, and mean what they meant.
+"""Runs, checkpoints and logit caches that an earlier version wrote still load, and mean what they meant.
 
 files/written_2026_11.tar.xz was written by commit eac9b7b: `data` (three colours), `runs/teacher` (finished),
 `runs/student` (stopped at step 4 of 6) and `store`, the teacher's hard labels for three epochs. The weights were then
@@ -41,7 +41,7 @@ def test_checkpoints_predict_what_they_predicted(earlier, cli, source, options, 
     assert code == 0 and found == pytest.approx(expected, abs=2e-4)
 
 
-def test_an_interrupted_run_resumes_with_its_stored_teacher(earlier):
+def test_an_interrupted_run_resumes_with_its_logit_cache(earlier):
     summary = run("--resume", "runs/student")
     assert set(summary) == {"cls", "dist", "both"}
     lines = [json.loads(line) for line in Path("runs/student/metrics.jsonl").read_text().splitlines()]
