@@ -420,10 +420,10 @@ def test_token_cosine_similarity():
 # Bad input
 
 
-def test_unknown_names_are_answered_with_near_ones():
+def test_unknown_names_get_near_ones():
     with pytest.raises(ValueError, match="unknown model 'deit_tny_patch16_224'; did you mean deit_tiny_patch16_224 or"):
         create_model("deit_tny_patch16_224")
-    with pytest.raises(ValueError, match=r"unknown model '!': see fastdeit\.model\.model_names\(\)$"):
+    with pytest.raises(ValueError, match=r"unknown model '!': see fastdeit\.models\.deit\.model_names\(\)$"):
         create_model("!")
 
 
