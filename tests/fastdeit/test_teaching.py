@@ -1,6 +1,9 @@
 """Runs with a teacher from end to end: what it leaves untouched, and what else a student can be taught with."""
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from safetensors.torch import load_file
 
 from fastdeit import teach, train
 from fastdeit.cli import parse_config
+from fastdeit.config import Config
 from fastdeit.distributed.world import join
 from fastdeit.models.build import build_student
 
@@ -184,3 +188,11 @@ def test_without_a_teacher_there_is_nothing_to_compare_with(colors, tmp_path, mo
     flags = ["--data-path", colors, "--output-dir", tmp_path / "run", "--epochs", 1, "--compare-undistilled"]
     summary = runs.run(*runs.RANDOM, *flags)
     assert set(summary) == {"cls", "dist", "both"}
+
+
+def test_the_flags_of_docs_distillation_exist():
+    page = Path(__file__).parents[2] / "docs" / "distillation.md"
+    groups = [field.type for field in dataclasses.fields(Config)] + [teach.LogitCacheOptions]
+    known = {f"--{field.name.replace('_', '-')}" for group in groups for field in dataclasses.fields(group)}
+    named = set(re.findall(r"--[a-z][a-z-]+", page.read_text()))
+    assert len(named) > 20 and named - known == {"--head", "--task-loss-weight"}  # predict's, timm's
