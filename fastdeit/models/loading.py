@@ -10,7 +10,7 @@ import importlib.util
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class LoadedModel:
 
     @property
     def num_classes(self) -> int:
-        return self.model.num_classes
+        return cast(int, self.model.num_classes)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -117,6 +117,7 @@ def _ours(found: Source, input_size: int | None, device: torch.device) -> Loaded
     attention = settings.get("attention", "sdpa")
     if device.type != "cuda" or (attention == "xformers" and importlib.util.find_spec("xformers") is None):
         attention = "sdpa"  # the weights do not care, and the others need a GPU to be fast or to run
+    assert found.model is not None, "a checkpoint of ours names its model"
     model = create_model(
         found.model, num_classes=found.num_classes, input_size=_side(found, input_size), patch_size=found.patch_size,
         attention=attention,
@@ -137,6 +138,8 @@ def _transformers(found: Source, input_size: int | None, device: torch.device) -
     config, size = found.config, _side(found, input_size)
     if not sources.is_plain_transformer(config):
         return _by_transformers(found, size)
+    size = 224 if size is None else size  # transformers' own default
+    assert found.patch_size is not None and found.num_classes is not None  # by is_plain_transformer, and by default
     arch = Architecture(
         config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"], found.patch_size, size,
         distilled=config["model_type"] == "deit",
@@ -146,7 +149,7 @@ def _transformers(found: Source, input_size: int | None, device: torch.device) -
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = config.get("layer_norm_eps", 1e-12)
-    return _loaded(found, model, input_size, architecture=found.model or "")
+    return _loaded(found, model, size, architecture=found.model or "")
 
 
 def _loaded(found: Source, model: nn.Module, input_size: int | None, **more) -> LoadedModel:
@@ -174,12 +177,14 @@ def _file(found: Source, ema: bool, input_size: int | None, name: str | None, de
         raise UserError(
             f"{found.path} does not say which model it is of: give --model NAME, such as deit_small_patch16_224"
         )
-    probe, notes = create_model(name), []
+    notes: list[str] = []
+    probe = create_model(name)
     fresh, heads = probe.state_dict(), weights.head_names(probe)
     state = weight_names.match(found.path, contents.state, fresh, heads, notes)
     head, kernel = state.get(f"{heads[0]}.weight"), state.get("patch_embed.proj.weight")
     patch = None
-    if kernel is not None and kernel.ndim == 4 and is_ours(name) and kernel.shape[-1] != probe.arch.patch_size:
+    own = probe.arch.patch_size if isinstance(probe, ours.DeiT) else None
+    if kernel is not None and kernel.ndim == 4 and own not in (None, kernel.shape[-1]):
         patch = kernel.shape[-1]
     side = input_size or contents.input_size or _side_of(probe, state)
     model = create_model(name, num_classes=None if head is None else len(head), input_size=side, patch_size=patch)
@@ -195,7 +200,9 @@ def _side_of(model: nn.Module, state: StateDict) -> int | None:
     """Pixels on a side for which a file has positions; None where that is the model's own size, or is not known."""
     ours, theirs = getattr(model, "pos_embed", None), state.get("pos_embed")
     patch, grid = patch_and_grid(model)
-    if not patch or not grid or not all(isinstance(t, Tensor) and t.ndim == 3 for t in (ours, theirs)):
+    if not patch or not grid or not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+        return None
+    if ours.ndim != 3 or theirs.ndim != 3:
         return None
     patches = theirs.shape[1] - (ours.shape[1] - grid[0] * grid[1])
     rows = math.isqrt(max(patches, 0))
@@ -216,7 +223,7 @@ def _published(name: str, input_size: int | None) -> LoadedModel:
             f"the published weights of {name} could not be loaded ({error.__class__.__name__}: {error}); give them as "
             f"a file (with its model's name, {name.partition('.')[0]}), or a folder"
         ) from error
-    settings, notes = model.pretrained_cfg, []
+    settings, notes = cast(dict[str, Any], model.pretrained_cfg), []
     own_size = settings["input_size"][-1]
     if input_size not in (None, own_size) and getattr(model, "pos_embed", None) is not None:
         notes.append(f"positions interpolated by timm from {own_size} to {input_size} pixels")
@@ -231,7 +238,7 @@ def _published(name: str, input_size: int | None) -> LoadedModel:
     )  # fmt: skip
 
 
-def _in_our_code(model: nn.Module, arch: Architecture) -> ours.DeiT:
+def _in_our_code(model: Any, arch: Architecture) -> ours.DeiT:
     """timm's model of a name that is ours too; a folder may say other sizes than the name."""
     arch = replace(
         arch, width=model.embed_dim, depth=len(model.blocks), heads=model.blocks[0].attn.num_heads,
@@ -270,7 +277,7 @@ def _by_transformers(found: Source, size: int | None) -> LoadedModel:
 class InTransformers(nn.Module):
     """(batch, 3, height, width) -> (batch, classes): a classifier of transformers with the interface of timm's."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Any):
         super().__init__()
         self.network, self.num_classes = network, network.config.num_labels
         self.pretrained_cfg = {"input_size": (3, 224, 224)}

@@ -217,6 +217,18 @@ def test_transformers_without_its_processor_says_what_is_assumed(tmp_path):
     assert "no preprocessor_config.json" in loaded.notes[0] and "squeezes" in loaded.notes[1]
 
 
+def test_a_configuration_of_transformers_without_a_size_has_its_default(tmp_path):
+    """224, as in transformers.ViTConfig."""
+    transformers = pytest.importorskip("transformers")
+    transformers_model("vit").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["image_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_model(tmp_path)
+    assert loaded.input_size == transformers.ViTConfig().image_size == 224
+    assert answers(loaded.model, 224).shape == (2, 3)
+
+
 def test_weights_of_transformers_in_several_files_and_by_its_newer_names(tmp_path):
     network = transformers_model("vit")
     network.save_pretrained(tmp_path)
