@@ -1,7 +1,7 @@
 """Command lines of facebookresearch/deit (main.py and run_with_submitit.py) and what their flags are called here.
 
-Most flags have the same names and defaults. The rest stands in three tables: flags that ask for what is done anyway,
-flags that have another name, and flags for what there is not, with what to do about it.
+Most flags have the same names and defaults. The rest are in three tables: flags that change nothing here, flags with
+another name, and flags for what is not implemented, each with a remedy.
 """
 
 import dataclasses
@@ -14,57 +14,57 @@ ANY = None
 
 
 @dataclass(frozen=True)
-class Anyway:
-    """A flag that may be there. values: those it can have, others are refused with `remedy`. words: how many values
-    follow the flag, -1 for one or more."""
+class NoEffect:
+    """A flag that changes nothing here. values: those it can have, others are refused with `remedy`. words: how many
+    values follow the flag, -1 for one or more."""
 
     values: tuple[str, ...] | None = ANY
     remedy: str = ""
     words: int = 1
 
 
-ANYWAY = {
-    "--sched": Anyway(("cosine",), "the learning rate follows a cosine; leave the flag away"),
-    "--lr-noise": Anyway((), "the learning rate has no noise; leave the flag away", words=-1),
-    "--lr-noise-pct": Anyway(),  # of --lr-noise, as the next
-    "--lr-noise-std": Anyway(),
-    "--decay-epochs": Anyway(),  # of other schedules than the cosine, as the next four
-    "--decay-rate": Anyway(),
-    "--dr": Anyway(),
-    "--patience-epochs": Anyway(),
-    "--cooldown-epochs": Anyway(),  # main.py drops what it would lengthen
-    "--momentum": Anyway(("0.9",), "the momentum of --opt sgd is 0.9; leave the flag away"),
-    "--drop": Anyway(("0",), "there is no dropout here; regularise by --drop-path, and give --drop 0"),
-    "--model-ema-force-cpu": Anyway(words=0),
-    "--train-mode": Anyway(words=0),
-    "--train-interpolation": Anyway(("bicubic",), "crops are resized bicubically; leave the flag away"),
-    "--remode": Anyway(("pixel",), "erased rectangles are filled with noise by pixel; leave the flag away"),
-    "--recount": Anyway(("1",), "one rectangle is erased; leave the flag away"),
-    "--resplit": Anyway(words=0),  # of augmentation splits, which main.py does not have either
-    "--nb-classes": Anyway(),  # counted in the data, as in main.py, which does not know this flag of its README
-    "--data-set": Anyway(
+NO_EFFECT = {
+    "--sched": NoEffect(("cosine",), "the learning rate follows a cosine; omit the flag"),
+    "--lr-noise": NoEffect((), "the learning rate has no noise; omit the flag", words=-1),
+    "--lr-noise-pct": NoEffect(),  # of --lr-noise, as the next
+    "--lr-noise-std": NoEffect(),
+    "--decay-epochs": NoEffect(),  # of other schedules than the cosine, as the next four
+    "--decay-rate": NoEffect(),
+    "--dr": NoEffect(),
+    "--patience-epochs": NoEffect(),
+    "--cooldown-epochs": NoEffect(),  # main.py drops what it would lengthen
+    "--momentum": NoEffect(("0.9",), "the momentum of --opt sgd is 0.9; omit the flag"),
+    "--drop": NoEffect(("0",), "there is no dropout here; regularise by --drop-path, and give --drop 0"),
+    "--model-ema-force-cpu": NoEffect(words=0),
+    "--train-mode": NoEffect(words=0),
+    "--train-interpolation": NoEffect(("bicubic",), "crops are resized bicubically; omit the flag"),
+    "--remode": NoEffect(("pixel",), "erased rectangles are filled with noise by pixel; omit the flag"),
+    "--recount": NoEffect(("1",), "one rectangle is erased; omit the flag"),
+    "--resplit": NoEffect(words=0),  # of augmentation splits, which main.py does not have either
+    "--nb-classes": NoEffect(),  # counted in the data, as in main.py, which does not know this flag of its README
+    "--data-set": NoEffect(
         ("IMNET",), "bring the images as folders, --data-path DIR with DIR/train/CLASS/* and DIR/val/CLASS/*"
     ),
-    "--inat-category": Anyway(),  # of --data-set INAT
-    "--start-epoch": Anyway(("0",), "a run goes on at the very step it had saved: --resume RUN alone"),
-    "--dist-eval": Anyway(words=0),
-    "--pin-mem": Anyway(words=0),
-    "--no-pin-mem": Anyway(words=0),
-    "--distributed": Anyway(words=0),
-    "--world-size": Anyway(),  # the launcher tells, as in main.py
-    "--dist-url": Anyway(("env://",), "torchrun takes it as --rdzv-endpoint, SLURM as MASTER_ADDR and MASTER_PORT"),
-    "--timeout": Anyway(),  # for the scheduler, as the next three
-    "--partition": Anyway(),
-    "--comment": Anyway(),
-    "--use-volta32": Anyway(words=0),
+    "--inat-category": NoEffect(),  # of --data-set INAT
+    "--start-epoch": NoEffect(("0",), "a run resumes at the very step it had saved: give --resume RUN alone"),
+    "--dist-eval": NoEffect(words=0),
+    "--pin-mem": NoEffect(words=0),
+    "--no-pin-mem": NoEffect(words=0),
+    "--distributed": NoEffect(words=0),
+    "--world-size": NoEffect(),  # from the launcher, as in main.py
+    "--dist-url": NoEffect(("env://",), "torchrun takes it as --rdzv-endpoint, SLURM as MASTER_ADDR and MASTER_PORT"),
+    "--timeout": NoEffect(),  # for the scheduler, as the next three
+    "--partition": NoEffect(),
+    "--comment": NoEffect(),
+    "--use-volta32": NoEffect(words=0),
 }
 
-ANOTHER_NAME = {
+RENAMED = {
     "--ThreeAugment": ["--aa", "3aug", "--reprob", "0"],  # main.py's new_data_aug_generator does not erase
     "--no-train-mode": ["--drop-path", "0"],  # all that the mode changes in a DeiT
 }
 
-MISSING = {
+NOT_IMPLEMENTED = {
     "--cutmix-minmax": "the size of CutMix's boxes follows --cutmix ALPHA",
     "--cosub": "training two sub-models together (README_cosub.md) is not implemented",
     "--attn-only": "all weights are fine-tuned; freezing the others (README_3things.md) is not implemented",
@@ -84,7 +84,7 @@ MODELS = {
     "resmlpB_24": "resmlp_big_24_224",
 }  # fmt: skip
 
-FILES = ("--finetune", "--resume", "--teacher-path")  # main.py takes addresses too, and "" for none
+FILES = ("--finetune", "--resume", "--teacher-path")  # main.py also takes URLs, and "" for none
 LAUNCHER = {"--nodes": 2, "--ngpus": 8}  # run_with_submitit.py, with its defaults
 
 
@@ -93,23 +93,23 @@ class Reading:
     """What became of a command line."""
 
     arguments: list[str]
-    anyway: list[str] = dataclasses.field(default_factory=list)
+    no_effect: list[str] = dataclasses.field(default_factory=list)
     renamed: list[str] = dataclasses.field(default_factory=list)
 
     def told(self) -> list[str]:
         sentences = []
-        if self.anyway:
-            sentences.append(f"of facebookresearch/deit's flags, what is done here anyway: {', '.join(self.anyway)}")
+        if self.no_effect:
+            sentences.append(f"flags of facebookresearch/deit that change nothing here: {', '.join(self.no_effect)}")
         if self.renamed:
             sentences.append(f"read {', '.join(self.renamed)}")
         return sentences
 
 
 def read(arguments: list[str], names: set[str]) -> Reading:
-    """The command line in this project's words. names: its own flags, as --batch-size.
+    """The command line in this project's flags. names: those, as --batch-size.
 
-    Raises UserError for a flag of the original that asks for what there is not, with what to do about it. What neither
-    knows is left for the parser to refuse.
+    Raises UserError, with a remedy, for a flag of the original that is not implemented. A flag that neither has is left
+    for the parser to refuse.
     """
     reading, last, launched = Reading([]), [], {}
     rest = list(arguments)
@@ -120,17 +120,17 @@ def read(arguments: list[str], names: set[str]) -> Reading:
             reading.arguments.append(word)
             continue
         flag = _in_full(flag.replace("_", "-"), names)
-        if flag in ANYWAY:
-            meant = ANYWAY[flag]
+        if flag in NO_EFFECT:
+            meant = NO_EFFECT[flag]
             values = [value] if equals else _take(rest, meant.words)
             if meant.values is not ANY and not all(_among(value, meant.values) for value in values):
                 raise UserError(f"{' '.join([flag, *values])}: {meant.remedy}")
-            reading.anyway.append(" ".join([flag, *values]))
-        elif flag in MISSING:
-            raise UserError(f"{flag}: {MISSING[flag]}; leave the flag away")
-        elif flag in ANOTHER_NAME:
-            last += ANOTHER_NAME[flag]  # as in the original it outranks what stands behind it
-            reading.renamed.append(f"{flag} as {' '.join(ANOTHER_NAME[flag])}")
+            reading.no_effect.append(" ".join([flag, *values]))
+        elif flag in NOT_IMPLEMENTED:
+            raise UserError(f"{flag}: {NOT_IMPLEMENTED[flag]}; omit the flag")
+        elif flag in RENAMED:
+            last += RENAMED[flag]  # as in the original it outranks a flag after it
+            reading.renamed.append(f"{flag} as {' '.join(RENAMED[flag])}")
         elif flag in LAUNCHER:
             launched[flag] = value if equals else "".join(_take(rest, 1))
         elif flag == "--job-dir":
@@ -152,7 +152,7 @@ def _named(flag: str, value: str, reading: Reading) -> list[str]:
     if flag in FILES:
         if value.startswith(("http://", "https://")):
             file = value.rpartition("/")[2]
-            raise UserError(f"{flag} {value}: nothing is downloaded here: `curl -LO {value}`, then {flag} {file}")
+            raise UserError(f"{flag} {value}: URLs are not downloaded: run `curl -LO {value}`, then {flag} {file}")
         return [flag, value] if value else []
     ours = MODELS.get(value, value) if flag == "--model" else OPTIMIZERS.get(value.lower(), value.lower())
     if ours != value:
@@ -161,8 +161,8 @@ def _named(flag: str, value: str, reading: Reading) -> list[str]:
 
 
 def _in_full(flag: str, names: set[str]) -> str:
-    """argparse, and so the original's README, takes the beginning of a flag for it where only one begins so."""
-    known = names | ANYWAY.keys() | MISSING.keys() | ANOTHER_NAME.keys() | LAUNCHER.keys()
+    """Completes an unambiguous prefix of a flag, as argparse does and the original's README relies on."""
+    known = names | NO_EFFECT.keys() | NOT_IMPLEMENTED.keys() | RENAMED.keys() | LAUNCHER.keys()
     if flag in known or flag in ("--", "--help"):
         return flag
     found = [name for name in known if name.startswith(flag)]
@@ -185,7 +185,7 @@ def _among(value: str, values: tuple[str, ...]) -> bool:
 
 
 def _check_processes(launched: dict[str, str], reading: Reading) -> None:
-    """run_with_submitit.py starts the processes it is told; here that is torchrun's work, or srun's."""
+    """run_with_submitit.py starts the processes; here torchrun or srun does."""
     if not launched:
         return
     try:
@@ -195,15 +195,15 @@ def _check_processes(launched: dict[str, str], reading: Reading) -> None:
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != nodes * each:
         raise UserError(
-            f"--nodes {nodes} --ngpus {each}: this command starts no processes, and there is {started} where "
-            f"{nodes * each} are meant: run it by `torchrun --nnodes {nodes} --nproc-per-node {each} -m fastdeit.train "
+            f"--nodes {nodes} --ngpus {each}: this command starts no processes: there is {started} instead of "
+            f"{nodes * each}; run it by `torchrun --nnodes {nodes} --nproc-per-node {each} -m fastdeit.train "
             "...`, or by srun (docs/training.md)"
         )
-    reading.anyway += [f"{flag} {value}" for flag, value in launched.items()]
+    reading.no_effect += [f"{flag} {value}" for flag, value in launched.items()]
 
 
 def translate(arguments: list[str], kind: type) -> list[str]:
-    """`read` for the settings `kind`, a dataclass of groups; what has been changed is said."""
+    """`read` for the settings `kind`, a dataclass of groups; tells the user what it changed."""
     reading = read(arguments, flags(kind))
     for sentence in reading.told():
         tell(sentence)

@@ -74,7 +74,7 @@ def about(classifier, data: dict) -> str:
     """What stands below the table: the images, how they were prepared, and what was done to the weights."""
     size = data["input_size"]
     sentences = [
-        f"{data['images']:,} images of {data['classes']:,} classes at {size} x {size} pixels, crop ratio "
+        f"{data['images']:,} images of {data['classes']:,} classes at {size} x {size} pixels, crop_pct "
         f"{classifier.crop_pct:g}",
         *classifier.notes,
     ]

@@ -28,7 +28,7 @@ FLAGS = (
 
 
 def test_every_flag_of_the_original_is_known():
-    known = {*deit_flags.flags(Config), *deit_flags.ANYWAY, *deit_flags.MISSING, *deit_flags.ANOTHER_NAME}
+    known = {*deit_flags.flags(Config), *deit_flags.NO_EFFECT, *deit_flags.NOT_IMPLEMENTED, *deit_flags.RENAMED}
     known |= {*deit_flags.LAUNCHER, "--job-dir"}
     assert [flag for flag in FLAGS if flag.replace("_", "-") not in known] == []
 
@@ -96,7 +96,7 @@ def test_the_commands_of_the_original_carry_over(name, monkeypatch, capsys):
     assert {key: values[key] for key in expected} == expected
     err = capsys.readouterr().err
     if "LS" in line:
-        assert "--sched cosine, --drop 0.0, --nb-classes 1000" in err and "done here anyway" in err
+        assert "--sched cosine, --drop 0.0, --nb-classes 1000" in err and "change nothing here" in err
         assert "--batch as --batch-size" in err
     assert ("--ThreeAugment as --aa 3aug --reprob 0" in err) == ("--ThreeAugment" in line)
     assert ("--opt fusedlamb as --opt lamb" in err) == ("fusedlamb" in line)
@@ -126,16 +126,16 @@ def test_nothing_given_is_nothing():
 @pytest.mark.parametrize(
     "line", ["--sched cosine", "--recount 1", "--drop 0", "--momentum 0.90", "--decay-epochs 30 --dr 0.1", "--pin-mem"]
 )
-def test_what_is_done_anyway_leaves_no_flag(line):
+def test_a_flag_that_changes_nothing_is_removed(line):
     reading = read(f"{line} --epochs 3")
     assert reading.arguments == ["--epochs", "3"]
     assert reading.told() == [
-        f"of facebookresearch/deit's flags, what is done here anyway: {', '.join(reading.anyway)}"
+        f"flags of facebookresearch/deit that change nothing here: {', '.join(reading.no_effect)}"
     ]
-    assert " ".join(reading.anyway) == line
+    assert " ".join(reading.no_effect) == line
 
 
-def test_a_translated_flag_outranks_what_stands_behind_it():
+def test_a_translated_flag_outranks_one_after_it():
     assert read("--ThreeAugment --aa none --reprob 0.25").arguments[-4:] == ["--aa", "3aug", "--reprob", "0"]
     assert parse_config("--ThreeAugment --reprob 0.25 --data-path x".split()).data.reprob == 0
     assert parse_config("--no-train-mode --drop-path 0.1 --data-path x".split()).model.drop_path == 0
@@ -161,7 +161,7 @@ def test_a_translated_flag_outranks_what_stands_behind_it():
         ("--resume https://dl.fbaipublicfiles.com/deit/a.pth --eval", ["curl -LO https://", "--resume a.pth"]),
     ],
 )
-def test_what_there_is_not_is_refused_by_name(cli, line, words):
+def test_what_is_not_implemented_is_refused_by_name(cli, line, words):
     refused(cli, main, *line.split(), words=words)
 
 

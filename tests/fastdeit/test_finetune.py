@@ -63,11 +63,11 @@ def test_eval_is_at_the_checkpoints_size_and_crop(run, colors, cli):
     for flags, source in ((defaults, ["--finetune"]), (defaults, auto), (data, ["--resume"])):
         code, out, err = cli(train.main, *flags, *source, run)
         assert code == 0, err
-        assert "12 images of 3 classes at 16 x 16 pixels, crop ratio 1" in out
+        assert "12 images of 3 classes at 16 x 16 pixels, crop_pct 1" in out
         tables.append(out)
     assert tables[0] == tables[1] == tables[2]
     code, out, _ = cli(train.main, *defaults, "--finetune", run, "--input-size", 32, "--eval-crop-ratio", 0.5)
-    assert code == 0 and "at 32 x 32 pixels, crop ratio 0.5" in out and "interpolated from 16 patches to 8 x 8" in out
+    assert code == 0 and "at 32 x 32 pixels, crop_pct 0.5" in out and "interpolated from 16 patches to 8 x 8" in out
 
 
 def test_a_teacher_says_what_was_done_to_it(run, colors, cli, tmp_path):

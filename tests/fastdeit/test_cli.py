@@ -44,7 +44,7 @@ def test_a_missing_package_is_named_with_the_pip_line(capfd):
 def test_a_place_that_may_not_be_written_to_is_named(capfd):
     code, err = stop(capfd, raising(PermissionError(errno.EACCES, "Permission denied", "/runs/x")))
     assert (
-        code == 2 and err.startswith("error: /runs/x: Permission denied; choose another place") and err.count("\n") == 1
+        code == 2 and err.startswith("error: /runs/x: Permission denied; choose another path") and err.count("\n") == 1
     )
 
 
@@ -57,13 +57,13 @@ def test_a_full_gpu_is_told_what_takes_less(capfd):
     assert all(flag in err for flag in ("--batch-size", "--accumulate", "--grad-checkpointing"))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a defect"), ModuleNotFoundError("x", name="left_pad")])
-def test_a_defect_keeps_its_traceback(error):
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ModuleNotFoundError("x", name="left_pad")])
+def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         errors.run(raising(error))
 
 
-def test_a_value_error_of_another_package_is_a_defect():
+def test_a_value_error_of_another_package_is_a_bug():
     with pytest.raises(ValueError):
         errors.run(lambda: json.loads("{"))
 
