@@ -1,4 +1,4 @@
-"""What the folder of a run tells, read without changing it; the files are those of run_directory.py."""
+"""What the folder of a run tells, read without changing it; the files are those of run_dir.py."""
 
 import json
 import math
