@@ -50,7 +50,15 @@ class Branching(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "model", [Branching(), nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(3, 4, 1, stride=2), nn.ReLU())]
+    "model",
+    [
+        Branching(),
+        nn.Conv2d(3, 4, 3),
+        *(
+            nn.Sequential(nn.Conv2d(3, 6, 1, **options), nn.ReLU())
+            for options in ({"stride": 2}, {"groups": 3}, {"padding": 1})
+        ),
+    ],
 )
 def test_nothing_to_join(model):
     joined, pairs = join_pointwise(model.eval(), pixels())
