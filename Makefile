@@ -15,7 +15,7 @@ train: setup
 
 # One thread a process: two of them share the work of the suite.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak" tests/fastdeit tests/benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak" tests/test_*.py tests/fastdeit tests/benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not interpreter" tests/kernels tests/pipelines
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m interpreter tests/kernels
 
@@ -26,7 +26,7 @@ FAST = $(patsubst %,tests/fastdeit/test_%.py,training_arithmetic settings recipe
 	$(patsubst %,tests/pipelines/test_%.py,sampler draws crop mixing auto_augment) \
 	$(patsubst %,tests/kernels/test_%.py,distillation_loss mix_normalize)
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak and not interpreter" $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak and not interpreter" tests/test_*.py $(FAST)
 
 # The long versions of the tests that kill, interrupt and resume runs.
 soak: setup
