@@ -9,7 +9,7 @@ Each operation is a folder, which imports neither another operation nor `integra
 
 # With the repository's root on sys.path this folder is also found under the bare name `kernels`, which is how
 # transformers looks for the package of that name on PyPI. Executed a second time, the files would register every
-# operation anew and leave those in use dangling: under that name there is nothing here.
+# operation again and leave those in use dangling: under that name there is nothing here.
 if __name__ == "fastdeit.kernels":
     from .add_layer_norm.api import add_layer_norm
     from .attention.api import attention, attention_qkvpacked

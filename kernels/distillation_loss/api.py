@@ -76,7 +76,7 @@ def distillation_loss(
         target: (B,) int64 labels, -100 for an unlabelled sample; or (B, C) probabilities; or None: no sample has one.
             An unlabelled sample has class term 0 and counts in the mean.
         teacher: what the teacher says of the batch. Its logits (B, C), in any of the dtypes; or, for kind "hard", its
-            labels (B,) int64; or stored answers `(indices, probabilities)`, (B, K) int64 and (B, K) floating, indices
+            labels (B,) int64; or cached targets `(indices, probabilities)`, (B, K) int64 and (B, K) floating, indices
             of a row distinct, probabilities already at temperature `tau`: what they leave to 1 is spread evenly over
             the other classes. None with kind "none".
         kind: "none", "hard" or "soft".
@@ -84,7 +84,7 @@ def distillation_loss(
         tau: temperature of the soft term.
         smoothing: label smoothing of the class term, in [0, 1).
         mix: `(second_labels, lam)` of mixup or cutmix: (B,) int64, and the weight of the sample's own label as a float
-            or a (B,) float32 tensor. Under torch.compile give a tensor: each new float would be compiled anew. A sample
+            or a (B,) float32 tensor. Under torch.compile give a tensor: each new float would recompile. A sample
             is unlabelled where a label that carries weight is -100.
         soft_reduction: "batchmean", or "numel", which divides the soft term by C as well, as the DeiT code does.
         reduction: "mean" over all B samples, or "none": (B,) float32.
@@ -95,7 +95,7 @@ def distillation_loss(
         ValueError: shapes, dtypes, devices or options do not fit; on the CPU also for labels out of range. On a GPU a
             label out of range makes its sample's loss and gradient NaN, since checking it would stop the stream.
 
-    Source: DeiT (arXiv 2012.12877, section 4, equations 2 and 3; facebookresearch/deit, losses.py). Stored answers:
+    Source: DeiT (arXiv 2012.12877, section 4, equations 2 and 3; facebookresearch/deit, losses.py). Cached targets:
     TinyViT (arXiv 2207.10666, section 3.2).
     """
     checks.check_options(kind, alpha, tau, smoothing, soft_reduction, reduction)

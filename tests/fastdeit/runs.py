@@ -1,4 +1,4 @@
-"""Short runs for the tests: started, stopped at a chosen step, gone on with, and compared bit by bit."""
+"""Short runs for the tests: started, stopped at a chosen step, resumed, and compared bit by bit."""
 
 import json
 from unittest import mock

@@ -1,4 +1,4 @@
-"""A run that was stopped and gone on with is the run that was never stopped, bit by bit."""
+"""A run that was stopped and resumed is the run that was never stopped, bit by bit."""
 
 import json
 import multiprocessing
