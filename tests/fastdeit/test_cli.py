@@ -8,6 +8,7 @@ from dataclasses import dataclass, make_dataclass
 import pytest
 
 from fastdeit import cli, errors
+from fastdeit.config import setting
 from fastdeit.errors import UserError
 from fastdeit.models.deit import create_model
 from fastdeit.pipelines import TooManyBadFiles
@@ -78,7 +79,7 @@ def test_the_traceback_on_request(monkeypatch):
 class Some:
     """Settings."""
 
-    size: int = 3
+    size: int = setting(3, at_least=1)
     """Of the thing, in metres; what is longer than a line goes on
     --below, and stays one paragraph."""
     name: str | None = None
@@ -100,6 +101,13 @@ def test_help_is_in_paragraphs(monkeypatch, capsys):
         in out
     )
     assert "\nOne.\n\n    some --size 4\n\ntwo two" in out
+
+
+def test_a_value_out_of_its_bounds_is_refused_by_any_command():
+    pytest.importorskip("tyro")
+    assert cli.parse(Some, description="", args=["--size", "1"]).size == 1
+    with pytest.raises(UserError, match=r"^--size 0: must be at least 1$"):
+        cli.parse(Some, description="", args=["--size", "0"])
 
 
 def test_settings_without_their_source():
