@@ -1,6 +1,6 @@
 """The two-head loss in plain PyTorch, with its gradients in closed form: the CPU path, and what the tests compare with.
 
-Legend: B samples, C classes, K of them in a stored answer; z logits, p softmax(z), q the target's probabilities.
+Legend: B samples, C classes, K of them in a cached target; z logits, p softmax(z), q the target's probabilities.
 """
 
 import torch
@@ -85,7 +85,7 @@ def _class_target(z: Tensor, target: Tensor, second: Tensor | None, lam: Tensor 
 
 
 def spread(indices: Tensor, probs: Tensor, like: Tensor) -> Tensor:
-    """Dense (B, C) distribution of K stored probabilities, what they leave over spread evenly over the other classes.
+    """Dense (B, C) distribution of K cached probabilities, what they leave over spread evenly over the other classes.
 
     Probabilities that were rounded to sum to more than 1, or that name every class, are scaled to sum to 1.
     """

@@ -75,7 +75,7 @@ def _load_labels(target_ptr, second_ptr, lam_ptr, row, C: tl.constexpr):
 
 @triton.jit
 def _load_stored(indices_ptr, probs_ptr, K, C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A stored answer: K classes (-1 beyond them), their probabilities, and that of every other class."""
+    """A cached target: K classes (-1 beyond them), their probabilities, and that of every other class."""
     k = tl.arange(0, BLOCK_K)
     index = tl.load(indices_ptr + k, mask=k < K, other=-1)
     prob = tl.load(probs_ptr + k, mask=k < K, other=0.0).to(tl.float32)
