@@ -7,7 +7,7 @@ With g the gradient, clipped to a global norm of `max_grad_norm`, and t the numb
     w = w - lr (|w| / |u|) u     the ratio is 1 where one of the norms is 0, and for parameters without weight decay
 
 This is the variant of apex.optimizers.FusedLAMB and timm.optim.Lamb, which the DeiT III recipes were made with; it is
-written here because a step must be left out on the device, without asking the host (see update.py).
+written here because a step must be left out on the device, without asking the host (optimizer.py, Update).
 """
 
 import torch

@@ -1,6 +1,8 @@
 """One run, from its settings to the closing table."""
 
 import os
+import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,6 @@ from fastdeit.evaluation import plots, tables
 from fastdeit.models.build import build_student, mean_std, normalise
 
 from . import trackers
-from .dry_run import dry_run
 from .loop import Loop
 from .optimizer import average_in_words, rates_in_words
 from .trainer import Trainer
@@ -181,3 +182,29 @@ def set_up(config: Config, world: World) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+def dry_run(loop: Loop) -> dict:
+    """--dry-run: two steps on the first batch, then memory and shapes on the terminal. Returns an empty summary."""
+    trainer = loop.trainer
+    trainer.model.train()
+    loop.train_loader.set_epoch(0)
+    batch = next(iter(loop.train_loader))
+    losses, seconds = [], []
+    for _ in range(2):
+        start = time.perf_counter()
+        losses.append(trainer.step(batch).tolist()[0])
+        seconds.append(time.perf_counter() - start)
+    on_cuda = trainer.world.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    say = loop.log.say
+    say(f"device            {trainer.world.device}, {trainer.world.world_size} process(es), {trainer.precision}")
+    say(f"student           {sum(p.numel() for p in trainer.model.parameters()):,} parameters")
+    say(
+        f"first batch       images {tuple(batch.images.shape)} {batch.images.dtype}, labels {tuple(batch.labels.shape)}"
+    )
+    say(f"student's input   {tuple(trainer.prepare(batch).shape)} {trainer.precision}")
+    say(f"two steps         loss {losses[0]:.4f}, {losses[1]:.4f}; {seconds[0]:.2f} s, {seconds[1]:.2f} s")
+    say(f"peak memory       {peak / 2**20:,.0f} MiB {'on the device' if on_cuda else 'of the process'}")
+    loop.log.close()
+    return {}

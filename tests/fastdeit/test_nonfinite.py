@@ -10,8 +10,7 @@ from torch import nn
 from fastdeit.config import Config
 from fastdeit.training import checkpointing
 from fastdeit.training.nonfinite import TERMS, Guard, NonFinite
-from fastdeit.training.optimizer import build_optimizer
-from fastdeit.training.update import Update
+from fastdeit.training.optimizer import Update, build_optimizer
 
 from .runs import RANDOM, assert_same, lines, run, step_of
 

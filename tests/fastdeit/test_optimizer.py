@@ -8,8 +8,7 @@ from fastdeit.config import Config
 from fastdeit.errors import UserError
 from fastdeit.models.deit import create_model
 from fastdeit.training.nonfinite import Guard
-from fastdeit.training.optimizer import build_optimizer, parameter_groups
-from fastdeit.training.update import Update
+from fastdeit.training.optimizer import Update, build_optimizer, parameter_groups
 
 
 def test_biases_norms_tokens_and_positions_are_not_decayed():
