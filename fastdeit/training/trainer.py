@@ -25,8 +25,8 @@ from .optimizer import Update, build_optimizer, learning_rate, scaled_rates
 
 @dataclass
 class State:
-    """Where a run stands: with weights, moving average, optimizer and scaler, all that a checkpoint holds. Shared by the
-    step, the loop and the checkpointing.
+    """Where a run stands: with weights, moving average, optimizer and scaler, all that a checkpoint holds. Shared by
+    the step, the loop and the checkpointing.
 
     step: optimizer steps taken, of the whole run
     epochs_evaluated: epochs whose accuracies are known
