@@ -52,7 +52,8 @@ def learning_rate(
     Step 0 runs at `warmup_lr` (at `peak` without warm-up) and step `total_steps` would run at `min_lr`. As in timm's
     cosine scheduler without `warmup_prefix`, the cosine's clock starts at step 0, so the rate after the warm-up is a
     little below `peak`. Unlike facebookresearch/deit, where epochs 0 and 1 both train at `warmup_lr` and the schedule
-    lags by one epoch, the rate moves at every step.
+    lags by one epoch, the rate moves at every step. A function rather than a scheduler, so that a resumed run has no
+    state of it to restore.
     """
     if step < warmup_steps:
         return warmup_lr + (peak - warmup_lr) * step / warmup_steps
@@ -170,7 +171,8 @@ class Update:
         return full(norm)
 
     def _average(self, weight: torch.Tensor) -> None:
-        """ema += weight * (model - ema). Not torch._foreach_lerp_, whose weight is a number of the host's."""
+        """ema += weight * (model - ema), weight () on the device, 0 for a step that is skipped. AveragedModel, timm's
+        ModelEmaV3 and torch._foreach_lerp_ take a number of the host's, which would have to wait for the device."""
         averages = [local_shard(parameter) for parameter in self.ema.parameters()]
         difference = torch._foreach_sub([local_shard(parameter) for parameter in self.model.parameters()], averages)
         torch._foreach_mul_(difference, weight)

@@ -1,4 +1,8 @@
-"""Settings of the training views, named as the flags of timm and facebookresearch/deit, and the views they draw."""
+"""Settings of the training views, named as the flags of timm and facebookresearch/deit, and the views they draw.
+
+The operations are timm's; the draws are made here because those of timm, torchvision and DALI come from a generator's
+state, so that a view would depend on the batch and on the worker (draws.py).
+"""
 
 import math
 from dataclasses import dataclass

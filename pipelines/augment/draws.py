@@ -7,6 +7,8 @@ Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 
     counter  index of the image, copy (repeated augmentation), block 0, 1, 2 ... of four words, purpose
 
 so the view of an image depends neither on its batch, nor on its position in the epoch, nor on the number of processes.
+Written here because NumPy's Philox is a generator with one key and a position in its stream: a batch of images would
+need a generator each.
 """
 
 from enum import IntEnum
