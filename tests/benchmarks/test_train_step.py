@@ -150,21 +150,21 @@ def result_of(milliseconds, gpu=False):
 
 
 def test_headlines_name_the_fastest_peer():
-    times = {train_step.STORED: 10, train_step.LIVE: 20, train_step.DEIT: 60, "timm": 50, "timm, channels_last": 40}
-    live, stored = result_of(times, gpu=True).headlines(measured_peak=800e12)
+    times = {train_step.CACHED: 10, train_step.LIVE: 20, train_step.DEIT: 60, "timm": 50, "timm, channels_last": 40}
+    live, cached = result_of(times, gpu=True).headlines(measured_peak=800e12)
     assert (live.peer, live.ratio, live.floor_share) == ("timm, channels_last", 2.0, None)
-    assert (stored.ratio, stored.ours, stored.theirs) == (4.0, "10,000 images/s", "2,500 images/s")
-    assert stored.floor_share == 0.25  # 2 TFLOP in 10 ms, of 800 TFLOP/s
-    (stored,) = result_of({train_step.STORED: 10, train_step.DEIT: 60}).headlines(None)
-    assert (stored.peer, stored.ratio) == (train_step.DEIT, 6.0)
-    assert result_of({train_step.STORED: 10, "fastdeit, nothing compiled": 20}).headlines(None) == []
+    assert (cached.ratio, cached.ours, cached.theirs) == (4.0, "10,000 images/s", "2,500 images/s")
+    assert cached.floor_share == 0.25  # 2 TFLOP in 10 ms, of 800 TFLOP/s
+    (cached,) = result_of({train_step.CACHED: 10, train_step.DEIT: 60}).headlines(None)
+    assert (cached.peer, cached.ratio) == (train_step.DEIT, 6.0)
+    assert result_of({train_step.CACHED: 10, "fastdeit, nothing compiled": 20}).headlines(None) == []
 
 
 def test_rows_leave_out_what_is_not_known():
-    times = {train_step.STORED: 10, train_step.LIVE: 20}
-    (stored, _), (on_gpu, _) = result_of(times).rows((None, None)), result_of(times, gpu=True).rows((989e12, 800e12))
-    assert dict(zip(train_step.COLUMNS, stored)) == {
-        "student": "s", "contender": train_step.STORED, "ms": "10.00", "ms_p10": "10.00", "ms_p90": "10.00",
+    times = {train_step.CACHED: 10, train_step.LIVE: 20}
+    (cached, _), (on_gpu, _) = result_of(times).rows((None, None)), result_of(times, gpu=True).rows((989e12, 800e12))
+    assert dict(zip(train_step.COLUMNS, cached)) == {
+        "student": "s", "contender": train_step.CACHED, "ms": "10.00", "ms_p10": "10.00", "ms_p90": "10.00",
         "images_per_s": "10000.0", "times_live": "0.500", "mfu_datasheet": "", "mfu_measured": "", "peak_mb": "",
         "launches": "", "kernels": "", "idle_share": "",
     }  # fmt: skip

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdeit import evaluate, export, predict, teach, train
+from fastdeit import evaluate, predict, teach, train
+from fastdeit.export import __main__ as export_command
 
 from . import runs
 from .conftest import SMALL, refused, write_folder
@@ -110,7 +111,9 @@ def test_a_file_where_a_folder_is_meant(cli, colors, run, tmp_path):
     refused(cli, train.main, *SMALL, *data, "--output-dir", file / "run", words=[str(file), "Not a directory"])
     refused(cli, train.main, "--resume", file, words=[str(file), "no run in this folder"])
     refused(cli, evaluate.main, run, *data, "--output", file / "out", words=[str(file), "Not a directory"])
-    refused(cli, export.main, run, "--format", "timm", "--output", file / "out", words=[str(file), "File exists"])
+    refused(
+        cli, export_command.main, run, "--format", "timm", "--output", file / "out", words=[str(file), "File exists"]
+    )
     storing = ["--distillation-type", "hard", "--teacher-path", run, "--views", 1, "--output", file]
     refused(cli, teach.main, "store", *SMALL, *data, *storing, words=[str(file), "a file of this name"])
 
