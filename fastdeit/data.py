@@ -122,8 +122,9 @@ def _refuse_one_class(training, path: Path) -> None:
 
 
 def order_of_numbers(classes: Sequence[str]) -> str | None:
-    """What to say of weights without class names, if string and natural order of `classes` differ."""
-    if natural_order(classes) == list(classes):
+    """What to say of weights without class names, if `classes` are in the order of strings and numbers order them
+    otherwise."""
+    if natural_order(classes) == list(classes) or sorted(classes) != list(classes):
         return None
     few = ", ".join(classes[:4])
     return (
@@ -180,7 +181,7 @@ def remarks(config: Config, indices) -> list[str]:
             f"{config.data.data_path} has no val: the test images are the validation images, and the checkpoint best "
             "is chosen on them, so its top-1 is no longer that of images it never saw; keep a val of its own for that"
         )
-    without_names = config.model.pretrained or (config.model.finetune and Path(config.model.finetune).is_file())
-    if without_names and config.data.classes is None and (order := order_of_numbers(training.classes)):
+    from_timm = config.model.pretrained and not config.model.finetune  # of a file, models.weights says it
+    if from_timm and config.data.classes is None and (order := order_of_numbers(training.classes)):
         said.append(order)
     return said

@@ -32,14 +32,16 @@ def saved_settings(run: Path) -> Config:
 
 
 def resumed_settings(resumed: str | None) -> Config | None:
-    """What a command line with --resume starts from: the settings of that run, or of a checkpoint (for --eval)."""
+    """What a command line with --resume starts from: the settings of that run, or of a checkpoint (for --eval). None
+    where there are none, as in a folder of timm or transformers."""
     if resumed is None:
         return None
     folder = Path(resumed)
     if (folder / "settings.json").is_file():
         return saved_settings(folder)
     if (folder / "config.json").is_file():
-        return Config.from_dict(description(folder)["settings"])
+        said = description(folder)
+        return Config.from_dict(said["settings"]) if isinstance(said, dict) and "settings" in said else None
     return None
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit.checkpoint.state_dict import StateDict, read
+from fastdeit.data import order_of_numbers
 
 from . import sources, weight_names
 from .sources import Source
@@ -175,6 +176,8 @@ def _fit_heads(source: Source, state: StateDict, fresh: StateDict, heads, classe
             f"{source.path} does not name its {len(classes)} classes: they are taken for the data's, {_few(classes)}, "
             "in this order"
         )
+        if (order := order_of_numbers(classes)) is not None:
+            notes.append(order)
 
 
 def _fit_position_embedding(path: Path, model: nn.Module, state: StateDict, old_grid, notes: list[str]) -> None:

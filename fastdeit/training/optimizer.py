@@ -118,10 +118,10 @@ def rates_in_words(rates: Rates, *, lr: float, global_batch: int, total_steps: i
 
 def average_in_words(decay: float, total_steps: int) -> str:
     """Over how many steps the moving average reaches at the end of the run."""
-    span = 1 / (1 - average_decay(total_steps - 1, decay))
+    span = round(1 / (1 - average_decay(total_steps - 1, decay)))
     short = average_decay(total_steps - 1, decay) < decay
     more = f", a ninth of the run: --model-ema-decay {decay:g} is for longer ones" if short else ""
-    return f"moving average at the end over the last {span:,.0f} steps{more}"
+    return f"moving average at the end over the last {f'{span:,} steps' if span > 1 else 'step'}{more}"
 
 
 class Update:

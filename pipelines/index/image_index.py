@@ -163,7 +163,7 @@ def _open(listing: Listing, what: str, classes: Sequence[str] | None, cache_dir:
         raise NoImages(_nothing_left(bad, what), bad)
     labels, classes = _labels_among(records, classes, what)
     if turned := int(records.rotated.sum()):
-        log.info("%s: the EXIF orientation of %d images is not applied, as in timm", what, turned)
+        log.warning("%s: the EXIF orientation of %d images is not applied, as in timm", what, turned)
     reader = make_reader(listing.root, records)
     return Index(classes, labels, records.heights, records.widths, bad, records, reader, listing.split)
 

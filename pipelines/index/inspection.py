@@ -203,7 +203,9 @@ def _at_least(count: int, head: bytes, read: Read) -> bytes:
 def _check_png(head: bytes, read: Read) -> tuple[bytes, bool]:
     if head[12:16] == b"CgBI":
         raise _unsupported("Apple's variant of PNG (CgBI)")
-    bits, colour, interlace = struct.unpack_from(">BBxxB", head, 24)
+    width, height, bits, colour, interlace = struct.unpack_from(">IIBBxxB", head, 16)
+    if max(width, height) >= 2**31:  # which the decoder reads as negative
+        raise BadHeader(f"damaged header: {width} x {height} pixels")
     if bits not in _PNG_BITS.get(colour, ()) or interlace > 1:
         raise BadHeader(f"damaged header: PNG of {bits} bits, colour type {colour}, interlace {interlace}")
     encoded, position, rotated, seen = read(0, -1), 8, False, set()

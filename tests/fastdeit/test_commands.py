@@ -110,6 +110,10 @@ def test_a_file_where_a_folder_is_meant(cli, colors, run, tmp_path):
     refused(cli, train.main, *SMALL, *data, "--output-dir", file, words=[str(file), "a file of this name"])
     refused(cli, train.main, *SMALL, *data, "--output-dir", file / "run", words=[str(file), "Not a directory"])
     refused(cli, train.main, "--resume", file, words=[str(file), "no run in this folder"])
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm/config.json").write_text('{"architecture": "deit_tiny_patch16_224"}')
+    refused(cli, train.main, "--resume", tmp_path / "timm", words=["timm", "no run in this folder"])
+    refused(cli, train.main, *data, "--eval", "--resume", tmp_path / "timm", words=["timm", "holds no checkpoint"])
     refused(cli, evaluate.main, run, *data, "--output", file / "out", words=[str(file), "Not a directory"])
     refused(
         cli, export_command.main, run, "--format", "timm", "--output", file / "out", words=[str(file), "File exists"]

@@ -57,18 +57,17 @@ def test_the_order_of_the_classes(numbers):
         opened(numbers, "--classes", order)
 
 
-def test_numbers_sorted_as_strings_are_said_where_the_weights_have_no_names(numbers, tmp_path):
-    weights = tmp_path / "weights.pth"
-    weights.touch()
+def test_numbers_sorted_as_strings_are_said_of_weights_of_timm(numbers):
     config, indices = opened(numbers)
     assert remarks(config, indices) == []
-    config.model.finetune = str(weights)
+    config.model.pretrained = True
     (said,) = remarks(config, indices)
     assert said.startswith("the classes are sorted as strings (0, 1, 10, 2, ...)") and "--classes FILE" in said
     config.data.classes = "order.txt"
     assert remarks(config, indices) == []
     assert order_of_numbers(["1", "2", "9"]) is order_of_numbers(["n01", "n10", "n9a"][:2]) is None
     assert order_of_numbers(["class10", "class2"]) is not None
+    assert order_of_numbers(["2", "10", "1"]) is None  # an order of one's own
 
 
 def test_images_of_test_that_validate_are_said(colors, tmp_path):

@@ -431,6 +431,8 @@ def test_a_head_is_kept_for_the_same_classes_only(tmp_path):
     assert notes[1:] == [
         f"{file} does not name its 3 classes: they are taken for the data's, cat, dog, cow, in this order"
     ]
+    _, notes = build_student(settings(finetune=str(file)), 3, ("1", "10", "2"))
+    assert len(notes) == 3 and notes[2].startswith("the classes are sorted as strings (1, 10, 2, ...)")
 
 
 HEADS = ("head", "head_dist")

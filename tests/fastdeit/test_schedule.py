@@ -92,6 +92,9 @@ def test_the_rates_in_words():
 
 
 def test_the_average_in_words():
+    assert average_in_words(0.5, 3) == "moving average at the end over the last step, a ninth of the run: " + (
+        "--model-ema-decay 0.5 is for longer ones"
+    )
     assert average_in_words(0.99, 1000) == "moving average at the end over the last 100 steps"
     assert average_in_words(0.99996, 891) == (
         "moving average at the end over the last 100 steps, a ninth of the run: --model-ema-decay 0.99996 is for "

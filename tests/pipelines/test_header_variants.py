@@ -117,7 +117,7 @@ CAUSES = {
     "png animation hidden": "an animated PNG whose default image is not one of its frames",
     "png cgbi": "Apple's variant of PNG (CgBI)",
     "png no end": "DALI cannot decode although Pillow can",
-    "png size 2147483648 x 48": "damaged header: 48 x -2147483648 pixels",
+    "png size 2147483648 x 48": "damaged header: 48 x 2147483648 pixels",
     "bmp header 40 depth 16 compression 0": "BMP of 16 bits a pixel",
     "bmp 32 bit masks ff alpha 0 header 40": "BMP of 32 bits a pixel, compression 3",
     "bmp size (400, 48)": "truncated file",

@@ -116,6 +116,8 @@ def test_a_header_of_billions_of_pixels(data, pixels):
     (data / "train/cat/huge.png").write_bytes(header + bytes(100))
     index = open_index(data)
     assert len(index) == 4 and [os.path.basename(bad.name) for bad in index.bad] == ["huge.png"]
+    if max(pixels) >= 2**31:
+        assert index.bad[0].cause == f"damaged header: {pixels[0]} x {pixels[1]} pixels"
 
 
 def test_folders_of_the_system_are_no_classes(data):
