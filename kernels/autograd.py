@@ -33,11 +33,15 @@ def differentiable(name: str, operator: Callable, setup_context: Callable, backw
     eager, transformed, compiled = make(forward=forward_and_setup, jvp=jvp), make(**apart, jvp=jvp), make(**apart)
 
     def apply(*inputs):
-        if torch.compiler.is_compiling():
-            return compiled.apply(*inputs)
+        if torch.compiler.is_compiling():  # PyTorch 2.11's Dynamo stumbles over a Function that needs no gradient
+            return compiled.apply(*inputs) if _needs_gradient(inputs) else operator(*inputs)
         return (transformed if _transforms_active() else eager).apply(*inputs)
 
     return apply
+
+
+def _needs_gradient(inputs) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
 # Of torch.func. Without this function of torch's, every call is made as if one were.
@@ -54,4 +58,10 @@ def only_once(name: str, operator: Callable) -> Callable:
             "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
         )
 
-    return differentiable(name, operator, lambda ctx, inputs, output: None, backward)
+    refusing = differentiable(name, operator, lambda ctx, inputs, output: None, backward)
+
+    def apply(*inputs):
+        # Compiled code has no second derivatives to refuse, and PyTorch 2.11's Dynamo takes no Function in a backward.
+        return operator(*inputs) if torch.compiler.is_compiling() else refusing(*inputs)
+
+    return apply

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastdeit import predict
 
@@ -42,6 +43,9 @@ def test_checkpoints_predict_what_they_predicted(earlier, cli, source, options, 
 
 
 def test_an_interrupted_run_resumes_with_its_logit_cache(earlier):
+    written_with = json.loads(Path("store/header.json").read_text())["pixels"]["torch"]
+    if written_with != torch.__version__.partition("+")[0]:
+        pytest.skip(f"a logit cache is of the pixels of one version of PyTorch, here {written_with}")
     summary = run("--resume", "runs/student")
     assert set(summary) == {"cls", "dist", "both"}
     lines = [json.loads(line) for line in Path("runs/student/metrics.jsonl").read_text().splitlines()]
