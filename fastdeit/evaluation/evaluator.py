@@ -81,5 +81,6 @@ def about(classifier, data: dict) -> str:
     if data["unreadable"]:
         name, cause = next(iter(data["unreadable"].items()))
         count = len(data["unreadable"])
-        sentences.append(f"{count} images could not be read and do not count, the first: {name} ({cause})")
+        what = f"{count} images could not be read and do not count, the first" if count > 1 else "one could not be read"
+        sentences.append(f"{what}: {name} ({cause})")
     return "\n".join(sentences)

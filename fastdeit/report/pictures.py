@@ -21,7 +21,7 @@ LARGE = 300_000  # bytes of a PNG above which it is stored as JPEG
 
 @dataclass(frozen=True)
 class Look:
-    """A validation image, where the tokens look in it, and the model's answer. Pictures are data URIs.
+    """A validation image, where the tokens look in it, and the predicted class. Pictures are data URIs.
 
     maps: a picture for each name of `Looks.maps`
     """
@@ -30,7 +30,7 @@ class Look:
     image: str
     maps: list[str]
     true: str
-    answer: str
+    predicted: str
     probability: float
 
 
@@ -94,7 +94,7 @@ def _similarity(classifier: inference.Classifier, index: Index) -> list[float]:
 
 def _looks(classifier: inference.Classifier, index: Index) -> list[Look]:
     model, (images, labels, positions) = classifier.model, _batch(classifier, index)
-    probabilities, answers = classifier.probabilities(images).max(1)
+    probabilities, classes = classifier.probabilities(images).max(1)
     names = classifier.class_names
     maps_BTRC = attention_maps.looks(model, images)
     pixels = (images * torch.tensor(classifier.std).view(3, 1, 1) + torch.tensor(classifier.mean).view(3, 1, 1)).clamp(
@@ -109,7 +109,7 @@ def _looks(classifier: inference.Classifier, index: Index) -> list[Look]:
             image=_jpeg(pixels[i]),
             maps=[_jpeg(attention_maps.overlay(pixels[i], map_RC)) for map_RC in maps_BTRC[i]],
             true=names[labels[i]],
-            answer=names[answers[i]],
+            predicted=names[classes[i]],
             probability=float(probabilities[i]),
         )
         for i, position in enumerate(positions.tolist())

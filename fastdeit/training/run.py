@@ -38,7 +38,7 @@ def run(config: Config, world: World, on_micro_batch: MicroBatchHook | None = No
     indices = open_images(config, world)
     built = build(config, world, indices, on_micro_batch)
     if config.run.dry_run:
-        return dry_run(built.loop)
+        return dry_run(built.loop, indices)
     loop, trainer = built.loop, built.loop.trainer
     _begin(loop, indices, built.folder)
     loop.load(built.saved)
@@ -184,7 +184,7 @@ def set_up(config: Config, world: World) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def dry_run(loop: Loop) -> dict:
+def dry_run(loop: Loop, indices) -> dict:
     """--dry-run: two steps on the first batch, then memory and shapes on the terminal. Returns an empty summary."""
     trainer = loop.trainer
     trainer.model.train()
@@ -198,6 +198,8 @@ def dry_run(loop: Loop) -> dict:
     on_cuda = trainer.world.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     say = loop.log.say
+    for sentence in remarks(trainer.config, indices):
+        say(sentence)
     say(f"device            {trainer.world.device}, {trainer.world.world_size} process(es), {trainer.precision}")
     say(f"student           {sum(p.numel() for p in trainer.model.parameters()):,} parameters")
     say(

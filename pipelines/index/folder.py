@@ -102,7 +102,8 @@ def _ancestors(folder: str) -> frozenset[tuple[int, int]]:
 
 def _stray_images(names: list[str]) -> tuple[str, ...]:
     few = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
-    return (f"{len(names)} images beside the class folders are not used ({few})",) if names else ()
+    what = f"{len(names)} images" if len(names) > 1 else "1 image"
+    return (f"{what} beside the class folders not used ({few})",) if names else ()
 
 
 def _empty_classes(base: str, folders: list[str], classes: tuple[str, ...], labels: np.ndarray) -> tuple[str, ...]:
@@ -111,9 +112,10 @@ def _empty_classes(base: str, folders: list[str], classes: tuple[str, ...], labe
     if not empty:
         return ()
     files = [file for _, _, some in os.walk(os.path.join(base, empty[0])) for file in some]
-    held = f"; the first holds {len(files)} other files ({printable(min(files))}, ...)" if files else ""
+    others = f"{len(files)} other files" if len(files) > 1 else "1 other file"
+    held = f"; the first holds {others} ({printable(min(files))}, ...)" if files else ""
     few = ", ".join(map(printable, empty[:5])) + (", ..." if len(empty) > 5 else "")
-    return (f"{len(empty)} of its {len(classes)} classes have no images ({few}){held}",)
+    return (f"{len(empty)} of its {len(classes)} classes without images ({few}){held}",)
 
 
 def list_folder(root: str) -> Listing:

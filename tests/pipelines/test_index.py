@@ -142,8 +142,8 @@ def test_what_is_not_used_is_said(data, caplog):
     (data / "train/eel/1.npy").touch()
     assert len(open_index(data)) == 4
     assert [message.partition(": ")[2] for message in caplog.messages] == [
-        "1 images beside the class folders are not used (stray.jpg)",
-        "1 of its 3 classes have no images (eel); the first holds 1 other files (1.npy, ...)",
+        "1 image beside the class folders not used (stray.jpg)",
+        "1 of its 3 classes without images (eel); the first holds 1 other file (1.npy, ...)",
     ]
 
 
