@@ -238,8 +238,8 @@ def test_pictures(page, run):
     assert len([float(value) for value in told.split(", ")]) == 7  # at the input and after six blocks
 
 
-def test_a_wrong_answer_stands_before_the_class(copy, monkeypatch):
-    look = pictures.Look("cat.png", "data:,", ["data:,"], true="tabby", answer="tiger", probability=0.64)
+def test_a_wrong_prediction_stands_before_the_class(copy, monkeypatch):
+    look = pictures.Look("cat.png", "data:,", ["data:,"], true="tabby", predicted="tiger", probability=0.64)
     monkeypatch.setattr(pictures, "look", lambda *_: pictures.Looks(["last block"], [look], [], images=400))
     page = read(report.write(copy))
     assert "tiger 64 %is tabby" in page.text and "400 validation images" in page.text
