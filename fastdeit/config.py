@@ -241,8 +241,13 @@ class Speed:
     """torch.compile the student."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Autocast type of the student's step. None: bf16 on CUDA, fp32 on the CPU."""
-    attention: Literal["fused", "sdpa", "xformers"] = setting("sdpa", resumable=True)
-    """fused: fastdeit's Triton kernel. sdpa: PyTorch's. xformers: its memory-efficient attention (CUDA)."""
+    attention: Literal["auto", "fused", "sdpa", "xformers"] = setting("auto", resumable=True)
+    """auto: the fastest here (--tune), sdpa where nothing is measured. fused: fastdeit's Triton kernel. sdpa:
+    PyTorch's. xformers: its memory-efficient attention (CUDA)."""
+    tune: Literal["auto", "off", "fresh"] = setting("auto", resumable=True)
+    """Which of several ways to compute the same thing is taken. auto: the fastest, measured when a run starts on a GPU
+    and remembered; on a CPU, where that seldom pays in a short run, only what `python -m fastdeit.tune` has measured.
+    off: plain PyTorch's. fresh: measured again, on a CPU too."""
     sharding: Literal["ddp", "fsdp"] = setting("ddp", resumable=True)
     """With several processes, ddp: full weights in each. fsdp: a shard of weights and optimizer state in each."""
     deterministic: bool = setting(False, resumable=True)

@@ -1,6 +1,7 @@
 """The folder of a run: claimed once, never written over; opened again by --resume.
 
 settings.json     every setting, as given to the run
+tuning.json       what was chosen by measurement when the run was started or resumed last, and the figures
 metrics.jsonl     one JSON object per line: training figures, and accuracies after each epoch
 summary.json      the closing table
 curves.png        losses, accuracies, learning rate, throughput

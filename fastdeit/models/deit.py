@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from .architectures import ARCHITECTURES, Architecture, model_names, unknown_model_message
@@ -33,6 +34,11 @@ def _sdpa(qkv: Tensor, first: int | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q_BHNK[:, :, :first], k_BHNK, v_BHNK).transpose(1, 2)
 
 
+def _math(qkv: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return _sdpa(qkv)
+
+
 def _fused(qkv: Tensor) -> Tensor:
     from fastdeit.kernels import attention_qkvpacked
 
@@ -47,7 +53,8 @@ def _xformers(qkv: Tensor) -> Tensor:
     return memory_efficient_attention(*qkv.unbind(2))
 
 
-ATTENTION = {"sdpa": _sdpa, "fused": _fused, "xformers": _xformers}
+# sdpa leaves the choice among its backends to PyTorch; math is the one of plain matrix products.
+ATTENTION = {"sdpa": _sdpa, "math": _math, "fused": _fused, "xformers": _xformers}
 
 
 def _attention_named(name: str):
@@ -273,7 +280,7 @@ class DeiT(nn.Module):
         self.grad_checkpointing = enable
 
     def set_attention(self, attention: str) -> None:
-        """Change the implementation of attention: 'sdpa', 'fused' or 'xformers'. The weights do not care."""
+        """Change the implementation of attention to one of ATTENTION. The weights do not care."""
         attend = _attention_named(attention)
         for block in self.blocks:
             block.attn.attend = attend

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +21,14 @@ LOG_STEPS = 50  # the host waits for the device only this often
 
 
 class Loop:
-    """`fit()` trains to the last epoch. folder: the run's, None where nothing is written (dry run, ranks above 0)."""
+    """`fit()` trains to the last epoch. folder: the run's, None where nothing is written (dry run, ranks above 0).
+    choices: what tuning has chosen for it, in JSON types; it goes into the checkpoints."""
 
-    def __init__(self, trainer: Trainer, loaders, classes, folder: Path | None, title: str = ""):
+    def __init__(
+        self, trainer: Trainer, loaders, classes, folder: Path | None, title: str = "", choices: Sequence[dict] = ()
+    ):
         self.trainer, self.state, self.world, self.config = trainer, trainer.state, trainer.world, trainer.config
+        self.choices = list(choices)
         self.classes, (self.train_loader, self.val_loader) = classes, loaders
         self.steps_per_epoch = len(self.train_loader)
         tracker = open_tracker(self.config.run.tracker, folder, self.config.to_dict()) if folder else None
@@ -140,6 +144,7 @@ class Loop:
         """What a checkpoint's config.json says."""
         trainer, state = self.trainer, self.state
         return files.describe(trainer.model, self.config, self.classes, trainer.mean, trainer.std) | {
+            "tuning": self.choices,
             "progress": {
                 "epochs_evaluated": state.epochs_evaluated,
                 "best": state.best,
@@ -148,7 +153,7 @@ class Loop:
                 "global_batch": trainer.global_batch,
                 "data": self.train_loader.index.fingerprint,
                 "teacher": trainer.teacher.fingerprint if trainer.teacher is not None else None,
-            }
+            },
         }
 
     def load(self, saved: dict | None) -> None:

@@ -19,8 +19,9 @@ from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.evaluation import plots, tables
 from fastdeit.models.build import build_student, mean_std, normalise
+from fastdeit.tuning import Tuner, of_run
 
-from . import trackers
+from . import student_tuning, trackers
 from .loop import Loop
 from .optimizer import average_in_words, rates_in_words
 from .trainer import Trainer
@@ -84,16 +85,27 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
     both_loaders = loaders(config, indices, world, own_folder)
     if cache is not None:
         teacher, both_loaders = cached_teacher.from_cache(cache, config, world, both_loaders, mean, std)
+    tuner = of_run(config, world, saved_in)
+    student_tuning.ask(tuner, model, config)
     trainer = Trainer(
         config, world, model, teacher, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch
     )
-    loop = Loop(trainer, both_loaders, classes, own_folder, title="student")
+    loop = Loop(trainer, both_loaders, classes, own_folder, title="student", choices=tuner.to_json())
+    _show(tuner, loop, own_folder)
     if teacher is not None:
         views = first_views(loop.train_loader, trainer.prepare, parts=config.optimization.accumulate)
         notes = [*notes, *teacher.check(views)]
     for sentence in notes:
         loop.log.say(sentence)
     return Built(loop, folder, saved)
+
+
+def _show(tuner: Tuner, loop: Loop, folder: Path | None) -> None:
+    """The table of what was measured and chosen: said, and kept beside the settings."""
+    if shown := tuner.table():
+        loop.log.say(shown)
+    if folder is not None and tuner.choices:
+        atomic.replace_json(folder / "tuning.json", tuner.to_json())
 
 
 def run_undistilled(
@@ -117,8 +129,11 @@ def run_undistilled(
     if saved is not None:
         normalise(model, saved["description"]["mean"], saved["description"]["std"])
     both_loaders = loaders(settings, indices, world, own_folder)
+    tuner = of_run(settings, world, saved and saved["description"])
+    student_tuning.ask(tuner, model, settings)
     trainer = Trainer(settings, world, model, None, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch)
-    loop = Loop(trainer, both_loaders, classes, own_folder, title="undistilled")
+    loop = Loop(trainer, both_loaders, classes, own_folder, title="undistilled", choices=tuner.to_json())
+    _show(tuner, loop, own_folder)
     loop.load(saved)
     return max(head["top1"] for head in loop.fit()["model"].values())
 

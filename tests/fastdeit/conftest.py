@@ -1,5 +1,6 @@
 import os
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -8,6 +9,9 @@ from PIL import Image
 from fastdeit import errors
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for published weights should not wait for a network
+# What a user's machine remembers of choices is neither read nor written; matplotlib keeps its list of fonts.
+os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastdeit-tests-")
 
 
 def pytest_collection_modifyitems(config, items):

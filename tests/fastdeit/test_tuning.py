@@ -1,0 +1,352 @@
+"""Choices by measurement, of candidates that take time: what is excluded, what is remembered, whose word counts."""
+
+import json
+import queue
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastdeit.distributed.world import World
+from fastdeit.errors import UserError
+from fastdeit.tuning import Tuner, cache, choose, timing
+
+CPU = torch.device("cpu")
+RESULT = torch.arange(12.0).view(3, 4)
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)  # AT_LEAST rounds
+
+
+def taking(milliseconds, result=RESULT, calls=None):
+    """A candidate whose calls take so long."""
+
+    def build():
+        def call():
+            if calls is not None:
+                calls.append(milliseconds)
+            time.sleep(milliseconds / 1000)
+            return result.clone()
+
+        return call
+
+    return build
+
+
+def raising(error):
+    def build():
+        raise error
+
+    return build
+
+
+def ask(tuner, candidates, *, question="which", default="plain", key=None, dtype=torch.float32, **options):
+    return tuner.choose(
+        question, candidates, default=default, key={"shape": [3, 4], **(key or {})}, dtype=dtype, **options
+    )
+
+
+@pytest.fixture
+def tuner(tmp_path):
+    return Tuner(World(CPU), measures=True, file=tmp_path / "deep" / "tuning.json")
+
+
+def excluded(choice):
+    return {row.candidate: row.excluded for row in choice.rows if row.excluded}
+
+
+def test_the_fastest_is_chosen_and_its_time_is_the_clocks(tuner):
+    choice = ask(tuner, {"plain": taking(6), "quick": taking(2), "slow": taking(12)})
+    assert choice.chosen == "quick" and choice.origin == "measured" and not excluded(choice)
+    times = {row.candidate: row.ms for row in choice.rows}
+    for name, least in {"plain": 6, "quick": 2, "slow": 12}.items():
+        assert least <= times[name] < least + 50, times
+    assert list(times) == ["plain", "quick", "slow"] and choice.seconds > 0.05
+
+
+@pytest.mark.parametrize(("times", "winner"), [((100, 99), "plain"), ((100, 97), "other"), ((100, 98.5), "plain")])
+def test_a_challenger_must_win_by_two_percent(monkeypatch, tuner, times, winner):
+    measured = dict(zip(("plain", "other"), times))
+    monkeypatch.setattr(timing, "in_turns", lambda calls, *_, **__: {name: float(measured[name]) for name in calls})
+    assert ask(tuner, {"plain": taking(0), "other": taking(0)}).chosen == winner
+
+
+def test_what_disagrees_is_excluded_however_fast(tuner):
+    off = RESULT.clone()
+    off[1, 2] += 0.01 * RESULT.norm()
+    nan = RESULT.clone()
+    nan[0, 0] = float("nan")
+    choice = ask(
+        tuner,
+        {"plain": taking(3), "off": taking(0, off), "nan": taking(0, nan), "shape": taking(0, RESULT[:2]),
+         "more": taking(0, torch.stack([RESULT, RESULT])), "near": taking(1, RESULT * (1 + 1e-6))},
+    )  # fmt: skip
+    assert choice.chosen == "near"
+    assert excluded(choice).keys() == {"off", "nan", "shape", "more"}
+    assert "disagrees: 1.0e-02 of the norm, 3.5e-04 allowed" in excluded(choice)["off"]
+    assert choice.rows[-1].error == pytest.approx(1e-6, rel=0.1)
+
+
+def test_each_tensor_counts_for_itself(tuner):
+    """A wrong small gradient beside a large output."""
+
+    def pair(gradient, milliseconds):
+        return lambda: lambda: time.sleep(milliseconds / 1000) or {"output": RESULT * 1e6, "gradients": (gradient,)}
+
+    choice = ask(tuner, {"plain": pair(torch.ones(4), 2), "wrong": pair(torch.zeros(4), 0)})
+    assert choice.chosen == "plain" and "disagrees: 1.0e+00" in excluded(choice)["wrong"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float32, 3.45e-4), (torch.float16, 0.03125), (torch.bfloat16, 0.0884)]
+)
+def test_the_tolerance_is_half_of_the_dtypes_digits(tuner, dtype, allowed):
+    assert choose.tolerance_of(dtype, CPU) == pytest.approx(allowed, rel=1e-2)
+    within, beyond = (taking(0, RESULT * (1 + factor * allowed)) for factor in (0.9, 1.1))
+    choice = ask(tuner, {"plain": taking(2), "within": within, "beyond": beyond}, dtype=dtype)
+    assert choice.chosen == "within" and excluded(choice).keys() == {"beyond"}
+
+
+def test_what_raises_or_runs_out_of_memory_is_excluded_with_its_reason(tuner):
+    too_large = lambda: lambda: torch.empty(2**58)  # noqa: E731 - a real failure to allocate
+    late = iter([RESULT])
+    candidates = {
+        "plain": taking(2), "missing": raising(ModuleNotFoundError("No module named 'xformers'")),
+        "memory": too_large, "gpu": raising(torch.OutOfMemoryError("CUDA out of memory. Tried ...")),
+        "late": lambda: lambda: next(late),
+    }  # fmt: skip
+    choice = ask(tuner, candidates)
+    assert choice.chosen == "plain" and choice.origin == "measured"
+    assert excluded(choice) == {
+        "missing": "ModuleNotFoundError: No module named 'xformers'", "memory": "out of memory",
+        "gpu": "out of memory", "late": "StopIteration",
+    }  # fmt: skip
+
+
+def test_where_the_default_fails_nothing_is_chosen_or_remembered(tuner):
+    choice = ask(tuner, {"plain": raising(RuntimeError("broken")), "other": taking(0)})
+    assert (choice.chosen, choice.origin) == ("plain", "default") and "RuntimeError: broken" in tuner.table()
+    assert not tuner.file.exists()
+
+
+def test_deterministic_leaves_out_what_is_not(tuner):
+    candidates = {"plain": taking(3), "atomics": taking(0)}
+    assert ask(tuner, candidates, nondeterministic=["atomics"]).chosen == "atomics"
+    strict = replace(tuner, deterministic=True, choices=[])
+    assert ask(strict, candidates, nondeterministic=["atomics"]).chosen == "plain"
+
+
+def test_the_random_state_of_the_run_is_left_alone(tuner):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    drawn = lambda: (lambda x: lambda: x)(torch.randn(4))  # noqa: E731 - the same for each candidate
+    choice = ask(tuner, {"plain": drawn, "other": drawn})
+    assert not excluded(choice) and torch.equal(torch.rand(3), expected)
+
+
+def test_a_candidate_far_behind_takes_few_turns(tuner):
+    calls = []
+    ask(tuner, {"plain": taking(1), "far": taking(20, calls=calls)})
+    assert len(calls) == 1 + 2 * timing.LOOK < 1 + 2 * timing.AT_LEAST
+
+
+def test_off_asks_nobody(tmp_path):
+    tuner = Tuner(World(CPU), mode="off", measures=True, file=tmp_path / "tuning.json")
+    assert ask(tuner, {"plain": raising(AssertionError()), "other": taking(0)}).chosen == "plain"
+    assert tuner.table() == "" and tuner.choices == [] and not tuner.file.exists()
+
+
+def test_not_inside_a_compiled_function(tuner):
+    function = torch.compile(lambda x: x if ask(tuner, {"plain": taking(0)}).chosen == "plain" else -x, backend="eager")
+    with pytest.raises(AssertionError, match="forbidden"):
+        function(RESULT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is remembered
+
+
+FAST, SLOW = {"plain": taking(3), "other": taking(1)}, {"plain": taking(1), "other": taking(3)}
+
+
+def again(tuner, **changes):
+    return replace(tuner, choices=[], **changes)
+
+
+def test_a_choice_is_remembered_until_something_it_depends_on_changes(tuner, monkeypatch):
+    assert ask(tuner, FAST).chosen == "other"
+    remembered = ask(again(tuner), SLOW)
+    assert (remembered.chosen, remembered.origin) == ("other", "cache")
+    assert remembered.rows == tuner.choices[0].rows  # the figures too
+    for changes in (
+        {"key": {"shape": [3, 5]}}, {"key": {"model": "b"}}, {"dtype": torch.float64}, {"question": "what"},
+    ):  # fmt: skip
+        assert ask(again(tuner), SLOW, **changes).origin == "measured", changes
+    assert ask(again(tuner), {**SLOW, "third": taking(4)}).origin == "measured"
+    assert ask(again(tuner), SLOW).origin == "cache"
+    assert ask(again(tuner, mode="fresh"), SLOW).chosen == "plain"
+    assert ask(again(tuner), FAST).chosen == "plain"  # the fresh answer is the one remembered
+
+
+@pytest.mark.parametrize("name", ["device", "driver", "torch", "triton", "cuDNN", "fastdeit"])
+def test_another_machine_or_version_is_measured_again(tuner, monkeypatch, name):
+    ask(tuner, FAST)
+    here = cache.circumstances(CPU)
+    monkeypatch.setattr(cache, "circumstances", lambda device: here | {name: "another"})
+    assert ask(again(tuner), SLOW).chosen == "plain"
+
+
+@pytest.mark.parametrize("name", ["device", "driver", "torch", "triton", "cuDNN", "fastdeit"])
+def test_what_a_choice_on_a_gpu_depends_on(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    assert cache.circumstances(torch.device("cuda"))[name]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"form": 0, "choices": {}}', '{"form": 1, "choices": []}', "\x00\xff"]
+)
+def test_an_unreadable_cache_is_measured_again_and_replaced(tuner, content):
+    tuner.file.parent.mkdir()
+    tuner.file.write_text(content, encoding="latin-1")
+    assert ask(tuner, FAST).origin == "measured"
+    assert ask(again(tuner), SLOW).origin == "cache"
+
+
+@pytest.mark.parametrize("spoilt", [[], {}, {"chosen": "other"}, {"rows": [{"odd": 1}]}, {"chosen": "gone"}])
+def test_an_entry_of_another_form_is_measured_again(tuner, spoilt):
+    ask(tuner, FAST)
+    content = json.loads(tuner.file.read_text())
+    ((key, entry),) = content["choices"].items()
+    content["choices"][key] = entry | spoilt if "rows" in spoilt or spoilt == {"chosen": "gone"} else spoilt
+    tuner.file.write_text(json.dumps(content))
+    assert ask(again(tuner), FAST).origin == "measured"
+
+
+def test_a_cache_that_cannot_be_written_costs_only_the_next_measurement(tuner):
+    tuner.file.parent.write_text("a file where the folder should be")
+    assert ask(tuner, FAST).chosen == "other"
+
+
+def test_only_what_is_remembered_counts_where_nothing_is_measured(tuner):
+    silent = again(tuner, measures=None)  # auto on a CPU
+    assert (ask(silent, FAST).chosen, silent.table()) == ("plain", "")
+    ask(tuner, FAST)
+    assert ask(again(silent), SLOW).chosen == "other"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def resumed(tuner, tmp_path, **changes):
+    saved = json.loads(json.dumps(tuner.to_json()))
+    return replace(tuner, choices=[], earlier=[one | changes for one in saved], file=tmp_path / "another.json")
+
+
+def test_the_checkpoints_choice_outranks_the_cache(tuner, tmp_path):
+    ask(tuner, FAST)
+    later = resumed(tuner, tmp_path)
+    ask(again(later, earlier=()), SLOW)  # the cache of the machine it is resumed on says plain
+    choice = ask(later, SLOW)
+    assert (choice.chosen, choice.origin) == ("other", "checkpoint")
+    assert ask(later, SLOW, key={"shape": [9, 9]}).chosen == "other"  # the same computation on another batch
+    assert ask(again(later, measures=None), SLOW).chosen == "other"
+    assert later.to_json()[0]["rows"] == tuner.to_json()[0]["rows"]
+
+
+def test_so_does_a_default_that_nobody_measured(tuner, tmp_path):
+    ask(again(tuner, measures=None), FAST)
+    silent = again(tuner, measures=None)
+    ask(silent, FAST)
+    assert ask(resumed(silent, tmp_path), FAST).chosen == "plain"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"here": {"device": "NVIDIA A100", "torch": torch.__version__}}, "other, was made elsewhere (device NVIDIA A"),
+        ({"chosen": "gone"}, "the checkpoint's choice, gone, does not exist here"),
+        ({"rows": 3}, "of another form"),
+    ],
+)  # fmt: skip
+def test_a_choice_that_does_not_exist_here_is_said_and_measured_again(tuner, tmp_path, changes, words):
+    ask(tuner, FAST)
+    later = resumed(tuner, tmp_path, **changes)
+    choice = ask(later, SLOW)
+    assert (choice.chosen, choice.origin) == ("plain", "measured")
+    assert words in later.table() and words in choice.notes[0]
+
+
+def test_another_driver_does_not_undo_a_checkpoints_choice(tuner, tmp_path, monkeypatch):
+    here = cache.circumstances(CPU)
+    monkeypatch.setattr(cache, "circumstances", lambda device: here | {"driver": "580.1"})
+    ask(tuner, FAST)
+    monkeypatch.setattr(cache, "circumstances", lambda device: here | {"driver": "580.2"})
+    assert ask(resumed(tuner, tmp_path), SLOW).origin == "checkpoint"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several ranks
+
+
+class Ranked(World):
+    """One of two ranks in threads; what rank 0 broadcasts, rank 1 receives."""
+
+    LINE: queue.Queue = queue.Queue()
+
+    def broadcast(self, value):
+        if self.is_main:
+            self.LINE.put(value)
+            return value
+        return self.LINE.get(timeout=20)
+
+
+@pytest.mark.parametrize("plain", [taking(3), raising(RuntimeError("broken"))])
+def test_all_ranks_take_the_word_of_rank_0(tuner, plain):
+    built = []
+    other = lambda: built.append(1) or taking(1)()  # noqa: E731
+    answers = {}
+
+    def rank(number):
+        own = replace(tuner, world=Ranked(CPU, number, 2), choices=[])
+        candidates = {"plain": plain if number == 0 else raising(AssertionError()), "other": other}
+        answers[number] = [ask(own, candidates), ask(own, candidates, question="what")], own.to_json()
+
+    threads = [threading.Thread(target=rank, args=[number]) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert answers[0] == answers[1] and len(answers[1][0]) == 2
+    works = plain is not None and answers[0][0][0].origin == "measured"
+    assert [choice.chosen for choice in answers[1][0]] == (["other"] * 2 if works else ["plain"] * 2)
+    assert len(built) == (2 if works else 0) and Ranked.LINE.empty()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A GPU whose context is lost
+
+
+def test_a_candidate_that_breaks_the_gpu_is_left_out_of_the_next_start(tuner, monkeypatch):
+    """Imitated: on this device, nothing computes once it has raised."""
+    lost = []
+
+    def failed(self, name, error):
+        if lost:
+            raise choose._ContextLost(name, "illegal address")
+        return choose.Row(name, excluded=str(error))
+
+    monkeypatch.setattr(choose._Measurement, "_failed", failed)
+    breaking = lambda: lost.append(1) or raising(RuntimeError("illegal address"))()  # noqa: E731
+    candidates = {"plain": taking(3), "breaking": breaking, "other": taking(1)}
+    with pytest.raises(UserError, match=r"breaking has broken the GPU's context .*start again: it will be left out"):
+        ask(tuner, candidates)
+    lost.clear()
+    choice = ask(again(tuner), candidates)
+    assert choice.chosen == "other" and excluded(choice) == {"breaking": "illegal address"} and not lost
