@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdeit.config import Config
 from fastdeit.distributed.world import World
-from fastdeit.errors import UserError
+from fastdeit.errors import UserError, tell
 from fastdeit.kernels import mix_normalize
 from fastdeit.pipelines import (
     Augmentation,
@@ -140,6 +140,21 @@ def threads(config: Config) -> int:
     return config.data.num_workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def trusted_decoding(index, world: World, num_threads: int | None = None):
+    """How the GPUs decode: what rank 0 finds of its own with some of these images. None where nothing is decoded on
+    one. See pipelines/decode/probe.py."""
+    if world.device.type != "cuda" or isinstance(index, SyntheticIndex):
+        return None
+    choice = None
+    if world.is_main:
+        from fastdeit.pipelines.decode.probe import trusted
+
+        choice = trusted(index, world.device.index, num_threads)
+        if choice.sentence:
+            tell(choice.sentence)
+    return world.broadcast(choice).decoding
+
+
 def loaders(config: Config, indices, world: World, folder: Path | None):
     """(training loader, validation loader) for this process. `folder`: the run's, for bad_files.txt, or None."""
     data, (training, validation) = config.data, indices
@@ -152,6 +167,7 @@ def loaders(config: Config, indices, world: World, folder: Path | None):
     shared = {
         "input_size": data.input_size, "device": str(world.device), "rank": world.rank,
         "world_size": world.world_size, "num_threads": threads(config),
+        "decoding": trusted_decoding(training, world, threads(config)),
     }  # fmt: skip
     bad_files = [
         BadFiles.of(index, limit=data.max_bad, path=folder and folder / "bad_files.txt")

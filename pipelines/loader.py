@@ -13,6 +13,7 @@ The last station of a batch:
     out   Batch: images (B, size, size, 3) uint8, labels (B,) int64, indices (B,) int64, Mix or None
 """
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -27,10 +28,13 @@ from torch import Tensor
 from .augment.augmentation import Augmentation
 from .augment.plan import EvaluationPlans, Plan, TrainPlans
 from .bad_files import BadFiles
+from .decode import Decoding
 from .decode.prefetch import PREFETCH, Decoder, Prefetcher
 from .index.image_index import Index, WithUnlabelled
 from .index.labels import UNLABELLED
 from .synthetic import SyntheticDecoder, SyntheticIndex
+
+log = logging.getLogger(__name__)
 
 AnyIndex = Index | SyntheticIndex | WithUnlabelled
 
@@ -93,6 +97,7 @@ def train_loader(
     world_size: int = 1,
     num_threads: int | None = None,
     bad_files: BadFiles | None = None,
+    decoding: Decoding | None = None,
 ) -> "Loader":
     """Shuffled and augmented batches, with what to mix and erase; the incomplete last batch is dropped.
 
@@ -106,6 +111,7 @@ def train_loader(
     num_threads: for decoding and augmenting; all cores if None
     bad_files: counts images that cannot be decoded and raises when there are too many; BadFiles.of(index) if None.
         They are replaced by other images, chosen with the same counter-based random numbers.
+    decoding: how a GPU decodes; the fastest way that decode/probe.py finds to be right if None
 
     Raises ValueError for an odd batch_size with mixing, or fewer images than one global batch.
     """
@@ -119,7 +125,7 @@ def train_loader(
         rank=rank,
         world_size=world_size,
     )
-    return Loader(plans, device, num_threads, bad_files, augmentation)
+    return Loader(plans, device, num_threads, bad_files, augmentation, decoding)
 
 
 def eval_loader(
@@ -133,6 +139,7 @@ def eval_loader(
     world_size: int = 1,
     num_threads: int | None = None,
     bad_files: BadFiles | None = None,
+    decoding: Decoding | None = None,
 ) -> "Loader":
     """Every image once over all ranks, in order: shorter side resized to input_size / crop_pct, then a centre crop.
 
@@ -142,7 +149,7 @@ def eval_loader(
     plans = EvaluationPlans(
         index, batch_size=batch_size, size=input_size, crop_pct=crop_pct, rank=rank, world_size=world_size
     )
-    return Loader(plans, device, num_threads, bad_files, None)
+    return Loader(plans, device, num_threads, bad_files, None, decoding)
 
 
 class Loader:
@@ -158,25 +165,37 @@ class Loader:
         num_threads: int | None,
         bad_files: BadFiles | None,
         augmentation: Augmentation | None,
+        decoding: Decoding | None = None,
     ):
         self.plans, self.index, self.device = plans, plans.index, torch.device(device)
         self.bad_files = bad_files if bad_files is not None else BadFiles.of(self.index)
-        decoder = self._decoder(num_threads or _usable_cores(), augmentation)
+        decoder = self._decoder(num_threads or _usable_cores(), augmentation, decoding)
         self.prefetcher = Prefetcher(plans, decoder, self.bad_files)
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="fastdeit-loader")
         self.start = self.position = 0
 
-    def _decoder(self, num_threads: int, augmentation: Augmentation | None) -> Decoder:
+    def _decoder(self, num_threads: int, augmentation: Augmentation | None, decoding: Decoding | None) -> Decoder:
         if isinstance(self.index, SyntheticIndex):
             return SyntheticDecoder(self.plans.batch_size, self.plans.size, self.device)
         shared = (self.index, self.plans.batch_size, self.plans.size, num_threads)
         if self.device.type == "cuda":
             from .decode.gpu import GpuDecoder
 
-            return GpuDecoder(*shared, self.device, augmentation)
+            if decoding is None:
+                decoding = self._trusted_decoding(num_threads)
+            return GpuDecoder(*shared, self.device, augmentation, decoding)
         from .decode.cpu import CpuDecoder
 
         return CpuDecoder(*shared, augmentation.fill if augmentation else (0, 0, 0))
+
+    def _trusted_decoding(self, num_threads: int) -> Decoding:
+        from .decode.probe import trusted
+
+        number = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        choice = trusted(self.index, number, num_threads)
+        if choice.sentence:
+            log.warning(choice.sentence)
+        return choice.decoding
 
     def __len__(self) -> int:
         return self.plans.steps

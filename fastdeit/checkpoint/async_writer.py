@@ -23,20 +23,23 @@ class Snapshot:
 
     def __init__(self):
         self.memory: dict[tuple, torch.Tensor] = {}
+        self.device: torch.device | None = None  # the GPU that the tensors are on
         self.ready: torch.cuda.Event | None = None
 
     def take(self, tree, *, here: bool = True):
         """The tree with every tensor copied; sharded tensors become full ones (all processes must
         call), and where `here` is False nothing is kept."""
         copied = self._copy(tree, (), here)
-        if torch.cuda.is_available():
+        if self.device is not None:
             self.ready = torch.cuda.Event()
-            self.ready.record()
+            self.ready.record(torch.cuda.current_stream(self.device))
         return copied if here else None
 
     def wait(self) -> None:
+        """From any thread: its current device is the first GPU, where waiting would set up a context."""
         if self.ready is not None:
-            self.ready.synchronize()
+            with torch.cuda.device(self.device):
+                self.ready.synchronize()
 
     def _copy(self, tree, path: tuple, here: bool):
         if isinstance(tree, dict):
@@ -53,6 +56,8 @@ class Snapshot:
         if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
             memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self.memory[path] = memory
+        if tensor.is_cuda:
+            self.device = tensor.device
         return memory.copy_(tensor, non_blocking=True)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastdeit.data import PRECISIONS, order_of_numbers
+from fastdeit.data import PRECISIONS, order_of_numbers, trusted_decoding
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.kernels import mix_normalize
@@ -89,6 +89,7 @@ class Classifier(LoadedModel):
         return eval_loader(
             index, batch_size=batch_size, input_size=self.input_size, crop_pct=self.crop_pct,
             device=str(world.device), rank=world.rank, world_size=world.world_size, bad_files=bad_files,
+            decoding=trusted_decoding(index, world),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from fastdeit.pipelines.augment.augmentation import Augmentation
 from fastdeit.pipelines.augment.plan import Plan
 
+from . import Decoding
 from .graph import view_graph, view_inputs
 
 
@@ -17,6 +18,7 @@ class GpuDecoder:
     """submit(plan) starts decoding, collect(plan) returns the images, in the same order.
 
     augmentation: None for evaluation
+    decoding: one that probe.py trusts
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class GpuDecoder:
         num_threads: int,
         device: torch.device,
         augmentation: Augmentation | None,
+        decoding: Decoding = "regions",
     ):
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # in another thread it may be another one
@@ -42,6 +45,7 @@ class GpuDecoder:
             layers=self.layers,
             crop=self.crop,
             fill=augmentation.fill if augmentation else (0, 0, 0),
+            decoding=decoding,
         )
 
     def submit(self, plan: Plan) -> None:

@@ -22,6 +22,7 @@ from fastdeit.pipelines.augment.crop import PADDING
 from fastdeit.pipelines.augment.operations import GEOMETRIC, Operation, affine_matrices
 from fastdeit.pipelines.bad_files import DecodeError
 
+from . import Decoding
 from .dali_operations import layer
 
 ON_GPU = {
@@ -57,14 +58,16 @@ class Graph:
             raise DecodeError(str(error)) from error
 
 
-def window_graph(index, batch_size: int, num_threads: int) -> Graph:
-    """Decoding only, on the CPU: one uint8 HWC image a sample, of varying size. Inputs: `window_inputs`."""
+def window_graph(
+    index, batch_size: int, num_threads: int, device_id: int | None = None, decoding: Decoding = "regions"
+) -> Graph:
+    """Decoding only: one uint8 HWC image a sample, of varying size. Inputs: `window_inputs`."""
     from_files = index.path(0) is not None
 
     def define():
-        return _decoded_windows(from_files, "cpu")
+        return _decoded_windows(from_files, device_id is not None, decoding)
 
-    return Graph(define, batch_size, num_threads, None)
+    return Graph(define, batch_size, num_threads, device_id)
 
 
 def window_inputs(index, indices: np.ndarray, window: np.ndarray) -> dict:
@@ -87,6 +90,7 @@ def view_graph(
     layers: tuple[frozenset[Operation], ...] = (),
     crop: str = "window",
     fill: tuple[int, int, int] = (0, 0, 0),
+    decoding: Decoding = "regions",
 ) -> Graph:
     """Finished views, (size, size, 3) uint8 a sample, on the GPU `device_id` or, if None, on the CPU. Inputs:
     `view_inputs`.
@@ -95,10 +99,10 @@ def view_graph(
     crop: "window" if the resized window is the view, "centre" if the view is cropped from it, "padded" if that crop may
         extend beyond the border
     """
-    from_files, decoder = index.path(0) is not None, "cpu" if device_id is None else "mixed"
+    from_files = index.path(0) is not None
 
     def define():
-        image = _decoded_windows(from_files, decoder)
+        image = _decoded_windows(from_files, device_id is not None, decoding)
         image = _resized(image)
         if crop == "padded":
             image = _reflected(_reflected(image, axis=0), axis=1)
@@ -151,40 +155,42 @@ def _encoded(index, i: int) -> np.ndarray:
         return np.zeros(1, np.uint8)  # fails the check of its length, where bad images are handled
 
 
-def _decoded_windows(from_files: bool, device: str):
+def _decoded_windows(from_files: bool, to_gpu: bool, decoding: Decoding):
     """uint8 HWC. EXIF rotation is not applied, as in Pillow and timm."""
     encoded = fn.external_source(name="source", dtype=types.UINT8, ndim=1)
     if from_files:
         encoded = fn.io.file.read(encoded)
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-    start = _checked_start(encoded, start, shape)
-    return fn.decoders.image_slice(
-        encoded,
-        start,
-        shape,
-        axes=[0, 1],
-        device=device,
-        adjust_orientation=False,
-        **({} if device == "cpu" else ON_GPU),
-    )
+    fault = _fault(encoded, start, shape)
+    on_gpu = to_gpu and decoding != "cpu"
+    options = {"device": "mixed", **ON_GPU} if on_gpu else {"device": "cpu"}
+    if decoding == "whole":
+        # The encoded image, which is what the decoder has to wait for here. A negative start is refused.
+        length = fn.cast(encoded.shape(device="cpu"), dtype=types.INT32)
+        encoded = fn.slice(encoded, start=fault, shape=length, axes=[0])
+        image = fn.decoders.image(encoded, adjust_orientation=False, **options)
+        image = fn.slice(image, start=start, shape=shape, axes=[0, 1])
+    else:
+        start = fn.slice(start, start=fault, shape=[2], axes=[0])
+        image = fn.decoders.image_slice(encoded, start, shape, axes=[0, 1], adjust_orientation=False, **options)
+    return image.gpu() if to_gpu and not on_gpu else image
 
 
-def _checked_start(encoded, start, shape):
-    """`start`, after checking that the image has the length it was indexed with, that its header can be read and that
-    the window lies within it.
+def _fault(encoded, start, shape):
+    """(1,) int32: 0 if the image has the length it was indexed with, its header can be read and the window lies within
+    it; negative otherwise. To be the start of a slice before the decoder, which refuses it then.
 
     DALI 2.4's decoders read the headers and windows of 32 images or more in several threads, one of which is the
     operator's own: an error raised there destroys what the others still use, and the process ends in a segmentation
-    fault. Raised here, before the decoder, it is an ordinary error. Headers that pass here and are refused there are
-    not in an index (index/inspection.py); the length shows what changed since.
+    fault. Raised before the decoder, it is an ordinary error. Headers that pass here and are refused there are not in
+    an index (index/inspection.py); the length shows what changed since.
     """
     expected = fn.external_source(name="encoded_bytes", dtype=types.INT64, ndim=0)
     unchanged = fn.cast(encoded.shape(device="cpu")[0] == expected, dtype=types.INT32)
     size = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[:2], dtype=types.INT32)
     room = fn.reductions.min(size - start - shape)
-    sound = math.min(math.min(room, 0), unchanged - 1)
-    return fn.slice(start, start=sound, shape=[2], axes=[0])  # refuses a negative start
+    return math.min(math.min(room, 0), unchanged - 1)
 
 
 def _resized(image):

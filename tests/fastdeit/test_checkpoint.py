@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -340,3 +340,37 @@ def test_kills_at_random_instants(colors, tmp_path, kills):
 
 def reached(folder) -> int:
     return int((folder / "last").resolve().name[5:]) if (folder / "last").exists() else 0
+
+
+def test_the_thread_waits_for_the_gpu_of_the_tensors_not_for_the_first(monkeypatch):
+    """cuda:1, which is not here: what PyTorch is asked for is written down."""
+    asked = []
+
+    class On1(torch.Tensor):
+        is_cuda, device = True, torch.device("cuda", 1)
+
+    class Event:
+        def record(self, stream):
+            asked.append(f"recorded on {stream}")
+
+        def synchronize(self):
+            asked.append("waited")
+
+    @contextmanager
+    def device(which):
+        asked.append(f"enter {which}")
+        yield
+        asked.append("leave")
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **options: empty(*size, **options))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    snapshot = Snapshot()
+    snapshot.take({"a": torch.zeros(2)})
+    snapshot.wait()
+    assert asked == []  # nothing is on a GPU, so none is touched
+    snapshot.take({"a": torch.zeros(2).as_subclass(On1)})
+    snapshot.wait()
+    assert asked == ["recorded on the stream of cuda:1", "enter cuda:1", "waited", "leave"]

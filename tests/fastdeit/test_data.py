@@ -7,11 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip("nvidia.dali")
+
 from fastdeit import evaluate, train
 from fastdeit.cli import parse_config
-from fastdeit.data import open_images, order_of_numbers, remarks
-from fastdeit.distributed.world import join
+from fastdeit.data import loaders, open_images, order_of_numbers, remarks, trusted_decoding
+from fastdeit.distributed.world import World, join
 from fastdeit.evaluation import plots
+from fastdeit.pipelines import SyntheticIndex, eval_loader
+from fastdeit.pipelines.decode import probe
 
 from .conftest import COLORS, refused, write_folder
 
@@ -100,3 +104,44 @@ def test_class_names_that_are_formulas_to_matplotlib(tmp_path):
     plots.first_batch(Loader([batch]), lambda batch: torch.zeros(3, 3, 8, 8), half, half, ("$a_{$", "$x^{$"), path)
     with Image.open(tmp_path / "first_batch.png") as drawn:
         assert np.asarray(drawn).std() > 0
+
+
+class SecondGpu(World):
+    """Of two processes; the other one's word is what `broadcast` brings."""
+
+    def broadcast(self, value):
+        return value if self.is_main else probe.Choice("cpu", "of rank 0")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_probes_the_decoder_of_its_gpu_and_all_take_its_word(colors, monkeypatch, capsys, rank):
+    probed, built = [], []
+    monkeypatch.setattr(
+        probe, "trusted", lambda *arguments: probed.append(arguments) or probe.Choice("whole", "a sentence")
+    )
+    monkeypatch.setattr("fastdeit.pipelines.decode.gpu.GpuDecoder", lambda *arguments: built.append(arguments[-1]))
+    config, indices = opened(colors, "--num-workers", 3, "--batch-size", 12)
+    world = SecondGpu(torch.device("cuda", 1), rank, 2)
+    loaders(config, indices, world, None)
+    assert built == (["whole"] * 2 if rank == 0 else ["cpu"] * 2)
+    assert [(index.fingerprint, *rest) for index, *rest in probed] == (
+        [(indices[0].fingerprint, 1, 3)] if rank == 0 else []
+    )
+    assert capsys.readouterr().err.count("a sentence") == (rank == 0)
+
+
+def test_a_loader_by_itself_probes_its_own_images(colors, monkeypatch, caplog):
+    built = []
+    monkeypatch.setattr(probe, "trusted", lambda index, device, threads: probe.Choice("whole", f"cuda:{device}"))
+    monkeypatch.setattr("fastdeit.pipelines.decode.gpu.GpuDecoder", lambda *arguments: built.append(arguments[-1]))
+    index = opened(colors)[1][0]
+    eval_loader(index, device="cuda:3")
+    eval_loader(index, device="cuda:3", decoding="regions")
+    assert built == ["whole", "regions"] and caplog.messages == ["cuda:3"]
+
+
+def test_nothing_is_probed_without_a_gpu_or_files(colors, monkeypatch):
+    monkeypatch.setattr(probe, "trusted", lambda *_: pytest.fail("was probed"))
+    index = opened(colors)[1][0]
+    assert trusted_decoding(index, World(torch.device("cpu"))) is None
+    assert trusted_decoding(SyntheticIndex(8), World(torch.device("cuda", 0))) is None

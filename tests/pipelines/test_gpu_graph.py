@@ -8,6 +8,7 @@ import nvidia.dali.backend as dali
 from nvidia.dali.pipeline import Pipeline
 
 from fastdeit.pipelines import Augmentation
+from fastdeit.pipelines.decode import DECODINGS
 from fastdeit.pipelines.decode.graph import view_graph
 
 REGISTERED = {
@@ -34,28 +35,31 @@ class Shards:
         return None
 
 
-def traced(monkeypatch, augmentation, index, device_id):
+def traced(monkeypatch, augmentation, index, device_id, decoding="regions"):
     """(name of the operator, its device, its description) of each operator, and the devices of the outputs."""
     monkeypatch.setattr(Pipeline, "build", Pipeline._build_graph)
     crop = "centre" if augmentation is None else "padded" if augmentation.src else "window"
     layers = augmentation.layers if augmentation else ()
-    pipeline = view_graph(index, 8, 2, device_id, size=224, layers=layers, crop=crop, fill=(124, 116, 104)).pipeline
+    settings = {"size": 224, "layers": layers, "crop": crop, "fill": (124, 116, 104), "decoding": decoding}
+    pipeline = view_graph(index, 8, 2, device_id, **settings).pipeline
     operators = [(op._op.schema.Name(), op._op.device, op.spec) for op in pipeline._ops]
     return operators, [output.device for output in pipeline._graph_outputs]
 
 
+@pytest.mark.parametrize("decoding", DECODINGS)
 @pytest.mark.parametrize("index", [Files(), Shards()], ids=["files", "shards"])
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_every_operator_exists_for_its_device(monkeypatch, name, index):
-    operators, outputs = traced(monkeypatch, AUGMENTATIONS[name], index, 0)
+def test_every_operator_exists_for_its_device(monkeypatch, name, index, decoding):
+    operators, outputs = traced(monkeypatch, AUGMENTATIONS[name], index, 0, decoding)
     assert outputs == ["gpu"]
     for operator, device, _ in operators:
         assert operator in REGISTERED[device], f"there is no {operator} for device={device!r}"
 
 
+@pytest.mark.parametrize("decoding", DECODINGS)
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_inputs_are_where_the_operators_want_them(monkeypatch, name):
-    operators, _ = traced(monkeypatch, AUGMENTATIONS[name], Files(), 0)
+def test_inputs_are_where_the_operators_want_them(monkeypatch, name, decoding):
+    operators, _ = traced(monkeypatch, AUGMENTATIONS[name], Files(), 0, decoding)
     for operator, device, spec in operators:
         devices = [spec.InputDevice(i) for i in range(spec.NumInput())]
         images, arguments = devices[: spec.NumRegularInput()], devices[spec.NumRegularInput() :]
@@ -80,6 +84,17 @@ def test_images_go_to_the_gpu_once_and_stay(monkeypatch, name):
         return [operator for operator, *_ in operators[decoder:]]
 
     assert on_images(0) == on_images(None)
+
+
+def test_whole_images_are_decoded_and_cropped_on_the_gpu_or_windows_decoded_on_the_cpu(monkeypatch):
+    def from_the_decoder_on(decoding):
+        operators = [operator[:2] for operator in traced(monkeypatch, None, Files(), 0, decoding)[0]]
+        place = [name.startswith("decoders__") for name, _ in operators].index(True)
+        return [operator for operator in operators[place:] if operator != ("ExternalSource", "cpu")]
+
+    after = [("Resize", "gpu"), ("Slice", "gpu"), ("Flip", "gpu")]
+    assert from_the_decoder_on("whole") == [("decoders__Image", "mixed"), ("Slice", "gpu"), *after]
+    assert from_the_decoder_on("cpu") == [("decoders__ImageSlice", "cpu"), *after]
 
 
 def test_the_decoder_is_told_how_to_be_reproducible(monkeypatch):
