@@ -17,7 +17,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
 
@@ -171,7 +171,11 @@ class Loader:
         self.bad_files = bad_files if bad_files is not None else BadFiles.of(self.index)
         decoder = self._decoder(num_threads or _usable_cores(), augmentation, decoding)
         self.prefetcher = Prefetcher(plans, decoder, self.bad_files)
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="fastdeit-loader")
+        # On a GPU DALI decodes ahead in its own threads and streams, and a batch must be handed over on the stream that
+        # uses it. On the CPU part of the work is in Python: a thread does it ahead.
+        self.worker = (
+            None if self.device.type == "cuda" else ThreadPoolExecutor(1, thread_name_prefix="fastdeit-loader")
+        )
         self.start = self.position = 0
 
     def _decoder(self, num_threads: int, augmentation: Augmentation | None, decoding: Decoding | None) -> Decoder:
@@ -219,18 +223,16 @@ class Loader:
         start, self.start = self.start, 0
         self._reset()
         steps = range(start, len(self))
-        # On a GPU DALI decodes ahead in its own threads and streams, and a batch must be handed over on the stream that
-        # uses it. On the CPU part of the work is in Python: a thread does it ahead.
-        for batch in map(self._batch, steps) if self.device.type == "cuda" else self._prefetched(iter(steps)):
+        for batch in map(self._batch, steps) if self.worker is None else self._prefetched(iter(steps), self.worker):
             start += 1
             self.position = start
             yield batch
 
-    def _prefetched(self, steps: Iterator[int]) -> Iterator[Batch]:
-        pending = deque(self.worker.submit(self._batch, step) for step in islice(steps, PREFETCH))
+    def _prefetched(self, steps: Iterator[int], worker: Executor) -> Iterator[Batch]:
+        pending = deque(worker.submit(self._batch, step) for step in islice(steps, PREFETCH))
         while pending:
             batch = pending.popleft().result()
-            pending.extend(self.worker.submit(self._batch, step) for step in islice(steps, 1))
+            pending.extend(worker.submit(self._batch, step) for step in islice(steps, 1))
             yield batch
 
     def _batch(self, step: int) -> Batch:
@@ -239,7 +241,10 @@ class Loader:
 
     def _reset(self) -> None:
         """Discard what an unfinished iteration left in flight."""
-        self.worker.submit(self.prefetcher.reset).result()
+        if self.worker is None:
+            self.prefetcher.reset()
+        else:
+            self.worker.submit(self.prefetcher.reset).result()
 
 
 def _usable_cores() -> int:

@@ -33,11 +33,14 @@ class SyntheticDecoder:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8, generator=generator)
         self.images = images.to(device)
-        self.submitted: deque[int] = deque()
+        self.fed: deque[int] = deque()
 
-    def submit(self, plan: Plan) -> None:
-        self.submitted.append(plan.step)
+    def feed(self, plan: Plan) -> None:
+        self.fed.append(plan.step)
+
+    def start(self) -> None:
+        pass
 
     def collect(self, plan: Plan) -> torch.Tensor:
-        assert self.submitted.popleft() == plan.step
+        assert self.fed.popleft() == plan.step
         return self.images

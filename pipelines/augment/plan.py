@@ -6,6 +6,7 @@
 A plan is a pure function of (seed, epoch, step, rank): it can be made early, late, or again after a resume.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,11 +54,13 @@ class TrainPlans:
         self.index, self.batch_size, self.size, self.seed = index, batch_size, size, seed
         self.augmentation, self.rank, self.world_size = augmentation, rank, world_size
         self.steps = steps_per_epoch(len(index), batch_size, world_size)
+        self.orders: dict[int, Future] = {}  # by epoch, made for its first step: an epoch may be set and never run
+        self.orderer = ThreadPoolExecutor(1, thread_name_prefix="fastdeit-order")
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        self.order = self.copies = None  # made for the first step: an epoch may be set and never run
+        self.orders = {epoch: self.orders[epoch]} if epoch in self.orders else {}
         self.block, self.drawn = None, None
 
     def __getitem__(self, step: int) -> Plan:
@@ -74,19 +77,22 @@ class TrainPlans:
 
     def _draw(self, steps: range) -> tuple:
         """Indices, copies, views, partner, lam and box of these steps, concatenated."""
-        if self.order is None:
-            self.order, self.copies = epoch_order(
-                len(self.index),
-                seed=self.seed,
-                epoch=self.epoch,
-                repeats=self.augmentation.repeats,
-                global_batch=self.batch_size * self.world_size,
-            )
+        order, copies = self._order(self.epoch).result()
+        if 2 * steps.stop > self.steps:  # most of a second for a million images, which this epoch has time for
+            self._order(self.epoch + 1)
         positions = np.concatenate(
             [np.r_[batch_slice(step, self.batch_size, self.rank, self.world_size)] for step in steps]
         )
-        indices, copies = self.order[positions], self.copies[positions]
+        indices, copies = order[positions], copies[positions]
         return indices, copies, *self._draw_samples(np.array(steps), indices, copies)
+
+    def _order(self, epoch: int) -> "Future[tuple[np.ndarray, np.ndarray]]":
+        if epoch not in self.orders:
+            self.orders[epoch] = self.orderer.submit(
+                epoch_order, len(self.index), seed=self.seed, epoch=epoch, repeats=self.augmentation.repeats,
+                global_batch=self.batch_size * self.world_size,
+            )  # fmt: skip
+        return self.orders[epoch]
 
     def _draw_samples(self, steps: np.ndarray, indices: np.ndarray, copies: np.ndarray) -> tuple:
         draws = Draws(self.seed, self.epoch, indices, copies)

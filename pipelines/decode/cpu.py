@@ -26,15 +26,18 @@ PYTORCH_GRAIN = 32768  # elements up to which PyTorch runs an operation in one t
 
 
 class CpuDecoder:
-    """submit(plan) starts decoding, collect(plan) returns the images, in the same order."""
+    """A prefetch.Decoder."""
 
     def __init__(self, index, batch_size: int, size: int, num_threads: int, fill: tuple[int, int, int]):
         self.index, self.graph = index, window_graph(index, batch_size, num_threads)
         self.size, self.fill = size, fill
         self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastdeit-views")
 
-    def submit(self, plan: Plan) -> None:
-        self.graph.submit(window_inputs(self.index, plan.indices, plan.views.geometry.window))
+    def feed(self, plan: Plan) -> None:
+        self.graph.feed(window_inputs(self.index, plan.indices, plan.views.geometry.window))
+
+    def start(self) -> None:
+        self.graph.start()
 
     def collect(self, plan: Plan) -> torch.Tensor:
         """(B, size, size, 3) uint8, newly allocated. After a DecodeError, the batch counts as collected."""

@@ -4,6 +4,8 @@ in    Plan: indices (B,) int64, views
 out   images (B, size, size, 3) uint8 on the GPU
 """
 
+from contextlib import nullcontext
+
 import torch
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
@@ -15,7 +17,7 @@ from .graph import view_graph, view_inputs
 
 
 class GpuDecoder:
-    """submit(plan) starts decoding, collect(plan) returns the images, in the same order.
+    """A prefetch.Decoder.
 
     augmentation: None for evaluation
     decoding: one that probe.py trusts
@@ -48,8 +50,13 @@ class GpuDecoder:
             decoding=decoding,
         )
 
-    def submit(self, plan: Plan) -> None:
-        self.graph.submit(view_inputs(self.index, plan.indices, plan.views, self.size, self.layers, self.crop))
+    def feed(self, plan: Plan) -> None:
+        inputs = view_inputs(self.index, plan.indices, plan.views, self.size, self.layers, self.crop)
+        with self._on_device():  # or a thread that has no device yet would begin to use the first
+            self.graph.feed(inputs)
+
+    def start(self) -> None:
+        self.graph.start()
 
     def collect(self, plan: Plan) -> torch.Tensor:
         """(B, size, size, 3) uint8 on the device, ready on PyTorch's current stream.
@@ -60,12 +67,11 @@ class GpuDecoder:
 
         After a DecodeError, the batch counts as collected.
         """
-        if self.device.type == "cpu":
-            return self._copy(plan, None)
-        with torch.cuda.device(self.device):  # otherwise DALI assumes its default stream is another device's
-            return self._copy(plan, torch.cuda.current_stream())
+        with self._on_device():  # otherwise DALI assumes its default stream is another device's
+            stream = torch.cuda.current_stream() if self.device.type == "cuda" else None
+            (views,) = self.graph.collect(stream)
+            images = torch.empty(len(plan.indices), self.size, self.size, 3, dtype=torch.uint8, device=self.device)
+            return feed_ndarray(views.as_tensor(), images, stream)
 
-    def _copy(self, plan: Plan, stream) -> torch.Tensor:
-        (views,) = self.graph.collect(stream)
-        images = torch.empty(len(plan.indices), self.size, self.size, 3, dtype=torch.uint8, device=self.device)
-        return feed_ndarray(views.as_tensor(), images, stream)
+    def _on_device(self):
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()

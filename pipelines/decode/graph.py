@@ -35,7 +35,9 @@ ON_GPU = {
 
 
 class Graph:
-    """A DALI pipeline whose inputs are fed batch by batch: submit() starts a batch, collect() waits for the oldest."""
+    """A DALI pipeline whose inputs are fed batch by batch: feed() hands over a batch, start() starts the oldest fed,
+    collect() waits for the oldest started. start() and collect() count batches in Python without a lock: one thread
+    calls both. feed() may be called in another one."""
 
     def __init__(self, define: Callable[[], tuple], batch_size: int, num_threads: int, device_id: int | None):
         # The queue is made of submitted batches; with its own, DALI would require the first few at once.
@@ -45,13 +47,20 @@ class Graph:
         )
         self.pipeline.build()
 
-    def submit(self, inputs: dict[str, np.ndarray | list[np.ndarray]]) -> None:
+    def feed(self, inputs: dict[str, np.ndarray | list[np.ndarray]]) -> None:
         for name, value in inputs.items():
             self.pipeline.feed_input(name, value)
+
+    def start(self) -> None:
         self.pipeline.schedule_run()
 
+    def submit(self, inputs: dict[str, np.ndarray | list[np.ndarray]]) -> None:
+        """feed() and start()."""
+        self.feed(inputs)
+        self.start()
+
     def collect(self, cuda_stream=None) -> tuple:
-        """The outputs of the oldest submitted batch, which counts as collected even after a DecodeError."""
+        """The outputs of the oldest started batch, which counts as collected even after a DecodeError."""
         try:
             return self.pipeline.outputs(cuda_stream=cuda_stream)
         except RuntimeError as error:
@@ -150,7 +159,9 @@ def _sources(index, indices: np.ndarray) -> np.ndarray | list[np.ndarray]:
 
 def _encoded(index, i: int) -> np.ndarray:
     try:
-        return index.encoded(i)
+        # Of shards these are pages of a file. They are read here, where NumPy releases the GIL, not when DALI copies
+        # the batch, which holds it: other threads would stand still for as long as the disk takes.
+        return index.encoded(i).copy()
     except OSError:
         return np.zeros(1, np.uint8)  # fails the check of its length, where bad images are handled
 

@@ -3,6 +3,9 @@
     in    a Plan for each step (augment/plan.py) and the index that it refers to
     out   (Plan, images): images (B, size, size, 3) uint8 on the device, the plan with bad images replaced
 
+A thread of its own draws the plans, reads the encoded images and hands them to the decoder: Python, page faults and
+disks that would otherwise hold up the thread that launches the training steps.
+
 DALI says only that a batch could not be decoded. Which image it was is found by decoding the images of the batch one by
 one; those that fail are reported and kept out of all later plans, and the batch is decoded again with others in their
 place.
@@ -10,6 +13,8 @@ place.
 
 import os
 from collections import deque
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -21,16 +26,19 @@ from fastdeit.pipelines.bad_files import BadFiles, DecodeError
 from fastdeit.pipelines.index.inspection import BadHeader, inspect_bytes, refusal
 
 PREFETCH = 2  # batches that are decoded while one is used
+FED = PREFETCH + 1  # those and one that has been read: decoding starts only where batches are collected
 MAX_ATTEMPTS = 3  # at a batch none of whose images is bad by itself: a network disk may fail once
 
 
 class Decoder(Protocol):
-    """Images (B, size, size, 3) uint8 of plans, collected in the order of submit; CpuDecoder or GpuDecoder.
+    """Images (B, size, size, 3) uint8 of plans: CpuDecoder or GpuDecoder.
 
+    A batch is fed, started and collected, each in the order of the plans. One thread feeds, one starts and collects.
     collect may raise DecodeError, after which the batch counts as collected.
     """
 
-    def submit(self, plan: Plan) -> None: ...
+    def feed(self, plan: Plan) -> None: ...
+    def start(self) -> None: ...
     def collect(self, plan: Plan) -> Tensor: ...
 
 
@@ -39,11 +47,20 @@ class Prefetcher:
 
     plans: what to decode
     bad_files: where bad images are reported; those it already lists (a resumed run) are replaced from the start
+    feeder: an executor of one thread, made here if None; whatever it raises, get raises
     """
 
-    def __init__(self, plans: TrainPlans | EvaluationPlans, decoder: Decoder, bad_files: BadFiles):
+    def __init__(
+        self,
+        plans: TrainPlans | EvaluationPlans,
+        decoder: Decoder,
+        bad_files: BadFiles,
+        feeder: Executor | None = None,
+    ):
         self.plans, self.index, self.decoder, self.bad_files = plans, plans.index, decoder, bad_files
-        self.in_flight: deque[Plan] = deque()  # submitted, not collected
+        self.feeder = feeder or ThreadPoolExecutor(1, thread_name_prefix="fastdeit-feeder")
+        self.fed: deque[Future[Plan]] = deque()  # asked of the feeder, not started
+        self.started: deque[Plan] = deque()  # and not collected
         self.bad: set[int] = set()
         if bad_files.listed:
             self.bad = {i for i in range(len(self.index)) if self.index.name(i) in bad_files.listed}
@@ -51,12 +68,14 @@ class Prefetcher:
 
     def reset(self) -> None:
         """Discard the batches in flight: the next step asked for is not the one after the last."""
-        for plan in self.in_flight:
-            try:
-                self.decoder.collect(plan)
-            except DecodeError:
-                pass  # if it is asked for again, it fails again and its bad images are found then
-        self.in_flight.clear()
+        while self.fed:
+            if self.fed[0].cancel() or self.fed[0].exception():
+                self.fed.popleft()  # if it is asked for again, it fails again and is raised then
+            else:
+                self._start()
+        while self.started:
+            with suppress(DecodeError):  # likewise
+                self.decoder.collect(self.started.popleft())
 
     def get(self, step: int) -> tuple[Plan, Tensor]:
         """The images of a step, and its plan with bad images replaced. Steps come in order, or after a reset().
@@ -64,27 +83,36 @@ class Prefetcher:
         Raises RuntimeError for a batch that cannot be decoded although each of its images can, and what
         BadFiles.report and the plans raise.
         """
-        for ahead in range(step + len(self.in_flight), min(step + 1 + PREFETCH, self.plans.steps)):
-            self._submit(self.plans[ahead])
         failures = 0
         while True:
-            plan = self.in_flight.popleft()
+            for ahead in range(step + len(self.started) + len(self.fed), min(step + 1 + FED, self.plans.steps)):
+                self.fed.append(self.feeder.submit(self._feed, ahead))
+            if not self.started:
+                self._start()
+            while len(self.started) <= PREFETCH and self.fed and self.fed[0].done() and not self.fed[0].exception():
+                self._start()
+            plan = self.started.popleft()
             assert plan.step == step, f"expected step {step}, got {plan.step}"
             try:
                 return plan, self.decoder.collect(plan)
             except DecodeError as error:
+                self.reset()  # the feeder is at rest then, and may be told of bad images
                 failures += not self._report_bad_images(plan)
                 if failures == MAX_ATTEMPTS:
                     raise RuntimeError(f"a batch cannot be decoded, though each of its images can: {error}") from error
-                later = list(self.in_flight)
-                self.reset()
-                for again in (plan, *later):
-                    self._submit(again)
 
-    def _submit(self, plan: Plan) -> None:
-        plan = self.plans.without(plan, self.bad) if self.bad else plan
-        self.decoder.submit(plan)
-        self.in_flight.append(plan)
+    def _feed(self, step: int) -> Plan:
+        """In the feeder's thread."""
+        plan = self.plans[step]
+        if self.bad:
+            plan = self.plans.without(plan, self.bad)
+        self.decoder.feed(plan)
+        return plan
+
+    def _start(self) -> None:
+        plan = self.fed.popleft().result()
+        self.decoder.start()
+        self.started.append(plan)
 
     def _report_bad_images(self, plan: Plan) -> bool:
         """Whether the plan has bad images: found now, or by another batch after this plan was submitted."""

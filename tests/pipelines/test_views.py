@@ -39,7 +39,8 @@ def as_graph(index, augmentation):
 
 
 def made(views, plan) -> np.ndarray:
-    views.submit(plan)
+    views.feed(plan)
+    views.start()
     return views.collect(plan).numpy()
 
 
