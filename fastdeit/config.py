@@ -36,7 +36,7 @@ def check_bounds(settings: Any) -> None:
         value, bounds = getattr(settings, one.name), one.metadata.get("bounds")
         if dataclasses.is_dataclass(value):
             check_bounds(value)
-        if not bounds or value is None:
+        if not bounds or value is None or isinstance(value, str):
             continue
         numbers = value if isinstance(value, tuple) else (value,)
         finite = all(map(math.isfinite, numbers))
@@ -144,6 +144,11 @@ class Model:
     """Checkpoint to start from: a run's folder, or a file of timm or facebookresearch/deit."""
     pretrained: bool = False
     """Start from timm's published weights (timm model names only)."""
+    freeze: int | Literal["backbone"] | None = setting(None, at_least=0)
+    """What keeps the weights of --finetune or --pretrained. backbone: all but the heads. N: patch embedding, tokens,
+    positions and the first N blocks. None: nothing."""
+    attn_only: bool = False
+    """Fine-tune attention, position embedding and heads only (arXiv 2203.09795): all else keeps its weights."""
     model_ema: bool = True
     """Keep, evaluate and save an exponential moving average of the weights."""
     model_ema_decay: float = setting(0.99996, at_least=0, at_most=1)
@@ -213,6 +218,9 @@ class Optimization:
     """Do not scale --lr, --warmup-lr and --min-lr with the batch."""
     weight_decay: float = setting(0.05, at_least=0)
     """Decoupled weight decay; none on biases, norms, tokens and position embedding."""
+    layer_decay: float | None = setting(None, above=0, at_most=1)
+    """Learning rate of a block over that of the next one, as in BEiT and timm: 0.75, say, for fine-tuning. The heads
+    have --lr, the blocks below less and less, the patch embedding least. None: all have --lr."""
     opt_eps: float = setting(1e-8, at_least=0)
     """Epsilon of AdamW and LAMB."""
     opt_betas: tuple[float, float] = setting((0.9, 0.999), at_least=0, below=1)

@@ -67,7 +67,6 @@ RENAMED = {
 NOT_IMPLEMENTED = {
     "--cutmix-minmax": "the size of CutMix's boxes follows --cutmix ALPHA",
     "--cosub": "training two sub-models together (README_cosub.md) is not implemented",
-    "--attn-only": "all weights are fine-tuned; freezing the others (README_3things.md) is not implemented",
 }
 
 OPTIMIZERS = {"fusedadamw": "adamw", "fusedlamb": "lamb", "nesterov": "sgd", "fusedsgd": "sgd"}

@@ -15,6 +15,7 @@ from fastdeit.errors import UserError
 from . import deit as ours
 from . import sources
 from .architectures import ARCHITECTURES, unknown_model_message, without_prefix
+from .trainable import freeze
 from .weights import load_weights
 
 
@@ -58,7 +59,7 @@ def build_student(
         ]  # fmt: skip
         if source.mean and source.std:
             normalise(model, source.mean, source.std)
-    return model, notes
+    return model, [*notes, *freeze(model, settings)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

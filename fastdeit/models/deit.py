@@ -292,6 +292,11 @@ class DeiT(nn.Module):
         """Beside biases and norms (facebookresearch/deit decays dist_token; timm does not)."""
         return {"pos_embed", "cls_token", "dist_token"}
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """What timm's layer-wise decay reads: the stem, then the blocks, the final norm with the last one."""
+        stem = "cls_token|dist_token|pos_embed|patch_embed"
+        return {"stem": stem, "blocks": [(r"blocks\.(\d+)", None), ("norm", (99999,))]}
+
     @property
     def pretrained_cfg(self) -> dict:
         """What timm's resolve_data_config reads: input size, normalisation, crop."""

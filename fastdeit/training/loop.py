@@ -100,7 +100,7 @@ class Loop:
         seconds = time.perf_counter() - since
         return {
             **dict(zip(("loss", "class_loss", "teacher_loss", "attention_loss"), losses)),
-            "lr": self.trainer.optimizer.param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in self.trainer.optimizer.param_groups),
             "images_per_s": steps * self.trainer.global_batch / seconds, "data_share": waited / seconds,
             "seconds": {phase: round(value, 4) for phase, value in self.trainer.timer.read().items()},
         }  # fmt: skip

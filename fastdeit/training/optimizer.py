@@ -10,29 +10,47 @@ from torch import nn
 from fastdeit.config import Config
 from fastdeit.distributed.parallel import full, is_sharded, local_shard
 from fastdeit.errors import UserError
+from fastdeit.models.trainable import depths
 
 from .lamb import Lamb
 from .nonfinite import Guard
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: weights with decay; biases, norms, LayerScale, tokens and position embedding without.
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict]:
+    """Two groups: weights with decay; biases, norms, LayerScale, tokens and position embedding without. With
+    `layer_decay` two for each depth (models.trainable.depths), whose learning rate is lr_scale = layer_decay^(largest
+    depth - depth) times that of the heads: BEiT's layer-wise decay, with timm's depths (param_groups_layer_decay). The
+    largest come first.
 
-    A parameter is left undecayed when it has fewer than two dimensions or when the model's `no_weight_decay()` names
-    it. facebookresearch/deit decays `dist_token` (it is missing from the original's list); timm and we do not.
+    Frozen parameters are in none of them. A parameter is left undecayed when it has fewer than two dimensions or when
+    the model's `no_weight_decay()` names it. facebookresearch/deit decays `dist_token` (it is missing from the
+    original's list); timm and we do not.
     """
     skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     plain = [parameter for name, parameter in named if parameter.ndim <= 1 or name in skip]
     decayed = [parameter for name, parameter in named if not (parameter.ndim <= 1 or name in skip)]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return groups if layer_decay is None else _by_depth(groups, model, layer_decay)
+
+
+def _by_depth(groups: list[dict], model: nn.Module, layer_decay: float) -> list[dict]:
+    depth = depths(model)
+    by_parameter = {id(parameter): depth[name] for name, parameter in model.named_parameters()}
+    divided = []
+    for here in sorted(set(depth.values()), reverse=True):
+        for group in groups:
+            params = [parameter for parameter in group["params"] if by_parameter[id(parameter)] == here]
+            if params:
+                divided.append({**group, "params": params, "lr_scale": layer_decay ** (max(depth.values()) - here)})
+    return divided
 
 
 def build_optimizer(
-    model: nn.Module, name: str, *, lr: float, weight_decay: float, eps: float, betas
+    model: nn.Module, name: str, *, lr: float, weight_decay: float, eps: float, betas, layer_decay: float | None = None
 ) -> torch.optim.Optimizer:
     """AdamW (fused), LAMB (for the DeiT III recipes) or SGD with Nesterov momentum."""
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, weight_decay, layer_decay)
     if name == "adamw":
         # fused: one kernel for all parameters, which on the device itself can leave a step out (see Update).
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -144,7 +162,7 @@ class Update:
         """Use the gradients up. losses: (terms,) of all processes, own_losses: (terms,) of this one, see Guard.hold.
         Returns () float32 on the device: 1 where nothing was changed."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm()
         # A norm that is not finite while the loss is: the scaler's next scale is lower, and the next step will do.

@@ -96,7 +96,7 @@ class Trainer:
         )
         self.optimizer = build_optimizer(
             model, settings.opt, lr=self.rates.peak, weight_decay=settings.weight_decay, eps=settings.opt_eps,
-            betas=settings.opt_betas,
+            betas=settings.opt_betas, layer_decay=settings.layer_decay,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.guard = Guard(device, config.run.skip_nonfinite)

@@ -155,7 +155,6 @@ def test_a_translated_flag_outranks_one_after_it():
         ("--start_epoch 10", ["--start-epoch 10", "--resume RUN"]),
         ("--cutmix-minmax 0.2 0.8", ["--cutmix-minmax", "--cutmix ALPHA"]),
         ("--cosub", ["README_cosub.md"]),
-        ("--attn-only", ["all weights are fine-tuned"]),
         ("--dist_url tcp://a:1", ["MASTER_ADDR"]),
         ("--nodes 1 --ngpus 8", ["torchrun --nnodes 1 --nproc-per-node 8"]),
         ("--resume https://dl.fbaipublicfiles.com/deit/a.pth --eval", ["curl -LO https://", "--resume a.pth"]),

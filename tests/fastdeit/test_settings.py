@@ -194,6 +194,8 @@ CASES = {
         {"model.model": "deit_nano_patch4_16"},
     ),
     "model.pretrained": (True, lambda b: "--pretrained" in b.refused, {}),
+    "model.freeze": ("backbone", lambda b: len(learning(b)) == 4, {}),
+    "model.attn_only": (True, lambda b: len(learning(b)) == 6 * 4 + 1 + 4, {}),
     "model.model_ema": (False, lambda b: b.trainer.ema is None, {}),
     "model.model_ema_decay": (
         0.0,
@@ -254,6 +256,11 @@ CASES = {
     "optimization.lr": (0.5, lambda b: near(b.lr(0), 0.5), SGD),
     "optimization.unscale_lr": (True, lambda b: near(b.lr(0), 5e-4), {"optimization.warmup_epochs": 0}),
     "optimization.weight_decay": (0.3, lambda b: [g["weight_decay"] for g in groups(b)] == [0.3, 0.0], {}),
+    "optimization.layer_decay": (
+        0.5,
+        lambda b: [g.get("lr_scale") for g in groups(b)] == [0.5**i for i in range(8) for _ in "wb"],
+        {},
+    ),
     "optimization.opt_eps": (1e-4, lambda b: {g["eps"] for g in groups(b)} == {1e-4}, {}),
     "optimization.opt_betas": ((0.5, 0.6), lambda b: {g["betas"] for g in groups(b)} == {(0.5, 0.6)}, {}),
     "optimization.clip_grad": (
@@ -276,6 +283,10 @@ ELSEWHERE = {
 
 def groups(built):
     return built.trainer.optimizer.param_groups
+
+
+def learning(built):
+    return [name for name, parameter in built.student.named_parameters() if parameter.requires_grad]
 
 
 def refusal(call) -> str:
