@@ -72,9 +72,12 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+CPU_ARCHITECTURE = 90  # the interpreter runs what a Hopper GPU would
+
+
 def architecture(x: Tensor) -> int:
-    """80, 90, 100 and so on. The interpreter runs what a Hopper GPU would."""
-    return compute_capability(x.device) if x.is_cuda else 90
+    """80, 90, 100 and so on."""
+    return compute_capability(x.device) if x.is_cuda else CPU_ARCHITECTURE
 
 
 def padded_columns(head_dim: int) -> int:
