@@ -15,6 +15,7 @@ from fastdeit.checkpoint import files
 from fastdeit.errors import UserError
 from fastdeit.models.architectures import without_prefix
 from fastdeit.models.deit import DeiT
+from fastdeit.models.implementation import Implementation
 from fastdeit.models.loading import LoadedModel
 
 from .transformers import transformers_config, transformers_weights
@@ -85,14 +86,9 @@ def _plain_attention(model: nn.Module) -> Callable[[], None]:
     """Exported graphs hold PyTorch's own attention; returns what puts the model's back."""
     if not isinstance(model, DeiT):
         return lambda: None
-    chosen = [block.attn.attend for block in model.blocks]
-    model.set_attention("sdpa")
-
-    def restore() -> None:
-        for block, attend in zip(model.blocks, chosen):
-            block.attn.attend = attend
-
-    return restore
+    chosen = model.implementation
+    model.implement(Implementation())
+    return lambda: model.implement(chosen)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ def build_student(
     settings = config.model
     torch.manual_seed(config.run.seed)
     pretrained = settings.pretrained and not settings.finetune  # which would be written over
+    attention = "sdpa" if config.speed.attention == "auto" else config.speed.attention  # until something is measured
     if pretrained and is_ours(settings.model):
         raise UserError(
             f"--pretrained: {settings.model} is this project's own code; give a downloaded checkpoint by --finetune"

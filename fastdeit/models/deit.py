@@ -1,4 +1,4 @@
-"""The student: DeiT (arXiv 2012.12877) and DeiT III (arXiv 2204.07118), in plain PyTorch.
+"""The student: DeiT (arXiv 2012.12877) and DeiT III (arXiv 2204.07118), in plain PyTorch unless told otherwise.
 
     patches + class token (+ distillation token) -> depth x [attention, MLP] -> LayerNorm -> one linear head per token
 
@@ -15,10 +15,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from fastdeit.kernels import add_layer_norm, bias_gelu
+
 from .architectures import ARCHITECTURES, Architecture, model_names, unknown_model_message
+from .implementation import ATTENTION, Implementation, attention_named
 
 __all__ = ["DeiT", "create_model", "model_names", "token_cosine_similarity", "unknown_model_message"]
 
@@ -26,62 +28,21 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-# Attention over the packed projection: (B, N, 3, H, K) -> (B, N, H, K)
-
-
-def _sdpa(qkv: Tensor, first: int | None = None) -> Tensor:
-    q_BHNK, k_BHNK, v_BHNK = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # views: PyTorch's kernels take any stride
-    return F.scaled_dot_product_attention(q_BHNK[:, :, :first], k_BHNK, v_BHNK).transpose(1, 2)
-
-
-def _math(qkv: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return _sdpa(qkv)
-
-
-def _fused(qkv: Tensor) -> Tensor:
-    from fastdeit.kernels import attention_qkvpacked
-
-    return attention_qkvpacked(qkv)
-
-
-def _xformers(qkv: Tensor) -> Tensor:
-    if not qkv.is_cuda:
-        raise ValueError("attention='xformers' runs on CUDA devices only; use attention='sdpa' on this one")
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention(*qkv.unbind(2))
-
-
-# sdpa leaves the choice among its backends to PyTorch; math is the one of plain matrix products.
-ATTENTION = {"sdpa": _sdpa, "math": _math, "fused": _fused, "xformers": _xformers}
-
-
-def _attention_named(name: str):
-    if name not in ATTENTION:
-        raise ValueError(f"attention={name!r} is unknown; choose one of {', '.join(ATTENTION)}")
-    if name == "xformers" and importlib.util.find_spec("xformers") is None:
-        raise ValueError(
-            "attention='xformers' needs xformers: pip install 'fastdeit[xformers]', or use attention='sdpa'"
-        )
-    return ATTENTION[name]
-
-
 # Layers
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, attend):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.attend = attend
+        self.attend = self.attend_first = ATTENTION["sdpa"]  # DeiT.implement says which
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, first: int | None = None) -> Tensor:
         """`first`: for so many tokens only; None for all."""
         qkv = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
-        out = self.attend(qkv) if first is None else _sdpa(qkv, first)  # a few queries are nothing to optimise for
+        out = self.attend(qkv) if first is None else self.attend_first(qkv, first)
         return self.proj(out.flatten(-2))
 
 
@@ -91,8 +52,11 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(4 * width, width)
+        self.fused_gelu = False
 
     def forward(self, x_BND: Tensor) -> Tensor:
+        if self.fused_gelu:
+            return self.fc2(bias_gelu(F.linear(x_BND, self.fc1.weight), self.fc1.bias))
         return self.fc2(self.act(self.fc1(x_BND)))
 
 
@@ -128,22 +92,31 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each normalised first and added to the residual stream."""
 
-    def __init__(self, width: int, heads: int, layer_scale: bool, attend):
+    def __init__(self, width: int, heads: int, layer_scale: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads, attend)
+        self.attn = Attention(width, heads)
         self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
+        self.fused_norm = False
 
     def forward(self, x_BND: Tensor, branch_scale_B2: Tensor | None = None, first: int | None = None) -> Tensor:
         """`branch_scale_B2`: factor of each sample's attention and MLP branch (0 drops it); None means 1.
         `first`: return so many tokens only, which look at all; None for all."""
         # The factors come as a tensor, not as this block's drop rate, so that one compiled graph serves all blocks.
         attn_scale, mlp_scale = (None, None) if branch_scale_B2 is None else branch_scale_B2.unbind(1)
-        x_BND = _add(x_BND[:, :first], self.ls1(self.attn(self.norm1(x_BND), first)), attn_scale)
-        return _add(x_BND, self.ls2(self.mlp(self.norm2(x_BND))), mlp_scale)
+        branch_BND = self.attn(self.norm1(x_BND), first)
+        if self.fused_norm:
+            normed_BND, x_BND = add_layer_norm(
+                branch_BND, x_BND[:, :first], self.norm2.weight, self.norm2.bias, eps=self.norm2.eps,
+                layer_scale=getattr(self.ls1, "gamma", None), drop_path_scale=attn_scale,
+            )  # fmt: skip
+        else:
+            x_BND = _add(x_BND[:, :first], self.ls1(branch_BND), attn_scale)
+            normed_BND = self.norm2(x_BND)
+        return _add(x_BND, self.ls2(self.mlp(normed_BND)), mlp_scale)
 
 
 def _add(x_BND: Tensor, branch_BND: Tensor, scale_B: Tensor | None) -> Tensor:
@@ -192,8 +165,8 @@ class DeiT(nn.Module):
             self.dist_token = nn.Parameter(torch.empty(1, 1, arch.width))
         self.pos_embed = nn.Parameter(torch.empty(1, positions, arch.width))
         self.patch_embed = PatchEmbed(arch.patch_size, arch.width)
-        attend = _attention_named(attention)
-        self.blocks = nn.ModuleList(Block(arch.width, arch.heads, arch.deit3, attend) for _ in range(arch.depth))
+        self.blocks = nn.ModuleList(Block(arch.width, arch.heads, arch.deit3) for _ in range(arch.depth))
+        self.set_attention(attention)
         self.norm = nn.LayerNorm(arch.width, eps=1e-6)
         self.reset_classifier(num_classes)
         self._init_weights()
@@ -280,10 +253,18 @@ class DeiT(nn.Module):
         self.grad_checkpointing = enable
 
     def set_attention(self, attention: str) -> None:
-        """Change the implementation of attention to one of ATTENTION. The weights do not care."""
-        attend = _attention_named(attention)
+        """Change the implementation of attention: 'sdpa', 'fused', 'xformers' or another of implementation.ATTENTION.
+        The last block, where a few tokens look at all, stays with sdpa."""
+        self.implement(Implementation(attention))
+
+    def implement(self, implementation: Implementation) -> None:
+        """Change how attention, norms and activations are computed; before the model is compiled. The weights do not
+        care. Raises ValueError for what is unknown or not installed."""
+        attend, attend_first = map(attention_named, implementation[:2])
+        self.implementation = implementation
         for block in self.blocks:
-            block.attn.attend = attend
+            block.attn.attend, block.attn.attend_first = attend, attend_first
+            block.fused_norm, block.mlp.fused_gelu = implementation.fused_norm, implementation.fused_gelu
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
         return (self.head, self.head_dist) if self.arch.distilled else self.head
@@ -341,8 +322,9 @@ def create_model(
     """A freshly initialised model; `fastdeit.models.weights.load_weights` fills it.
 
     img_size: pixels, one number or (height, width); img_size and patch_size default to those in the name.
-    drop_path: highest stochastic depth rate, in [0, 1). attention: 'sdpa' (PyTorch), 'fused' (fastdeit.kernels) or
-    'xformers'. Raises ValueError for an unknown name, a size that is no multiple of the patch, or a bad rate.
+    drop_path: highest stochastic depth rate, in [0, 1). attention: 'sdpa' (PyTorch), 'fused' (fastdeit.kernels),
+    'xformers' or another of implementation.ATTENTION. Raises ValueError for an unknown name, a size that is no
+    multiple of the patch, or a bad rate.
     """
     if name not in ARCHITECTURES:
         raise ValueError(unknown_model_message(name))

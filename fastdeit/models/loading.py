@@ -23,6 +23,7 @@ from . import deit as ours
 from . import sources, weight_names, weights
 from .architectures import ARCHITECTURES, Architecture
 from .build import create_model, is_known, is_ours, mean_std, one_line, patch_and_grid, refuse_remainder
+from .implementation import installed
 from .sources import Source
 
 
@@ -114,8 +115,8 @@ def has_moving_average(source: str | Path, *, pretrained: bool = False) -> bool:
 
 def _ours(found: Source, input_size: int | None, device: torch.device) -> LoadedModel:
     settings = found.config["settings"].get("speed", {})
-    attention = settings.get("attention", "sdpa")
-    if device.type != "cuda" or (attention == "xformers" and importlib.util.find_spec("xformers") is None):
+    attention = settings.get("attention", "auto")
+    if attention == "auto" or device.type != "cuda" or not installed(attention):
         attention = "sdpa"  # the weights do not care, and the others need a GPU to be fast or to run
     assert found.model is not None, "a checkpoint of ours names its model"
     model = create_model(

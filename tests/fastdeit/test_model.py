@@ -438,7 +438,7 @@ def test_unknown_names_get_near_ones():
         ({"num_classes": -1}, "num_classes must be at least 1"),
         ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
         ({"drop_path": -0.1}, r"drop_path must be in \[0, 1\), got -0.1"),
-        ({"attention": "flash"}, "attention='flash' is unknown; choose one of sdpa, math, fused, xformers"),
+        ({"attention": "fast"}, "attention='fast' is unknown; choose one of sdpa, fused, xformers"),
     ],
 )
 def test_bad_options(options, message):
