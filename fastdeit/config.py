@@ -112,6 +112,9 @@ class Data:
     """Strength of brightness, contrast and saturation jitter; used with --aa none or 3aug only, as in timm."""
     reprob: float = setting(0.25, at_least=0, at_most=1)
     """Probability of random erasing (one rectangle of pixel noise)."""
+    class_balance: float = setting(0.0, at_least=0, at_most=1)
+    """Draw rare classes more often. 1: every class as often as any other. 0.5: in proportion to the square root of its
+    images. 0: each image once. An epoch keeps its length."""
     repeated_aug: bool = True
     """Each image three times an epoch, augmented differently each time; a third of the images is seen per epoch."""
     mixup: float = setting(0.8, at_least=0)

@@ -20,6 +20,7 @@ from fastdeit.pipelines import (
     SyntheticIndex,
     WithUnlabelled,
     eval_loader,
+    expected_draws,
     natural_order,
     open_folder,
     open_index,
@@ -162,7 +163,7 @@ def loaders(config: Config, indices, world: World, folder: Path | None):
         scale=data.scale, ratio=data.ratio, hflip=data.hflip, src=data.src, aa=data.aa, color_jitter=data.color_jitter,
         reprob=data.reprob, mixup=data.mixup, cutmix=data.cutmix, mixup_prob=data.mixup_prob,
         mixup_switch_prob=data.mixup_switch_prob, mixup_mode=data.mixup_mode,
-        repeats=REPEATS if data.repeated_aug else 1,
+        repeats=REPEATS if data.repeated_aug else 1, class_balance=data.class_balance,
     )  # fmt: skip
     shared = {
         "input_size": data.input_size, "device": str(world.device), "rank": world.rank,
@@ -197,7 +198,19 @@ def remarks(config: Config, indices) -> list[str]:
             f"{config.data.data_path} has no val: the test images are the validation images, and the checkpoint best "
             "is chosen on them, so its top-1 is no longer that of images it never saw; keep a val of its own for that"
         )
+    if config.data.class_balance > 0:
+        said.append(_balance_in_words(config.data.class_balance, training))
     from_timm = config.model.pretrained and not config.model.finetune  # of a file, models.weights says it
     if from_timm and config.data.classes is None and (order := order_of_numbers(training.classes)):
         said.append(order)
     return said
+
+
+def _balance_in_words(strength: float, training) -> str:
+    labels, images, draws = expected_draws(training.labels, strength, len(training))
+    rows = [row for row in zip(images.tolist(), labels.tolist(), (draws / images).tolist()) if row[1] >= 0]
+    rare, common = (
+        f"{printable(training.classes[label])} ({count:,}) is drawn {times:,.2f} times"
+        for count, label, times in (min(rows), max(rows))
+    )
+    return f"--class-balance {strength:g}: in an epoch, an image of {rare}, one of {common}"

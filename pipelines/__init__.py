@@ -12,6 +12,7 @@ The path of one batch, a file a station:
 from typing import TYPE_CHECKING
 
 from .augment.augmentation import Augmentation
+from .augment.balance import expected_draws
 from .bad_files import BadFiles, NoImages, TooManyBadFiles, printable
 from .index.folder import IMAGE_EXTENSIONS, list_files
 from .index.image_index import Index, WithUnlabelled, open_files, open_folder, open_index
@@ -35,6 +36,7 @@ __all__ = [
     "WithUnlabelled",
     "class_name",
     "eval_loader",
+    "expected_draws",
     "list_files",
     "natural_order",
     "open_files",

@@ -139,6 +139,8 @@ def describe(config: Config, loader: Loader, *, mean, std, precision: torch.dtyp
         "std": std,
         "precision": str(precision).removeprefix("torch."),
     }
+    if not augmentation.class_balance:
+        del recipe["class_balance"]  # caches that were written before it existed do not have it
     libraries = PIXEL_LIBRARIES[loader.device.type]
     header = {
         "data": {"fingerprint": loader.index.fingerprint, "images": len(loader.index)},

@@ -34,12 +34,13 @@ class Augmentation:
     mixup_switch_prob: float = 0.5  # probability of cutmix where both are on
     mixup_mode: str = "batch"  # one lambda per "batch", "pair" or "elem"(ent)
     repeats: int = 3  # repeated augmentation: copies of an image in an epoch
+    class_balance: float = 0.0  # 0: images as they come, 1: every class as often as any other (balance.py)
     fill: tuple[int, int, int] = (124, 116, 104)  # of pixels from outside the image: ImageNet's mean colour
 
     def __post_init__(self) -> None:
-        for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
+        for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob", "class_balance"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability and must be in [0, 1], got {getattr(self, name)}")
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("color_jitter", "mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative (0 turns it off), got {getattr(self, name)}")

@@ -91,6 +91,8 @@ class TrainPlans:
             self.orders[epoch] = self.orderer.submit(
                 epoch_order, len(self.index), seed=self.seed, epoch=epoch, repeats=self.augmentation.repeats,
                 global_batch=self.batch_size * self.world_size,
+                labels=self.index.labels,
+                class_balance=self.augmentation.class_balance,
             )  # fmt: skip
         return self.orders[epoch]
 

@@ -13,9 +13,19 @@ ranks, and all ranks take the same number of steps.
 
 import numpy as np
 
+from .balance import balanced_draws
+
 
 def epoch_order(
-    n: int, *, seed: int, epoch: int, repeats: int = 1, shuffle: bool = True, global_batch: int | None = None
+    n: int,
+    *,
+    seed: int,
+    epoch: int,
+    repeats: int = 1,
+    shuffle: bool = True,
+    global_batch: int | None = None,
+    labels: np.ndarray | None = None,
+    class_balance: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The global order of one epoch: (indices, copies), both (n,) int64.
 
@@ -27,18 +37,25 @@ def epoch_order(
         copies are in consecutive batches, where the optimizer's momentum still averages over them.
         None: as far apart as the epoch allows, which suits any batch size but loses that averaging.
         With fewer than about G distinct images in the epoch they are closer, evenly spaced.
+    labels, class_balance: see balance.py, whose `strength` is class_balance; 0 draws each image once. An image that is
+        drawn t times has the copies 0..t*repeats-1, and may come twice in a batch.
     """
     _check_order(n, repeats)
-    images = _permutation(n, seed, epoch) if shuffle else np.arange(n)
+    drawn = -(-n // repeats)
+    if class_balance > 0:
+        assert shuffle and labels is not None
+        images, times = balanced_draws(labels, seed=seed, epoch=epoch, strength=class_balance, draws=drawn)
+    else:
+        images = (_permutation(n, seed, epoch) if shuffle else np.arange(n)).astype(np.int64, copy=False)[:drawn]
+        times = np.zeros(drawn, np.int64)
     if repeats == 1:
-        return images.astype(np.int64, copy=False), np.zeros(n, np.int64)
-    images = images[: -(-n // repeats)]
+        return images, times
     shift = _rows_between_copies(len(images), repeats, global_batch)
     # Row j: copy 0 of image j, copy 1 of image j - shift, copy 2 of image j - 2 * shift ... (cyclic). Read row by
     # row, two successive copies of an image are shift * repeats + 1 positions apart.
     rows = np.stack([np.roll(images, copy * shift) for copy in range(repeats)], axis=1)
-    copies = np.broadcast_to(np.arange(repeats), rows.shape)
-    return rows.reshape(-1)[:n].astype(np.int64, copy=False), copies.reshape(-1)[:n].astype(np.int64)
+    copies = np.stack([np.roll(times, copy * shift) * repeats + copy for copy in range(repeats)], axis=1)
+    return rows.reshape(-1)[:n], copies.reshape(-1)[:n]
 
 
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:

@@ -321,6 +321,7 @@ def test_many_classes_take_four_bytes():
         (["--input-size", "20"], "recipe input_size"),
         (["--batch-size", "4"], "recipe global_batch is 8 in the logit cache and 4 here"),
         (["--aa", "3aug"], "recipe aa"),
+        (["--class-balance", "1"], "recipe class_balance is .* in the logit cache and 1.0 here"),
         (["--precision", "bf16"], 'precision is "float32" in the logit cache and "bfloat16" here'),
     ],
 )

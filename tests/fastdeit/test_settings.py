@@ -60,6 +60,7 @@ class Built:
     def __init__(self, config: Config, folder, before=None):
         self.config, self.folder, self.before = config, folder, before
         self.index = SyntheticIndex(images=240, classes=len(CLASSES))  # of 256 x 256 pixels
+        self.index.labels[:60] = 0  # so that half of them are of this class
 
     @cached_property
     def loaders(self):
@@ -170,6 +171,11 @@ CASES = {
     ),
     "data.reprob": (1.0, lambda b: b.all(lambda plan: plan.views.erase_box)[:, 2].all(), {}),
     "data.repeated_aug": (False, lambda b: len(set(b.all(lambda plan: plan.indices))) == 240, {}),
+    "data.class_balance": (
+        1.0,
+        lambda b: near(np.bincount(b.all(lambda plan: b.index.labels[plan.indices])), np.full(3, 80)),
+        {},
+    ),
     "data.mixup": (1e6, lambda b: near(b.all(lambda plan: plan.lam), np.full(240, 0.5)), {"data.cutmix": 0.0}),
     "data.cutmix": (
         1e6,  # boxes of half the image, where they are not cut off at its border

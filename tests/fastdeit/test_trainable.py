@@ -176,8 +176,9 @@ def test_refusals(cli, tmp_path):
         freeze(timm.create_model("test_resnet"), Model(model="test_resnet", attn_only=True))
 
 
-def test_a_frozen_run_resumes_to_the_same_bits(run, colors, monkeypatch, tmp_path):
+def test_a_frozen_balanced_run_resumes_to_the_same_bits(run, colors, monkeypatch, tmp_path):
     flags = [*runs.RANDOM, "--data-path", colors, "--finetune", run, "--freeze", 2, "--layer-decay", 0.7]
+    flags += ["--class-balance", 1]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     runs.run(*flags, "--output-dir", whole)
     runs.run_until(monkeypatch, 4, *flags, "--output-dir", stopped)
