@@ -29,6 +29,7 @@ from fastdeit.models.build import mean_std
 from fastdeit.models.loading import LoadedModel
 from fastdeit.training.loop import Loop
 from fastdeit.training.trainer import Trainer
+from fastdeit.tuning import Tuner
 
 from . import charts, peers, steps
 from .record import Headline, Record, parser
@@ -53,7 +54,8 @@ def make_teacher(
     if not folded:
         teacher.network.model = copy.deepcopy(network).to(world.device, dtype).requires_grad_(False)
     if laid_out:
-        teacher.choose_memory_format(data.batch_size, world)
+        shape = (data.batch_size, 3, data.input_size, data.input_size)
+        teacher.tune(Tuner(world), shape, trainer.precision, compiled=compiled)
     if compiled:
         teacher.compile()
     return teacher

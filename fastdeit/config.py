@@ -248,8 +248,8 @@ class Optimization:
 class Speed:
     """Precision, kernels, sharding."""
 
-    compile: bool = setting(False, resumable=True)
-    """torch.compile the student."""
+    compile: bool | None = setting(None, resumable=True)
+    """torch.compile student and teacher. None: on a GPU, where a C compiler is installed."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Autocast type of the student's step. None: bf16 on CUDA, fp32 on the CPU."""
     attention: Literal["auto", "fused", "sdpa", "xformers"] = setting("auto", resumable=True)

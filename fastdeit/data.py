@@ -1,6 +1,7 @@
 """From settings to the two loaders of a run."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -38,6 +39,19 @@ FIRST = 512  # views on which a teacher is looked at before a run
 def precision_of(config: Config, device: torch.device) -> torch.dtype:
     """The student's autocast type, and the type of its images."""
     return PRECISIONS[config.speed.precision or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether student and teacher are compiled: as --compile says; if it was not given, on a GPU where there is a C
+    compiler, which Inductor and Triton need."""
+    if config.speed.compile is not None:
+        return config.speed.compile
+    return device.type == "cuda" and has_compiler()
+
+
+def has_compiler() -> bool:
+    """As Triton looks for one."""
+    return "CC" in os.environ or any(map(shutil.which, ("gcc", "clang")))
 
 
 def prepare(batch, mean, std, dtype: torch.dtype) -> Tensor:

@@ -15,11 +15,12 @@ from fastdeit.data import first_views, loaders, open_images, precision_of, prepa
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.models.build import build_student, mean_std
+from fastdeit.tuning import of_run
 
 from . import logit_cache
 from .cached_teacher import describe, probe_of
 from .logit_cache import LogitCache, Piece, Writer, differences
-from .teacher import load_teacher
+from .teacher import load_teacher, speed_up
 
 REPORT_EVERY = 10.0  # seconds
 
@@ -118,6 +119,7 @@ class TeacherTargets:
         self.mean, self.std = mean_std(build_student(plain, len(classes))[0])
         self.precision = precision_of(config, world.device)
         self.teacher = load_teacher(config, classes, student_mean=self.mean, student_std=self.std, world=world)
+        speed_up(self.teacher, config, of_run(config, world, None))
 
     def prepare(self, batch) -> Tensor:
         return prepare(batch, self.mean, self.std, self.precision)

@@ -1,6 +1,6 @@
 """The teacher: frozen, in evaluation mode, as cheap as it can be made without changing its predictions.
 
-BatchNorms are folded, weights are half precision on a GPU, the memory layout is the fastest of three, and torch.compile
+BatchNorms are folded, weights are half precision on a GPU, the layout is the fastest (layouts.py), and torch.compile
 assumes static shapes. How often the result agrees with the float32 teacher is measured on training views when a run
 starts. There is no int8 or fp8: no measurement here shows what they would gain.
 """
@@ -8,6 +8,7 @@ starts. There is no int8 or fp8: no measurement here shows what they would gain.
 import copy
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit.config import Config, Distillation
-from fastdeit.data import PRECISIONS
+from fastdeit.data import PRECISIONS, compiles, precision_of
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.models.loading import LoadedModel, load_model
+from fastdeit.tuning import Tuner
 
 from . import layouts
 from .class_map import SelectClasses, read_groups, same_classes
@@ -80,15 +82,33 @@ class Teacher:
         precision = str(self.dtype).removeprefix("torch.")
         return {"weights": self.fingerprint, "input_size": self.input_size, "precision": precision}
 
-    def choose_memory_format(self, batch_size: int, world: World) -> None:
-        """Convert the weights to the layout that is fastest on this GPU; on the CPU they stay contiguous."""
-        if self.device.type != "cuda":
-            return
-        shape = (batch_size, 3, self.input_size, self.input_size)
-        images = torch.randn(shape, device=self.device, dtype=self.dtype)
-        chosen = layouts.choose(self.network.model, self.name, images, world)
-        self.network.memory_format = layouts.FORMATS[chosen]
-        self.network.model = layouts.laid_out(self.network.model, chosen, images[:2])
+    def tune(self, tuner: Tuner, shape: Sequence[int], dtype: torch.dtype, *, compiled: bool) -> None:
+        """Take the layout in which the teacher is fastest as it is used: on the student's images of this shape and
+        dtype, in channels_last memory, and compiled or not. Nothing is compiled yet."""
+
+        def build(layout: str):
+            network = self._laid_out(layout)
+            if layout in ("joined", "fused") and not layouts.is_merged(network):
+                raise UserError("no convolution whose output only a ReLU reads")
+            if compiled:
+                network.compile(dynamic=False)
+            images = torch.randn(*shape, device=self.device, dtype=dtype).to(memory_format=torch.channels_last)
+            return lambda: self._logits(network, images)
+
+        names = layouts.available(self.network.model, self.device, compiled=compiled)
+        choice = tuner.choose(
+            "teacher", {name: partial(build, name) for name in names}, default="plain", dtype=self.dtype,
+            key={"teacher": self.name, "images": list(shape), "compiled": compiled},
+        )  # fmt: skip
+        if choice.chosen != "plain":
+            self.network = self._laid_out(choice.chosen)
+
+    def _laid_out(self, layout: str) -> "_Network":
+        network = copy.deepcopy(self.network)
+        example = torch.randn(2, 3, self.input_size, self.input_size, generator=torch.Generator().manual_seed(0))
+        network.model = layouts.laid_out(network.model, layout, example.to(self.device, self.dtype))
+        network.memory_format = layouts.FORMATS[layout]
+        return network
 
     def compile(self) -> None:
         self.network.compile(dynamic=False)
@@ -199,7 +219,8 @@ def class_groups(loaded: LoadedModel, mapping: str | None, classes: Sequence[str
 
 
 def load_teacher(config: Config, classes: Sequence[str], *, student_mean, student_std, world: World) -> Teacher:
-    """The teacher of the settings; UserError unless its classes are the data's, or mapped to them."""
+    """The teacher of the settings, which `speed_up` then makes fast; UserError unless its classes are the data's, or
+    mapped to them."""
     settings = config.distillation
     loaded = load(settings, world.device)
     groups = class_groups(loaded, settings.teacher_classes, classes)
@@ -210,7 +231,13 @@ def load_teacher(config: Config, classes: Sequence[str], *, student_mean, studen
         loaded, groups=groups, student_mean=student_mean, student_std=student_std, device=world.device,
         dtype=PRECISIONS[precision],
     )  # fmt: skip
-    teacher.choose_memory_format(config.data.batch_size, world)
-    if config.speed.compile:
-        teacher.compile()
     return teacher
+
+
+def speed_up(teacher: Teacher, config: Config, tuner: Tuner) -> None:
+    """Lay it out and compile it as the settings say, for images as the student of the run sees them."""
+    device, side = tuner.world.device, config.data.input_size
+    compiled = compiles(config, device)
+    teacher.tune(tuner, (config.data.batch_size, 3, side, side), precision_of(config, device), compiled=compiled)
+    if compiled:
+        teacher.compile()

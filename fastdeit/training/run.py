@@ -14,7 +14,7 @@ from fastdeit.config import Config
 from fastdeit.data import first_views, loaders, open_images, remarks
 from fastdeit.distill import cached_teacher
 from fastdeit.distill.logit_cache import LogitCache
-from fastdeit.distill.teacher import load_teacher
+from fastdeit.distill.teacher import load_teacher, speed_up
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.evaluation import plots, tables
@@ -86,6 +86,8 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
     if cache is not None:
         teacher, both_loaders = cached_teacher.from_cache(cache, config, world, both_loaders, mean, std)
     tuner = of_run(config, world, saved_in)
+    if teacher is not None and cache is None:
+        speed_up(teacher, config, tuner)
     student_tuning.ask(tuner, model, config)
     trainer = Trainer(
         config, world, model, teacher, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch

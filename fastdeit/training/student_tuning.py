@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.config import Config
-from fastdeit.data import precision_of
+from fastdeit.data import compiles, precision_of
 from fastdeit.models.deit import ATTENTION, DeiT
 from fastdeit.tuning import Tuner
 
@@ -39,7 +39,7 @@ def attention(tuner: Tuner, model: nn.Module, config: Config) -> None:
     names = ("sdpa",) if tuner.world.device.type == "cuda" else ("sdpa", "math")
     choice = tuner.choose(
         "attention", {name: partial(build, name) for name in names}, default="sdpa", cold=True,
-        key={"tokens": list(shape), "heads": model.arch.heads, "compiled": config.speed.compile},
+        key={"tokens": list(shape), "heads": model.arch.heads, "compiled": compiles(config, tuner.world.device)},
         dtype=precision_of(config, tuner.world.device),
     )  # fmt: skip
     model.set_attention(choice.chosen)
@@ -52,11 +52,11 @@ def forward_backward(
     module: nn.Module, inputs: Sequence[Tensor], tuner: Tuner, config: Config
 ) -> Callable[[], Sequence[Tensor]]:
     """A call that computes `module`, of one output, on `inputs` and back, as a step does (autocast; compiled where
-    --compile is on), and returns the output and the gradients of floating-point inputs and parameters. Both are moved
+    the run is), and returns the output and the gradients of floating-point inputs and parameters. Both are moved
     to the run's device."""
     device, precision = tuner.world.device, precision_of(config, tuner.world.device)
     module = module.to(device).train()
-    if config.speed.compile:
+    if compiles(config, device):
         module.compile(dynamic=False)
     inputs = [tensor.to(device).requires_grad_(tensor.is_floating_point()) for tensor in inputs]
     wanted = [tensor for tensor in (*inputs, *module.parameters()) if tensor.requires_grad]

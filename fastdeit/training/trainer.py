@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.config import Config
-from fastdeit.data import precision_of, prepare, split
+from fastdeit.data import compiles, precision_of, prepare, split
 from fastdeit.distill.attention import AttentionDistillation
 from fastdeit.distill.loss import Objective
 from fastdeit.distributed import parallel
@@ -82,7 +82,7 @@ class Trainer:
             model.set_distilled_training(False)  # with labels only, both heads learn them through their average
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.model.model_ema else None
         self.attention = AttentionDistillation.of(config, model, teacher)  # before anything is compiled
-        if config.speed.compile:
+        if compiles(config, device):
             parallel.compile_model(model, world)
         self.forward = parallel.distribute(model, self.ema, config.speed.sharding, world)
         self.objective = Objective.from_config(config)

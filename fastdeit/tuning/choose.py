@@ -297,7 +297,7 @@ def _tensors(returned: object) -> list[Tensor]:
 
 
 def _in_words(error: Exception) -> str:
-    if isinstance(error, _Excluded):
+    if isinstance(error, (_Excluded, UserError)):
         return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return "out of memory"

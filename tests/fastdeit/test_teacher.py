@@ -9,6 +9,7 @@ from fastdeit.distill.teacher import Teacher
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.models.loading import LoadedModel
+from fastdeit.tuning import Tuner
 
 from .test_folding import pixels, with_statistics
 
@@ -112,12 +113,12 @@ def test_compiled_it_gives_the_same_logits(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_in_half_precision_laid_out_and_compiled(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_on_a_gpu_in_half_precision_laid_out_and_compiled(model, tmp_path):
     expected = teacher(model)(pixels())
-    loaded = LoadedModel("it", copy.deepcopy(model), 32, *HALF.values(), None)
+    loaded = LoadedModel(name="it", model=copy.deepcopy(model), input_size=32, classes=None, **HALF)
     fast = Teacher(loaded, **IMAGENET, device="cuda", dtype=torch.float16)
-    fast.choose_memory_format(4, World(torch.device("cuda")))
+    tuner = Tuner(World(torch.device("cuda", 0)), file=tmp_path / "tuning.json")
+    fast.tune(tuner, (4, 3, 32, 32), torch.bfloat16, compiled=True)
     fast.compile()
     images = pixels().cuda().to(memory_format=torch.channels_last)
     logits = fast(images.bfloat16())
@@ -125,4 +126,5 @@ def test_on_a_gpu_in_half_precision_laid_out_and_compiled(model, tmp_path, monke
     # The images were rounded to bfloat16, as the student's are.
     assert (logits.cpu() - expected).abs().max() < 4 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
     assert "training views" in fast.check([images])[0]
-    assert (tmp_path / "fastdeit" / "memory_formats.json").is_file()
+    assert {row.candidate for row in tuner.choices[0].rows} >= {"plain", "channels_last", "fused"}
+    assert tuner.file.is_file()
