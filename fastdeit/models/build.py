@@ -37,7 +37,6 @@ def build_student(
         raise UserError(
             f"--pretrained: {settings.model} is this project's own code; give a downloaded checkpoint by --finetune"
         )
-    attention = "sdpa" if config.speed.attention == "auto" else config.speed.attention
     try:
         model = create_model(
             settings.model, num_classes=num_classes, input_size=config.data.input_size, patch_size=settings.patch_size,
