@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastdeit import config_check, deit_flags, recipes
-from fastdeit.checkpoint.settings import resumed_settings, saved_settings
+from fastdeit.checkpoint.settings import extended_settings, resumed_settings, saved_settings
 from fastdeit.config import Config, check_bounds
 from fastdeit.errors import tell
 from fastdeit.models import sources
@@ -89,6 +89,9 @@ def parse_config(
     resumed = _flag(arguments, "resume")
     default = resumed_settings(_flag(arguments, "output-dir") if resumed == "auto" else resumed)
     starts = default is None
+    extended = _flag(arguments, "extend")
+    if starts and extended:
+        default, starts = extended_settings(extended), False
     if starts:
         chosen = _flag(arguments, "recipe") or recipe or ("deit_small" if _flag(arguments, "data-path") else "demo")
         default = recipes.load(chosen)

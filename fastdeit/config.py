@@ -58,6 +58,13 @@ class Run:
     resume: str | None = setting(None, resumable=True)
     """Folder of a run to resume, at the very step it had saved. auto: the run in --output-dir if there is one, so that
     the same command starts it and resumes it."""
+    extend: str | None = None
+    """Folder of a finished run to train on up to --epochs, the number of them all. This is another run, in a folder of
+    its own, with that one's settings as defaults: weights, moving average, optimizer and order go on from its end, and
+    the learning rate begins its warm-up and cosine anew."""
+    patience: int | None = setting(None, at_least=1, resumable=True)
+    """Stop after so many evaluations in a row without a better top-1 of the weights (of any head). None: at the last
+    epoch. The learning rate follows --epochs all the same."""
     eval: bool = setting(False, resumable=True)
     """Only evaluate --resume or --finetune on the validation images."""
     checkpoint_minutes: float = setting(10, at_least=0, resumable=True)

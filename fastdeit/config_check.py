@@ -42,6 +42,8 @@ def _check_together(config) -> None:
         raise UserError(
             f"--batch-size {data.batch_size}: mixup and cutmix pair the samples of a batch; use an even size"
         )
+    if config.run.extend and distillation.compare_undistilled:
+        raise UserError("--compare-undistilled trains a second student from the beginning: omit it with --extend")
     if config.speed.sharding == "fsdp" and config.speed.precision == "fp16":
         raise UserError("--sharding fsdp has no loss scaling for --precision fp16: choose bf16 or fp32")
 
@@ -97,6 +99,8 @@ def _without_use(config):
         yield "color_jitter", "it is used with --aa none or 3aug only, as in timm"
     if data.src:
         yield "scale ratio", "they belong to the random resized crop, which --src replaces"
+    if config.run.extend:
+        yield "finetune pretrained", "the weights are those of --extend"
     if model.finetune:
         yield "pretrained", "the weights are those of --finetune"
     if not model.model_ema:

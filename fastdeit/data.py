@@ -224,7 +224,7 @@ def _balance_in_words(strength: float, training) -> str:
     labels, images, draws = expected_draws(training.labels, strength, len(training))
     rows = [row for row in zip(images.tolist(), labels.tolist(), (draws / images).tolist()) if row[1] >= 0]
     rare, common = (
-        f"{printable(training.classes[label])} ({count:,}) is drawn {times:,.2f} times"
+        f"{printable(training.classes[label])} (of {count:,}) is drawn {times:,.2f} times"
         for count, label, times in (min(rows), max(rows))
     )
     return f"--class-balance {strength:g}: in an epoch, an image of {rare}, one of {common}"

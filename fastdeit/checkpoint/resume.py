@@ -8,14 +8,38 @@ from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 
 from . import atomic, files, metrics_log
+from .settings import check_extended
 
 
 def checkpoint_to_come(config: Config) -> dict | None:
-    """What config.json says of the checkpoint that is going to fill the model; None for a run that begins."""
-    run = config.run.output_dir if config.run.resume == "auto" else config.run.resume
-    if config.run.resume is None or run is None or not (Path(run) / "last").exists():
+    """What config.json says of the checkpoint that is going to fill the model, the run's own or the one it extends;
+    None for a run that begins."""
+    for run in (_resumed(config), config.run.extend):
+        if run is not None and (Path(run) / "last").exists():
+            return files.description(Path(run) / "last")
+    return None
+
+
+def _resumed(config: Config) -> Path | str | None:
+    return config.run.output_dir if config.run.resume == "auto" else config.run.resume
+
+
+def extended_run(config: Config) -> Path | None:
+    """The finished run whose end is this one's beginning (--extend). None where there is none, and where this run has
+    a checkpoint of its own already. Raises UserError if it cannot be extended so."""
+    resumed = _resumed(config)
+    if config.run.extend is None or (resumed is not None and (Path(resumed) / "last").exists()):
         return None
-    return files.description(Path(run) / "last")
+    run = Path(config.run.extend)
+    check_extended(config, run)
+    if not (run / "summary.json").is_file() or not (run / "last").exists():
+        raise UserError(f"--extend {run}: this run is not finished: resume it by --resume {run}, then extend it")
+    done = files.description(run / "last")["progress"]["epochs_evaluated"]
+    if config.optimization.epochs <= done:
+        raise UserError(
+            f"--extend {run}: it has {done} epochs already: give the number of them all, --epochs {2 * done}"
+        )
+    return run
 
 
 def without_start(config: Config) -> Config:

@@ -27,7 +27,7 @@ from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 
 from . import atomic
-from .settings import check_unchanged
+from .settings import check_unchanged, description
 
 
 def open_folder(config: Config, world: World) -> Path:
@@ -57,9 +57,18 @@ def to_resume(config: Config) -> Path | None:
 def summary_of_finished(config: Config) -> dict | None:
     """The closing table of the run that --resume means, if it has come to its end."""
     folder = to_resume(config)
-    if folder is None or not (folder / "summary.json").is_file():
+    if folder is None or not (folder / "summary.json").is_file() or _goes_on(config, folder):
         return None
     return json.loads((folder / "summary.json").read_text())
+
+
+def _goes_on(config: Config, folder: Path) -> bool:
+    """Whether the run in this folder, which is finished, had lost patience, and has more of it now."""
+    if not (folder / "last").exists():
+        return False
+    progress = description(folder / "last")["progress"]
+    patience, stale = config.run.patience, progress.get("stale", 0)
+    return progress["epochs_evaluated"] < config.optimization.epochs and (patience is None or stale < patience)
 
 
 def claim(config: Config) -> tuple[Path, bool]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.checkpoint import files, resume
+from fastdeit.errors import UserError
 from fastdeit.evaluation.metrics import accuracy
 from fastdeit.models.heads import logits_by_head
 
@@ -44,6 +45,8 @@ class Loop:
             self.log.begin()
             with self.checkpointing:
                 for epoch in range(self.state.epochs_evaluated, self.config.optimization.epochs):
+                    if self._has_lost_patience():
+                        break
                     figures = self.train_epoch(epoch)
                     self.checkpointing.save()  # before the evaluation, so that a signal may end that at once
                     self.checkpointing.poll(False)
@@ -110,6 +113,7 @@ class Loop:
         state = self.state
         score = max(head["top1"] for head in state.accuracies["model"].values())
         best, state.best = score > state.best, max(score, state.best)
+        state.stale = 0 if best else state.stale + 1
         if not self.world.is_main:
             return
         top1 = {
@@ -120,6 +124,16 @@ class Loop:
             accuracy=top1,
         )  # fmt: skip
         self.checkpointing.note(state.accuracies, best=best)
+
+    def _has_lost_patience(self) -> bool:
+        patience, state = self.config.run.patience, self.state
+        if patience is None or state.stale < patience:
+            return False
+        self.log.say(
+            f"--patience {patience}: no top-1 above {100 * state.best:.2f} in {state.stale} evaluations; ends at epoch "
+            f"{state.epochs_evaluated} of {self.config.optimization.epochs}"
+        )
+        return True
 
     def evaluate(self) -> dict[str, dict]:
         """Accuracies on the validation images, of the weights and of their moving average."""
@@ -148,6 +162,8 @@ class Loop:
             "progress": {
                 "epochs_evaluated": state.epochs_evaluated,
                 "best": state.best,
+                "stale": state.stale,
+                "schedule_start": state.schedule_start,
                 "skipped": self.checkpointing.bad_steps,
                 "sums": state.sums.tolist(),
                 "global_batch": trainer.global_batch,
@@ -165,7 +181,27 @@ class Loop:
         self.trainer.load(saved)
         state = self.state
         state.step, state.epochs_evaluated = description["step"], progress["epochs_evaluated"]
+        state.stale, state.schedule_start = progress.get("stale", 0), progress.get("schedule_start", 0)
         state.best, state.accuracies = progress["best"], description.get("accuracy", {})
         state.sums.copy_(torch.tensor(progress["sums"]))
         self.checkpointing.load(description)
         self.log.say(f"resumes at step {state.step} of {self.trainer.total_steps}")
+
+    def extend(self, run: Path) -> None:
+        """Begin where the finished `run` ended, with a learning rate that begins anew (--extend)."""
+        saved = files.read(run / "last")
+        if saved["description"]["classes"] != list(self.classes):
+            raise UserError(
+                f"--extend {run}: the data have other classes than it was trained on: give --finetune {run}"
+            )
+        training = saved["training"]
+        training["optimizer"]["param_groups"] = self.trainer.optimizer.state_dict()["param_groups"]  # weight decay, ...
+        training["scaler"] = training["scaler"] or self.trainer.scaler.state_dict()
+        self.trainer.load(saved)
+        state = self.state
+        state.epochs_evaluated = saved["description"]["progress"]["epochs_evaluated"]
+        state.step = state.schedule_start = state.epochs_evaluated * self.steps_per_epoch
+        self.log.say(
+            f"extends {run} from epoch {state.epochs_evaluated} to {self.config.optimization.epochs}: another run; the "
+            "learning rate begins anew, everything else goes on"
+        )

@@ -34,13 +34,15 @@ def run(config: Config, world: World, on_micro_batch: MicroBatchHook | None = No
     of evaluation.tables.NAMES."""
     if (summary := run_dir.summary_of_finished(config)) is not None:
         if world.is_main:
-            print(f"{tables.summary_table(summary)}\n{run_dir.to_resume(config)} is finished")
+            print(f"{tables.summary_table(summary)}\n{run_dir.to_resume(config)} is finished; to train on: --extend")
         return summary
     indices = open_images(config, world)
     built = build(config, world, indices, on_micro_batch)
     if config.run.dry_run:
         return dry_run(built.loop, indices)
     loop, trainer = built.loop, built.loop.trainer
+    if built.extended is not None:
+        loop.extend(built.extended)
     _begin(loop, indices, built.folder)
     loop.load(built.saved)
     built.saved = None  # its memory is the training's from here on
@@ -56,17 +58,19 @@ def run(config: Config, world: World, on_micro_batch: MicroBatchHook | None = No
 
 @dataclass
 class Built:
-    """loop: ready to `fit`. folder: the run's. saved: the checkpoint that it resumes from, for `loop.load`. The latter
-    two are None for a dry run."""
+    """loop: ready to `fit`. folder: the run's. saved: the checkpoint that it resumes from, for `loop.load`. extended:
+    the run whose end is its beginning, for `loop.extend`. The latter three are None for a dry run."""
 
     loop: Loop
     folder: Path | None
     saved: dict | None
+    extended: Path | None
 
 
 def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook | None = None) -> Built:
     """All that can be refused without the run's folder is refused before it is claimed."""
     classes = indices[0].classes
+    extended = resume.extended_run(config)
     model, notes = build_student(resume.without_start(config), len(classes), classes)
     if (saved_in := resume.checkpoint_to_come(config)) is not None:
         normalise(model, saved_in["mean"], saved_in["std"])
@@ -99,7 +103,7 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
         notes = [*notes, *teacher.check(views)]
     for sentence in notes:
         loop.log.say(sentence)
-    return Built(loop, folder, saved)
+    return Built(loop, folder, saved, None if config.run.dry_run else extended)
 
 
 def _show(tuner: Tuner, loop: Loop, folder: Path | None) -> None:
@@ -145,6 +149,7 @@ def _begin(loop: Loop, indices, folder: Path) -> None:
     if not loop.world.is_main:
         return
     trainer = loop.trainer
+    (folder / "summary.json").unlink(missing_ok=True)  # of a run that had lost patience
     if not (folder / "first_batch.png").exists():
         plots.first_batch(
             loop.train_loader, trainer.prepare, trainer.mean, trainer.std, loop.classes, folder / "first_batch.png"
@@ -168,7 +173,7 @@ def _pace(trainer: Trainer) -> list[str]:
     settings = trainer.config
     rates = rates_in_words(
         trainer.rates, lr=settings.optimization.lr, global_batch=trainer.global_batch,
-        total_steps=trainer.total_steps, warmup_steps=trainer.warmup_steps,
+        total_steps=trainer.total_steps - trainer.state.schedule_start, warmup_steps=trainer.warmup_steps,
     )  # fmt: skip
     if trainer.ema is None:
         return [rates]

@@ -29,6 +29,8 @@ class State:
     the step, the loop and the checkpointing.
 
     step: optimizer steps taken, of the whole run
+    schedule_start: the step at which the learning rate's schedule begins; not 0 in a run that extends another
+    stale: evaluations since the best one
     epochs_evaluated: epochs whose accuracies are known
     best: the highest top-1 so far (fraction), of any head of the weights; -1 before the first evaluation
     accuracies: of the last evaluation, {"model": {"cls": {"top1": ...}, ...}, "ema": {...}}
@@ -37,6 +39,8 @@ class State:
 
     sums: torch.Tensor
     step: int = 0
+    schedule_start: int = 0
+    stale: int = 0
     epochs_evaluated: int = 0
     best: float = -1.0
     accuracies: dict = field(default_factory=dict)
@@ -155,8 +159,9 @@ class Trainer:
     def lr(self) -> float:
         """Of the step to come."""
         return learning_rate(
-            self.state.step, peak=self.rates.peak, total_steps=self.total_steps, warmup_steps=self.warmup_steps,
-            warmup_lr=self.rates.start, min_lr=self.rates.floor,
+            self.state.step - self.state.schedule_start, peak=self.rates.peak, warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps - self.state.schedule_start, warmup_lr=self.rates.start,
+            min_lr=self.rates.floor,
         )  # fmt: skip
 
     def _drop_path_noise(self, parts: int) -> list[dict]:
