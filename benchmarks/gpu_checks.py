@@ -132,73 +132,20 @@ def sanitizer_steps() -> list[Step]:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return []
+    from fastdeit.doctor.checks import OPERATIONS
+
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # an allocation each, or reads past one's end land in a neighbour
     flags = ["--error-exitcode", "9"]
     call = [sys.executable, str(HERE), "--exercise"]
     return [
         Step(f"{check} {operation}", [tool, "--tool", check, *flags, *call, operation], 3.0, env)
-        for operation in exercises()
+        for operation in OPERATIONS
         for check in SANITIZER_TOOLS
     ]
 
 
 def benchmark_steps(names: list[str]) -> list[Step]:
     return [Step(f"benchmark {name}", [sys.executable, "-m", "benchmarks", name], BENCHMARKS[name]) for name in names]
-
-
-def exercises() -> dict:
-    """One small call of each operation, by its name: odd sizes, so that every kind of edge is passed."""
-    import torch
-
-    from fastdeit import kernels
-
-    def tensor(*shape, dtype=torch.bfloat16):
-        return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
-
-    def attention():
-        for tokens, head_dim in ((17, 64), (197, 32), (600, 64)):
-            kernels.attention_qkvpacked(tensor(1, tokens, 3, 2, head_dim)).float().sum().backward()
-            kernels.attention(*(tensor(1, tokens, 2, head_dim) for _ in range(3))).float().sum().backward()
-
-    def distillation_loss():
-        labels = torch.tensor([3, -100, 16], device="cuda")
-        for kind in ("hard", "soft"):
-            heads, teacher = (tensor(3, 17), tensor(3, 17)), tensor(3, 17).detach()
-            mix = (labels.flip(0), torch.rand(3, device="cuda"))
-            kernels.distillation_loss(*heads, labels, teacher, kind=kind, smoothing=0.1, mix=mix).backward()
-
-    def attention_distillation_loss():
-        student, teacher = [tensor(1, 18, 2, 32) for _ in range(2)], [tensor(1, 18, 2, 64).detach() for _ in range(2)]
-        kernels.attention_distillation_loss(*student, *teacher).backward()
-
-    def add_layer_norm():
-        for channels in (17, 192, 768):
-            x, residual, vectors = tensor(3, 5, channels), tensor(3, 5, channels), [tensor(channels) for _ in range(3)]
-            outputs = kernels.add_layer_norm(
-                x, residual, *vectors[:2], layer_scale=vectors[2], drop_path_scale=torch.rand(3, device="cuda")
-            )
-            sum(output.float().sum() for output in outputs).backward()
-
-    def bias_gelu():
-        for channels in (17, 768):
-            kernels.bias_gelu(tensor(3, 5, channels), tensor(channels)).float().sum().backward()
-
-    def mix_normalize():
-        for B, H, W in ((4, 33, 29), (4, 64, 32)):
-            box = torch.tensor([[0, 0, 0, 0], [3, 4, 20, 29], [0, 0, H, W], [0, 0, 0, 0]], dtype=torch.int32).cuda()
-            kernels.mix_normalize(
-                torch.randint(0, 256, (B, H, W, 3), dtype=torch.uint8).cuda(),
-                (0.5, 0.5, 0.5),
-                (0.2, 0.2, 0.2),
-                partner=torch.tensor([3, 2, 1, 0]).cuda(),
-                lam=torch.rand(B).cuda(),
-                box=box,
-                erase_box=box.flip(0).contiguous(),
-                erase_seed=torch.arange(B).cuda(),
-            )
-
-    named = (attention, distillation_loss, attention_distillation_loss, add_layer_norm, bias_gelu, mix_normalize)
-    return {function.__name__: function for function in named if hasattr(kernels, function.__name__)}
 
 
 def describe_machine() -> str:
@@ -255,8 +202,9 @@ def main() -> int:
         subprocess.run(install, check=True)
         os.execv(sys.executable, [sys.executable, *sys.argv])
     if arguments.exercise:
-        exercises()[arguments.exercise]()
-        torch.cuda.synchronize()
+        from fastdeit.doctor.operations import Inputs, call
+
+        call(arguments.exercise, Inputs("cuda", torch.bfloat16))
         return 0
     return check(arguments.minutes, arguments.only, arguments.benchmarks, arguments.log)
 

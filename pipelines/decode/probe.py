@@ -79,7 +79,7 @@ def probe(
             pixels = Path(folder) / f"{decoding}.npz"
             call = Call(decoders[decoding], (decoding, str(samples), str(pixels), device_id, num_threads))
             (outcome,) = outcomes([call], seconds=seconds)
-            reason = _reason_against(decoding, outcome, pixels, expected)
+            reason = _what_became(outcome) or reason_against(decoding, outcome.value, read_images(pixels), expected)
             if reason is None:
                 return Choice(decoding, _sentence(reasons, decoding))
             if ALONE in reason:
@@ -88,18 +88,24 @@ def probe(
     return Choice("cpu", _sentence(reasons, "cpu"))
 
 
-def _reason_against(decoding: Decoding, outcome: Outcome, pixels: Path, expected: list[np.ndarray]) -> str | None:
-    if outcome.failure is not None:
-        if outcome.ended and outcome.failure.startswith("SIG"):
-            return f"ends its process with {outcome.failure}"
-        return f"fails ({outcome.failure})"
-    found = read_images(pixels)
+def _what_became(outcome: Outcome) -> str | None:
+    if outcome.failure is None:
+        return None
+    if outcome.ended and outcome.failure.startswith("SIG"):
+        return f"ends its process with {outcome.failure}"
+    return f"fails ({outcome.failure})"
+
+
+def reason_against(
+    decoding: Decoding, nvjpeg: list[int] | None, found: list[np.ndarray], expected: list[np.ndarray]
+) -> str | None:
+    """Why this decoding, by nvJPEG of this version, is not to be used; None if it may be."""
     if [image.shape for image in found] != [image.shape for image in expected]:
         return "gives images of other sizes than the CPU's"
     differences = [np.abs(a.astype(np.int16) - b).mean() for a, b in zip(found, expected)]
     if (worst := max(differences)) > BOUND:
         return f"differs from the CPU's pixels by {worst:.1f} levels on average in an image ({BOUND} are tolerated)"
-    version = tuple(outcome.value or ())
+    version = tuple(nvjpeg or ())
     if decoding == "regions" and version and version < ROI_NVJPEG:
         return (
             f"is not what nvJPEG {'.'.join(map(str, version))} does itself with interpolated chroma "

@@ -69,3 +69,9 @@ def cannot_enter(*_):
     from fastdeit.pipelines.decode import probe
 
     raise RuntimeError(probe.ALONE)
+
+
+def is_not_here():
+    from fastdeit.doctor.tries import NotHere
+
+    raise NotHere("of another kind")
