@@ -29,12 +29,13 @@ PROGRAMS = 512
 @triton.jit
 def _tail_and_exp(t):
     """Phi(-|t|), and exp(-t^2 / 2)."""
-    u = 1.0 / (1.0 + 0.31112698372208092 * tl.abs(t))  # 0.44 / sqrt 2
-    p = 0.217538004 + u * (
-        0.215117288 + u * (-0.0189436393 + u * (0.295416284 + u * (-0.277247038 + u * 0.0710628922)))
+    root = tl.rsqrt(1.0 + 0.31112698372208092 * tl.abs(t))  # 0.44 / sqrt 2
+    u = root * root  # tl has no reciprocal, and a division takes seven instructions more
+    p = 0.108769002 + u * (
+        0.107558644 + u * (-0.00947181965 + u * (0.147708142 + u * (-0.138623519 + u * 0.0355314461)))
     )
-    exp = tl.exp(-0.5 * t * t)
-    return 0.5 * exp * (u * (0.248223633 + u * (0.248832754 + u * p))), exp
+    exp = tl.exp2(-0.72134752044448170 * t * t)  # log2(e) / 2
+    return exp * (u * (0.1241118165 + u * (0.124416377 + u * p))), exp
 
 
 @triton.jit

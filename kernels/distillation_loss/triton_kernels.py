@@ -24,6 +24,7 @@ from torch import Tensor
 from .reference import IGNORE
 
 IGNORED = tl.constexpr(IGNORE)
+LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_BLOCK = 4096  # classes held at a time
 ELEMENTS_PER_THREAD = 8  # of one tensor: 16 bytes in half precision
 
@@ -39,19 +40,21 @@ def _load_at(ptr, index, C: tl.constexpr):
 
 
 @triton.jit
-def _online_softmax(z, running_max, running_sum):
-    """One block's step; what is -inf adds nothing."""
+def _online_softmax(z, factor, running_max, running_sum):
+    """One block's step: the maximum, the sum of exp2(factor (z - max)), and the block's part of it; -inf adds nothing.
+    The maximum is subtracted first, so that logits of any size keep their digits."""
     new_max = tl.maximum(running_max, tl.max(z, 0))
-    return new_max, running_sum * tl.exp(running_max - new_max) + tl.sum(tl.exp(z - new_max), 0)
+    exp = tl.exp2((z - new_max) * factor)
+    return new_max, running_sum * tl.exp2((running_max - new_max) * factor) + tl.sum(exp, 0), exp
 
 
 @triton.jit
-def _online_softmax_dot(t, x, running_max, running_sum, running_dot):
-    """The same, and the sum of exp(t - max) * (t - x) beside it."""
+def _online_softmax_dot(t, x, factor, running_max, running_sum, running_dot):
+    """The same, and the sum of exp2(factor (t - max)) (t - x) beside it."""
     new_max = tl.maximum(running_max, tl.max(t, 0))
-    rescale, weight = tl.exp(running_max - new_max), tl.exp(t - new_max)
-    dot = tl.sum(tl.where(weight > 0.0, weight * (t - x), 0.0), 0)
-    return new_max, running_sum * rescale + tl.sum(weight, 0), running_dot * rescale + dot
+    rescale, exp = tl.exp2((running_max - new_max) * factor), tl.exp2((t - new_max) * factor)
+    dot = tl.sum(tl.where(exp > 0.0, exp * (t - x), 0.0), 0)
+    return new_max, running_sum * rescale + tl.sum(exp, 0), running_dot * rescale + dot, exp
 
 
 @triton.jit
@@ -90,14 +93,14 @@ def _x_log_x(x):
 
 
 @triton.jit
-def _class_gradient(cls_ptr, target_ptr, labels, j, smoothing, weight, scale, z_max, C: tl.constexpr):
-    """weight * (Q softmax(z) - q) at the classes j, with scale = weight * Q / sum; labels None: target_ptr is dense."""
+def _class_target(target_ptr, labels, j, smoothing, C: tl.constexpr):
+    """q at the classes j; labels None: target_ptr is dense."""
     if labels is None:
         q = _load_at(target_ptr, j, C)
     else:
         a, b, lam = labels
         q = tl.where(j == a, lam, 0.0) + tl.where(j == b, 1.0 - lam, 0.0)
-    return scale * tl.exp(_load_at(cls_ptr, j, C) - z_max) - weight * ((1.0 - smoothing) * q + smoothing / C)
+    return (1.0 - smoothing) * q + smoothing / C
 
 
 @triton.jit
@@ -118,10 +121,12 @@ def distillation_loss_kernel(
     LIVE: tl.constexpr = TEACHER == "hard_logits" or TEACHER == "soft_logits"
     STORED: tl.constexpr = TEACHER == "soft_stored"
     HARD: tl.constexpr = TEACHER == "hard_logits" or TEACHER == "hard_labels"
+    ONE_BLOCK: tl.constexpr = C <= BLOCK  # whose exponentials the second sweep finds in registers
     row = tl.program_id(0).to(tl.int64)
     class_weight, teacher_weight = tl.cast(class_weight, tl.float32), tl.cast(teacher_weight, tl.float32)
     smoothing, soft_scale = tl.cast(smoothing, tl.float32), tl.cast(soft_scale, tl.float32)
     inverse_tau = 1.0 / tl.cast(tau, tl.float32)
+    factor = inverse_tau * LOG2_E
     cls_ptr += row * CLS_STRIDE
     dist_ptr += row * DIST_STRIDE
     labels, valid, best, best_value = None, 1.0, 0, float("-inf")
@@ -144,28 +149,29 @@ def distillation_loss_kernel(
     z_max, z_norm, z_sum = lowest, 0.0, 0.0
     x_max, x_norm, x_sum = lowest, 0.0, 0.0
     t_max, t_norm, t_dot = lowest, 0.0, 0.0
+    z_exp, x_exp, t_exp = (tl.zeros((BLOCK,), tl.float32),) * 3
     for start in range(0, C, BLOCK):
         j = start + tl.arange(0, BLOCK)
         if CLASS:
             z = _load_row(cls_ptr, j, C, float("-inf"))
         if TEACHER != "none":
-            x = _load_row(dist_ptr, j, C, float("-inf")) * inverse_tau
+            x = _load_row(dist_ptr, j, C, float("-inf"))
         if LIVE:
-            t = _load_row(teacher_ptr, j, C, float("-inf")) * inverse_tau
+            t = _load_row(teacher_ptr, j, C, float("-inf"))
         if TARGET == "dense":
             q = _load_row(target_ptr, j, C, 0.0)
             q_sum += tl.sum(q, 0)
             q_dot += tl.sum(tl.where(q != 0.0, q * z, 0.0), 0)
         if CLASS:
-            z_max, z_norm = _online_softmax(z, z_max, z_norm)
+            z_max, z_norm, z_exp = _online_softmax(z, LOG2_E, z_max, z_norm)
         if SMOOTHED:
             z_sum += tl.sum(tl.where(j < C, z, 0.0), 0)
         if TEACHER != "none":
-            x_max, x_norm = _online_softmax(x, x_max, x_norm)
+            x_max, x_norm, x_exp = _online_softmax(x, factor, x_max, x_norm)
         if TEACHER == "hard_logits":
             best_value, best = _first_argmax(t, j, best_value, best, C)
         if TEACHER == "soft_logits":
-            t_max, t_norm, t_dot = _online_softmax_dot(t, x, t_max, t_norm, t_dot)
+            t_max, t_norm, t_dot, t_exp = _online_softmax_dot(t, x, factor, t_max, t_norm, t_dot)
         if STORED:
             x_sum += tl.sum(tl.where(j < C, x, 0.0), 0)
 
@@ -179,15 +185,16 @@ def distillation_loss_kernel(
         class_weight *= valid
     if HARD:
         teacher_valid = tl.where((best >= 0) & (best < C), 1.0, float("nan"))
-        teacher_term = (x_max - _load_at(dist_ptr, best, C) * inverse_tau + tl.log(x_norm)) * teacher_valid
+        teacher_term = (x_max - _load_at(dist_ptr, best, C) + tl.log(x_norm)) * teacher_valid  # tau is 1
         teacher_weight *= teacher_valid
     if TEACHER == "soft_logits":
-        teacher_term = soft_scale * (t_dot / t_norm - (t_max - x_max) + tl.log(x_norm) - tl.log(t_norm))
+        difference = (t_dot / t_norm - (t_max - x_max)) * inverse_tau
+        teacher_term = soft_scale * (difference + tl.log(x_norm) - tl.log(t_norm))
     if STORED:
-        x_stored = _load_at(dist_ptr, index, C) * inverse_tau
+        x_stored = _load_at(dist_ptr, index, C)
         negative_entropy = tl.sum(_x_log_x(prob), 0) + (C - K) * _x_log_x(rest)
         dot = rest * x_sum + tl.sum(tl.where(index >= 0, (prob - rest) * x_stored, 0.0), 0)
-        teacher_term = soft_scale * (negative_entropy + x_max - dot + tl.log(x_norm))
+        teacher_term = soft_scale * (negative_entropy + (x_max - dot) * inverse_tau + tl.log(x_norm))
     tl.store(losses_ptr + row, class_weight * class_term + teacher_weight * teacher_term)
     tl.store(terms_ptr + row, class_term)
     tl.store(terms_ptr + batch + row, teacher_term)
@@ -207,16 +214,21 @@ def distillation_loss_kernel(
             j = start + tl.arange(0, BLOCK)
             dz, dx = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
             if CLASS:
-                dz = _class_gradient(cls_ptr, target_ptr, labels, j, smoothing, class_weight, z_scale, z_max, C)
+                if not ONE_BLOCK:
+                    z_exp = tl.exp2((_load_row(cls_ptr, j, C, 0.0) - z_max) * LOG2_E)
+                dz = z_scale * z_exp - class_weight * _class_target(target_ptr, labels, j, smoothing, C)
             if TEACHER != "none":
-                p_student = tl.exp(_load_row(dist_ptr, j, C, 0.0) * inverse_tau - x_max) * x_scale
+                if not ONE_BLOCK:
+                    x_exp = tl.exp2((_load_row(dist_ptr, j, C, 0.0) - x_max) * factor)
                 if HARD:
                     p_teacher = tl.where(j == best, 1.0, 0.0)
                 if TEACHER == "soft_logits":
-                    p_teacher = tl.exp(_load_row(teacher_ptr, j, C, 0.0) * inverse_tau - t_max) * t_scale
+                    if not ONE_BLOCK:
+                        t_exp = tl.exp2((_load_row(teacher_ptr, j, C, 0.0) - t_max) * factor)
+                    p_teacher = t_exp * t_scale
                 if STORED:
                     p_teacher = rest
-                dx = teacher_weight * (p_student - p_teacher)
+                dx = teacher_weight * (x_exp * x_scale - p_teacher)
             if TWO_HEADS:
                 tl.store(dcls_ptr + j, dz.to(dcls_ptr.dtype.element_ty), mask=j < C)
                 tl.store(ddist_ptr + j, dx.to(ddist_ptr.dtype.element_ty), mask=j < C)
@@ -224,9 +236,10 @@ def distillation_loss_kernel(
                 tl.store(dcls_ptr + j, (dz + dx).to(dcls_ptr.dtype.element_ty), mask=j < C)
         if STORED:  # the K classes named were written as if they were others: write them again
             tl.debug_barrier()
-            dx = teacher_weight * (tl.exp(x_stored - x_max) * x_scale - prob)
-            if CLASS and not TWO_HEADS:
-                dx += _class_gradient(cls_ptr, target_ptr, labels, index, smoothing, class_weight, z_scale, z_max, C)
+            dx = teacher_weight * (tl.exp2((x_stored - x_max) * factor) * x_scale - prob)
+            if CLASS and not TWO_HEADS:  # x is z, and tau its own
+                dx += z_scale * tl.exp2((x_stored - z_max) * LOG2_E)
+                dx -= class_weight * _class_target(target_ptr, labels, index, smoothing, C)
             tl.store(ddist_ptr + index, dx.to(ddist_ptr.dtype.element_ty), mask=(index >= 0) & (index < C))
 
 
