@@ -15,9 +15,10 @@ from fastdeit.errors import UserError
 from .world import World
 
 
-def compile_model(model: nn.Module, world: World) -> None:
+def compile_model(model: nn.Module, world: World, options: dict | None = None) -> None:
+    """options: of Inductor."""
     for part in [model] if world.world_size == 1 else _blocks(model) or [model]:
-        part.compile()
+        part.compile(options=options or None)
 
 
 def distribute(model: nn.Module, ema: nn.Module | None, sharding: str, world: World) -> nn.Module:

@@ -92,10 +92,10 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
     tuner = of_run(config, world, saved_in)
     if teacher is not None and cache is None:
         speed_up(teacher, config, tuner)
-    student_tuning.ask(tuner, model, config)
     trainer = Trainer(
-        config, world, model, teacher, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch
-    )
+        config, world, model, teacher, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch,
+        arrangement=student_tuning.ask(tuner, model, config),
+    )  # fmt: skip
     loop = Loop(trainer, both_loaders, classes, own_folder, title="student", choices=tuner.to_json())
     _show(tuner, loop, own_folder)
     if teacher is not None:
@@ -136,8 +136,10 @@ def run_undistilled(
         normalise(model, saved["description"]["mean"], saved["description"]["std"])
     both_loaders = loaders(settings, indices, world, own_folder)
     tuner = of_run(settings, world, saved and saved["description"])
-    student_tuning.ask(tuner, model, settings)
-    trainer = Trainer(settings, world, model, None, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch)
+    trainer = Trainer(
+        settings, world, model, None, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch,
+        arrangement=student_tuning.ask(tuner, model, settings),
+    )  # fmt: skip
     loop = Loop(trainer, both_loaders, classes, own_folder, title="undistilled", choices=tuner.to_json())
     _show(tuner, loop, own_folder)
     loop.load(saved)

@@ -21,6 +21,7 @@ from fastdeit.models.deit import DeiT
 from .log import PhaseTimer
 from .nonfinite import TERMS, Guard
 from .optimizer import Update, build_optimizer, learning_rate, scaled_rates
+from .student_tuning import Arrangement
 
 
 @dataclass
@@ -68,26 +69,27 @@ class Trainer:
         batch (distill/cached_teacher.py); None to train on the labels alone
     steps_per_epoch: for the learning rate
     on_micro_batch: called with the trainer before each micro-batch; --accumulate of them make a step
+    arrangement: what tuning has decided (student_tuning.ask); None: nothing
     """
 
     def __init__(
         self, config: Config, world: World, model: nn.Module, teacher, *, steps_per_epoch: int,
-        on_micro_batch: Callable[["Trainer"], None] | None = None,
+        on_micro_batch: Callable[["Trainer"], None] | None = None, arrangement: Arrangement | None = None,
     ):  # fmt: skip
         self.config, self.world, self.teacher, self.on_micro_batch = config, world, teacher, on_micro_batch
         settings, device = config.optimization, world.device
+        arrangement = arrangement or Arrangement.default(device)
         self.mean, self.std = mean_std(model)
         self.precision = precision_of(config, device)
 
         self.model = model.to(device)
-        if device.type == "cuda":
-            self.model = self.model.to(memory_format=torch.channels_last)
+        self.model = self.model.to(memory_format=arrangement.memory_format)
         if config.distillation.distillation_type == "none" and hasattr(model, "set_distilled_training"):
             model.set_distilled_training(False)  # with labels only, both heads learn them through their average
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.model.model_ema else None
         self.attention = AttentionDistillation.of(config, model, teacher)  # before anything is compiled
         if compiles(config, device):
-            parallel.compile_model(model, world)
+            parallel.compile_model(model, world, arrangement.inductor)
         self.forward = parallel.distribute(model, self.ema, config.speed.sharding, world)
         self.objective = Objective.from_config(config)
 
