@@ -16,14 +16,23 @@ from fastdeit.config import Config, check_bounds
 from fastdeit.errors import tell
 from fastdeit.models import sources
 
+PROGRAM = "python -m fastdeit."  # what stands before a command's name in its help; fastdeit/__main__.py changes it
 
-def parse(kind: type, *, description: str, **options):
+
+def program(prog: str) -> str:
+    """`prog`, as python -m has it, as the user has called it."""
+    return prog.replace("python -m fastdeit.", PROGRAM)
+
+
+def parse(kind: type, *, description: str, prog: str, **options):
     """tyro.cli of a dataclass, its values within their bounds (config.setting). description: as `fold` takes it."""
     import tyro
 
     _put_help_on_one_line(kind)
     description = description.partition("\nMay import:")[0]  # of a package's docstring, for its readers
-    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[kind], description=_Verbatim(fold(description)), **options)
+    parsed = tyro.cli(
+        tyro.conf.OmitArgPrefixes[kind], description=_Verbatim(fold(description)), prog=program(prog), **options
+    )
     check_bounds(parsed)
     return parsed
 

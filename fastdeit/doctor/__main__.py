@@ -15,9 +15,10 @@ from fastdeit.errors import run
 
 
 def main() -> int:
-    from fastdeit.cli import FoldedHelp
+    from fastdeit.cli import FoldedHelp, program
 
-    parser = argparse.ArgumentParser("python -m fastdeit.doctor", description=__doc__, formatter_class=FoldedHelp)
+    prog = program("python -m fastdeit.doctor")
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=FoldedHelp)
     parser.add_argument("--json", action="store_true", help="print JSON in place of a page")
     parser.add_argument("--slow", action="store_true", help="try what takes long, too")
     parser.add_argument("--seconds", type=float, default=120.0, help="limit of each try (default: 120)")

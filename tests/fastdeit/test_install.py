@@ -54,3 +54,14 @@ def test_from_the_folder_that_holds_the_clone(parent):
     package = parent / "fastdeit" / "src" / "fastdeit" / "__init__.py"
     assert first == f"{package} fastdeit.kernels.attention.api None"
     assert any("--data-path" in line for line in rest)
+
+
+def test_the_console_script(parent):
+    pytest.importorskip("tyro")
+    code = (
+        "from importlib.metadata import distributions\n"
+        "found, = [one for part in distributions(path=['site']) for one in part.entry_points]\n"
+        "sys.argv = ['fastdeit', 'train', '--help']; print(found.group, found.name); found.load()()"
+    )
+    first, *rest = run(parent, code).splitlines()
+    assert first == "console_scripts fastdeit" and rest[0].startswith("usage: fastdeit train ")
