@@ -257,6 +257,9 @@ class Speed:
 
     compile: bool | None = setting(None, resumable=True)
     """torch.compile student and teacher. None: on a GPU, where a C compiler is installed."""
+    cuda_graph: Literal["auto", "on", "off"] = setting("auto", resumable=True)
+    """The whole step as one CUDA graph, for one process on a GPU. auto: where possible, once a replay has proved to be
+    the step. on: refuse to start where it is not possible."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Autocast type of the student's step. None: bf16 on CUDA, fp32 on the CPU."""
     attention: Literal["auto", "fused", "sdpa", "xformers"] = setting("auto", resumable=True)

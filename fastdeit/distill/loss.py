@@ -90,9 +90,10 @@ class Objective:
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor, mixed) -> Tensor:
     """DeiT III's class term (arXiv 2204.07118): every class present in the mixed image is a full positive."""
-    target = F.one_hot(labels, logits.shape[1])
+    classes = torch.arange(logits.shape[1], device=logits.device)  # F.one_hot looks at the labels from the host
+    target = labels[:, None] == classes
     if mixed is not None:
         second, lam = mixed
         # With lam 1 (0) nothing of the second (first) image is left.
-        target = target * (lam > 0)[:, None] + F.one_hot(second, logits.shape[1]) * (lam < 1)[:, None]
-    return F.binary_cross_entropy_with_logits(logits.float(), target.clamp(max=1).float())
+        target = target & (lam > 0)[:, None] | (second[:, None] == classes) & (lam < 1)[:, None]
+    return F.binary_cross_entropy_with_logits(logits.float(), target.float())

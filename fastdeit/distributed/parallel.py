@@ -102,7 +102,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         for i, values in saved["state"].items()
     }
     implementations = [
-        {key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups
+        {key: group[key] for key in ("fused", "foreach", "capturable") if key in group}
+        for group in optimizer.param_groups
     ]
     groups = [{**group, **own} for group, own in zip(saved["param_groups"], implementations)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -19,6 +19,7 @@ from .record import Record
 # Of each phase of trainer.py, in the order of a step: what the reader is told.
 PHASES = {
     "data": "waiting for images",
+    "step": "the whole step, one CUDA graph",
     "prepare": "normalise, erase, mix",
     "teacher": "teacher",
     "forward": "student, forward",

@@ -175,6 +175,8 @@ class PhaseTimer:
         self.spare_events: list[torch.cuda.Event] = []
 
     def enter(self, phase: str | None) -> None:
+        if self.on_cuda and torch.cuda.is_current_stream_capturing():
+            return  # what a graph repeats has no times of its own
         self.stamps.append((phase, self._stamp()))
 
     def stop(self) -> None:

@@ -55,6 +55,7 @@ class Loop:
                     self.state.epochs_evaluated = epoch + 1
                     self._report(epoch, figures, time.perf_counter() - since)
         finally:
+            self.trainer.release()  # another run may follow in this process
             self.log.close()
             gc.unfreeze()
         return self.state.accuracies
@@ -90,6 +91,8 @@ class Loop:
     def step(self, batch) -> Tensor:
         """Trainer.step, and what the processes tell each other with it. Returns the losses, (4,)."""
         losses = self.trainer.step(batch, self.checkpointing.exchange)
+        while self.trainer.news:
+            self.log.say(self.trainer.news.pop(0))
         self.checkpointing.after_step(batch)
         if not self.warm:
             self.warm = True
@@ -103,7 +106,7 @@ class Loop:
         seconds = time.perf_counter() - since
         return {
             **dict(zip(("loss", "class_loss", "teacher_loss", "attention_loss"), losses)),
-            "lr": max(group["lr"] for group in self.trainer.optimizer.param_groups),
+            "lr": self.trainer.lr(self.state.step - 1),
             "images_per_s": steps * self.trainer.global_batch / seconds, "data_share": waited / seconds,
             "seconds": {phase: round(value, 4) for phase, value in self.trainer.timer.read().items()},
         }  # fmt: skip

@@ -26,31 +26,31 @@ class NonFinite(UserError):
 
 
 class Guard:
-    """All on the device; nothing here waits for it but `incident`."""
+    """All on the device and written in place, as a CUDA graph needs it; nothing here waits but `incident`."""
 
     def __init__(self, device: torch.device, tolerated: int):
         self.tolerated = tolerated
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.slots = torch.arange(min(tolerated + 1, ROWS), device=device)
-        self.rows: torch.Tensor | None = None
+        self.rows = torch.zeros(len(self.slots), 2 + len(TERMS), dtype=torch.float64, device=device)
 
-    def hold(self, step: int, losses: torch.Tensor, own_losses: torch.Tensor, norm: torch.Tensor, excused=None):
+    def hold(
+        self, step: torch.Tensor, losses: torch.Tensor, own_losses: torch.Tensor, norm: torch.Tensor, excused=None
+    ):
         """() float32: 1 where this step must change nothing, else 0.
 
-        losses: (terms,) of all processes together; own_losses: (terms,) of this one. norm: () of the whole gradient.
+        step: () float64. losses: (len(TERMS),) of all processes together; own_losses: (len(TERMS),) of this one.
+        norm: () of the whole gradient.
         excused: () bool, a norm that is not finite because the gradient scaler has reached too high; held, not counted.
         """
         finite_norm = norm.isfinite()
         held = ~finite_norm
         bad = ~losses.isfinite().all() | (held if excused is None else held & ~excused)
         stopped = self.count > self.tolerated
-        row = torch.cat([own_losses.double(), norm.double().view(1)])
-        row = torch.cat([torch.full_like(row[:1], step), row])
-        if self.rows is None:
-            self.rows = row.new_zeros(len(self.slots), len(row))
+        row = torch.cat([step.view(1), own_losses.double(), norm.double().view(1)])
         at = (self.slots == self.count.clamp(max=len(self.slots) - 1)) & bad & ~stopped
-        self.rows = torch.where(at[:, None], row, self.rows)
-        self.count = self.count + (bad & ~stopped)
+        self.rows.copy_(torch.where(at[:, None], row, self.rows))
+        self.count += bad & ~stopped
         return (bad | held | stopped).float()
 
     def incident(self, number: int) -> tuple[int, list[float], float]:

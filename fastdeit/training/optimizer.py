@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdeit.config import Config
 from fastdeit.distributed.parallel import full, is_sharded, local_shard
@@ -53,12 +53,19 @@ def build_optimizer(
     groups = parameter_groups(model, weight_decay, layer_decay)
     if name == "adamw":
         # fused: one kernel for all parameters, which on the device itself can leave a step out (see Update).
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        # capturable: no difference to it, but without it PyTorch refuses to have it in a CUDA graph.
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True, capturable=True)
+        optimizer._warned_capturable_if_run_uncaptured = True  # that it may be slower, which a fused one is not
+        return optimizer
     if name == "lamb":
         return Lamb(groups, lr=lr, betas=betas, eps=eps)
     if name == "sgd":
         sharded = is_sharded(groups[0]["params"][0])
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=not sharded)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=not sharded)
+        for parameter in [parameter for group in groups for parameter in group["params"]]:
+            # Left to PyTorch, the momentum of a first step that is left out would be whatever was in its memory.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     raise UserError(f"--opt {name}: choose adamw, lamb or sgd")
 
 
@@ -143,26 +150,49 @@ def average_in_words(decay: float, total_steps: int) -> str:
 
 
 class Update:
-    """One optimizer's step at a time. `ema` is the moving average's model, or None."""
+    """One optimizer's step at a time, on the device alone: it can be captured in a CUDA graph (step_graph.py). `ema` is
+    the moving average's model, or None."""
 
     def __init__(self, model: nn.Module, ema: nn.Module | None, optimizer, scaler, guard: Guard, config: Config):
-        self.model, self.ema, self.ema_decay = model, ema, config.model.model_ema_decay
         self.optimizer, self.scaler, self.guard = optimizer, scaler, guard
         self.clip = config.optimization.clip_grad
         # Fused optimizers take `hold` themselves (they call it found_inf); for others the host has to wait and decide.
         self.decides_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self.buffers_before: list[torch.Tensor] = []
+        # Lists, because walking through a model takes the host as long as a dozen launches.
+        self.parameters, self.buffers = list(model.parameters()), list(model.buffers())
+        self.buffers_before: list[Tensor] = []
+        self.weights = [local_shard(parameter) for parameter in self.parameters]
+        averaged = ([], []) if ema is None else (ema.parameters(), ema.buffers())
+        self.averages, self.averaged_buffers = [local_shard(average) for average in averaged[0]], list(averaged[1])
+        scales, device = [group.get("lr_scale", 1.0) for group in optimizer.param_groups], self.weights[0].device
+        self.scales = torch.tensor(scales, dtype=torch.float64, device=device)
+        self.rates = torch.zeros(len(scales), device=device)
+        self.rate_of_group = self.rates.unbind()
+        self.average_rate = torch.zeros((), device=device)
 
     def begin(self) -> None:
         """Before the forward pass: remember running statistics, which it changes (a DeiT has none)."""
-        self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
+
+    def forget(self) -> None:
+        """Take back what a step that was not finished has left behind on the host."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.found_inf, self.buffers_before = None, []
+        if self.scaler.is_enabled():
+            self.scaler._per_optimizer_states.clear()
 
     @torch.no_grad()
-    def apply(self, step: int, lr: float, losses: torch.Tensor, own_losses: torch.Tensor) -> torch.Tensor:
-        """Use the gradients up. losses: (terms,) of all processes, own_losses: (terms,) of this one, see Guard.hold.
-        Returns () float32 on the device: 1 where nothing was changed."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+    def apply(self, numbers: Tensor, losses: Tensor, own_losses: Tensor) -> Tensor:
+        """Use the gradients up. Returns () float32 on the device: 1 where nothing was changed.
+
+        numbers: (3,) float64 on the device: the step's number, its learning rate, the decay of the moving average
+        losses: (terms,) of all processes; own_losses: (terms,) of this one, see Guard.hold
+        """
+        step, rate, decay = numbers.unbind()
+        self.rates.copy_(rate * self.scales)
+        self.average_rate.copy_(decay - 1)
+        for group, rate in zip(self.optimizer.param_groups, self.rate_of_group, strict=True):
+            group["lr"] = rate  # a loaded state has another's
         self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm()
         # A norm that is not finite while the loss is: the scaler's next scale is lower, and the next step will do.
@@ -171,29 +201,32 @@ class Update:
         if self.decides_on_device:
             self.optimizer.found_inf = hold
             self.optimizer.step()
+            self.optimizer.found_inf = None
         elif hold.item() == 0:
             self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.model.buffers(), self.buffers_before):
+        for buffer, before in zip(self.buffers, self.buffers_before):
             buffer.copy_(torch.where(hold > 0, before, buffer))
-        if self.ema is not None:
-            self._average((1 - average_decay(step, self.ema_decay)) * (1 - hold))
+        self.buffers_before = []
+        if self.averages:
+            self._average(hold)
         return hold
 
-    def _gradient_norm(self) -> torch.Tensor:
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+    def _gradient_norm(self) -> Tensor:
+        parameters = [parameter for parameter in self.parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         return full(norm)
 
-    def _average(self, weight: torch.Tensor) -> None:
-        """ema += weight * (model - ema), weight () on the device, 0 for a step that is skipped. AveragedModel, timm's
-        ModelEmaV3 and torch._foreach_lerp_ take a number of the host's, which would have to wait for the device."""
-        averages = [local_shard(parameter) for parameter in self.ema.parameters()]
-        difference = torch._foreach_sub([local_shard(parameter) for parameter in self.model.parameters()], averages)
-        torch._foreach_mul_(difference, weight)
-        torch._foreach_add_(averages, difference)
-        for average, buffer in zip(self.ema.buffers(), self.model.buffers()):
-            average.copy_(buffer)
+    def _average(self, hold: Tensor) -> None:
+        """average -= average_rate * (weights - average), in one pass: SGD's, whose fused kernel takes its rate and
+        `hold` from the device, with the weights as gradient and a weight decay of -1. What is made for it
+        (AveragedModel, timm's ModelEmaV3, torch._foreach_lerp_) takes a number of the host's."""
+        torch._fused_sgd_(
+            self.averages, self.weights, [], weight_decay=-1.0, momentum=0.0, lr=self.average_rate, dampening=0.0,
+            nesterov=False, maximize=False, is_first_step=False, found_inf=hold,
+        )  # fmt: skip
+        if self.averaged_buffers:
+            torch._foreach_copy_(self.averaged_buffers, self.buffers)

@@ -202,6 +202,10 @@ def set_up(config: Config, world: World) -> None:
     trackers.check(config.run.tracker)
     if config.speed.attention == "xformers" and world.device.type != "cuda":
         raise UserError("--attention xformers runs on CUDA devices only: omit --attention on this one")
+    if config.speed.cuda_graph == "on" and (world.device.type != "cuda" or world.world_size > 1):
+        raise UserError(
+            "--cuda-graph on: a step is captured in a CUDA graph for one process on a GPU only: omit the flag"
+        )
     if config.speed.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,20 @@ from fastdeit.models.deit import DeiT
 
 from .log import PhaseTimer
 from .nonfinite import TERMS, Guard
-from .optimizer import Update, build_optimizer, learning_rate, scaled_rates
+from .optimizer import Update, average_decay, build_optimizer, learning_rate, scaled_rates
+from .step_graph import Capture, CudaCapture, StepGraph
 from .student_tuning import Arrangement
+
+Average = Callable[[Tensor], Tensor]
+
+
+class Inputs(NamedTuple):
+    """What a step is given; all tensors but the batch's indices are on the device."""
+
+    batch: Any  # Batch, or BatchWithTargets from a logit cache
+    noise: Tensor | None  # (images, depth, 2) float32 in [0, 1): the model's drop_path_noise
+    numbers: Tensor  # (3,) float64: the step's number, its learning rate, the decay of the moving average
+    seed: int  # of PyTorch's own generators, a function of (seed of the run, step)
 
 
 @dataclass
@@ -38,7 +51,7 @@ class State:
     sums: (len(TERMS) + 1,) float32 on the device: losses, and steps that were applied, since the log's last line
     """
 
-    sums: torch.Tensor
+    sums: Tensor
     step: int = 0
     schedule_start: int = 0
     stale: int = 0
@@ -50,10 +63,9 @@ class State:
     def begin(cls, device: torch.device) -> "State":
         return cls(torch.zeros(len(TERMS) + 1, device=device))
 
-    def count_step(self, losses: torch.Tensor, hold: torch.Tensor) -> None:
+    def add(self, losses: Tensor, hold: Tensor) -> None:
         """losses: (len(TERMS),); hold: (), 1 where the step changed nothing and its losses are left out."""
         self.sums += torch.where(hold > 0, 0, torch.cat([losses, torch.ones_like(losses[:1])]))
-        self.step += 1
 
     def take_means(self) -> tuple[list[float], int]:
         """The mean of each loss since the last call, and the steps it is over. Waits for the device."""
@@ -78,6 +90,7 @@ class Trainer:
     ):  # fmt: skip
         self.config, self.world, self.teacher, self.on_micro_batch = config, world, teacher, on_micro_batch
         settings, device = config.optimization, world.device
+        self.on_cuda = device.type == "cuda"
         arrangement = arrangement or Arrangement.default(device)
         self.mean, self.std = mean_std(model)
         self.precision = precision_of(config, device)
@@ -109,25 +122,69 @@ class Trainer:
         self.update = Update(model, self.ema, self.optimizer, self.scaler, self.guard, config)
         self.timer = PhaseTimer(device)
         self.state = State.begin(device)
+        self.news: list[str] = []  # sentences for the log, which takes them from here
+        self.graph: StepGraph | None = None
+        alone = self.on_cuda and world.world_size == 1 and on_micro_batch is None  # the graph would not call that
+        if alone and config.speed.cuda_graph != "off":
+            self.capture_steps(CudaCapture(device))
 
-    def step(self, batch, average: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def capture_steps(self, capture: Capture) -> None:
+        """Have the steps to come captured."""
+
+        def compute(inputs: Inputs) -> Tensor:
+            return self.compute(inputs, self.world.mean)
+
+        self.graph = StepGraph(compute, self.changed, capture, self.news.append, self.update.forget)
+
+    def release(self) -> None:
+        """Give up the graph and its memory; steps are made as they are."""
+        self.graph = None
+
+    def step(self, batch, average: Average | None = None) -> Tensor:
         """Train on one batch. Returns its losses, (4,) detached on the device: the loss and its terms, as
         nonfinite.TERMS names them, means over all processes.
 
         average: from this process's losses to that mean; the loop's sends more along with them.
         """
-        micro_batches = split(batch, self.config.optimization.accumulate)
-        noise = self._drop_path_noise(len(micro_batches))
+        inputs, average = self.inputs(batch), average or self.world.mean
+        if self.graph is None:
+            losses = self.compute(inputs, average)
+        else:
+            self.timer.enter("step")
+            losses = average(self.graph(inputs))  # of one process, so the same: what is sent along goes its way
+        self.state.step += 1
+        self.timer.stop()
+        return losses
+
+    def inputs(self, batch) -> Inputs:
+        """What is new in the step to come, on the device."""
+        sequence = np.random.SeedSequence([self.config.run.seed, self.state.step])
+        seed = int(sequence.generate_state(1, np.uint64)[0] >> 1)
+        noise = None
+        if not isinstance(self.model, DeiT):
+            seed += self.world.rank
+            torch.manual_seed(seed)  # a model of timm draws for itself
+        elif self.model.drop_path > 0:
+            noise = self._drop_path_noise(seed)
+        decay = average_decay(self.state.step, self.config.model.model_ema_decay)
+        numbers = torch.tensor([self.state.step, self.lr(), decay], dtype=torch.float64, pin_memory=self.on_cuda)
+        return Inputs(batch, noise, numbers.to(self.world.device, non_blocking=True), seed)
+
+    def compute(self, inputs: Inputs, average: Average) -> Tensor:
+        """The step itself, a function of its inputs and of what `changed` lists: all of it is done by the device, and
+        nothing waits for it."""
+        micro_batches = split(inputs.batch, self.config.optimization.accumulate)
+        parts = len(micro_batches)
+        noise = [{}] * parts if inputs.noise is None else [{"drop_path_noise": n} for n in inputs.noise.chunk(parts)]
         self.update.begin()
         own_losses = 0
         for i, micro_batch in enumerate(micro_batches):
-            with parallel.gradient_sync(self.forward, when=i == len(micro_batches) - 1):
-                own_losses = own_losses + self._backward(micro_batch, noise[i], weight=1 / len(micro_batches))
+            with parallel.gradient_sync(self.forward, when=i == parts - 1):
+                own_losses = own_losses + self._backward(micro_batch, noise[i], weight=1 / parts)
         self.timer.enter("optimizer")
-        losses = (average or self.world.mean)(own_losses)
-        hold = self.update.apply(self.state.step, self.lr(), losses, own_losses)
-        self.state.count_step(losses, hold)
-        self.timer.stop()
+        losses = average(own_losses)
+        hold = self.update.apply(inputs.numbers, losses, own_losses)
+        self.state.add(losses, hold)
         return losses
 
     def _backward(self, batch, noise: dict, weight: float) -> Tensor:
@@ -158,38 +215,47 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.world.device.type, self.precision)
 
-    def lr(self) -> float:
-        """Of the step to come."""
+    def lr(self, step: int | None = None) -> float:
+        """Of a step, by default of the one to come."""
+        step = self.state.step if step is None else step
         return learning_rate(
-            self.state.step - self.state.schedule_start, peak=self.rates.peak, warmup_steps=self.warmup_steps,
+            step - self.state.schedule_start, peak=self.rates.peak, warmup_steps=self.warmup_steps,
             total_steps=self.total_steps - self.state.schedule_start, warmup_lr=self.rates.start,
             min_lr=self.rates.floor,
         )  # fmt: skip
 
-    def _drop_path_noise(self, parts: int) -> list[dict]:
-        """The step's random numbers for each micro-batch of this process, a pure function of (seed, step): the same on
-        any number of processes."""
-        sequence = np.random.SeedSequence([self.config.run.seed, self.state.step])
-        seed = int(sequence.generate_state(1, np.uint64)[0] >> 1)
-        if not isinstance(self.model, DeiT):
-            torch.manual_seed(seed + self.world.rank)  # a model of timm draws for itself
-            return [{}] * parts
-        if self.model.drop_path == 0:
-            return [{}] * parts
+    def _drop_path_noise(self, seed: int) -> Tensor:
+        """The step's random numbers for this process's images, (images, depth, 2), the same on any number of
+        processes."""
         generator = torch.Generator(self.world.device).manual_seed(seed)
         shape = (self.global_batch, len(self.model.blocks), 2)
         noise = torch.rand(shape, generator=generator, device=self.world.device)
-        own = noise.chunk(self.world.world_size)[self.world.rank]
-        return [{"drop_path_noise": part} for part in own.chunk(parts)]
+        return noise.chunk(self.world.world_size)[self.world.rank]
+
+    def changed(self) -> dict[str, list[Tensor]]:
+        """All that a step changes, by kind: after the first step always the same tensors."""
+        kinds = {
+            "weights": list(self.model.parameters()), "statistics": list(self.model.buffers()),
+            "moving average": [] if self.ema is None else [*self.ema.parameters(), *self.ema.buffers()],
+        }  # fmt: skip
+        for values in self.optimizer.state.values():
+            for key, value in values.items():
+                kinds.setdefault(key, []).append(value)
+        scale = [self.scaler._scale, self.scaler._growth_tracker] if self.scaler.is_enabled() else []
+        guard = [self.guard.count, self.guard.rows]
+        return {**kinds, "gradient scale": scale, "guard": guard, "sums": [self.state.sums]}
 
     # -----------------------------------------------------------------------------------------------------------------
     # What a checkpoint holds of it
 
     def tensors(self) -> dict:
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = self.lr() * group.get("lr_scale", 1.0)  # in memory a tensor, which each step fills
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
-            "training": {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()},
+            "training": {"optimizer": optimizer, "scaler": self.scaler.state_dict()},
         }
 
     def load(self, saved: dict) -> None:
@@ -199,3 +265,4 @@ class Trainer:
             parallel.load_weights(self.ema, saved["ema"])
         parallel.load_optimizer(self.optimizer, saved["training"]["optimizer"])
         self.scaler.load_state_dict(saved["training"]["scaler"])
+        assert self.graph is None or self.graph.warm == 0, "the graph has the addresses of the former state"

@@ -163,7 +163,7 @@ def test_settings_that_a_resumed_run_may_change():
     run = "output_dir resume eval device tracker dry_run print_config checkpoint_minutes keep_epochs keep_count"
     data = "data_path classes label_column batch_size num_workers max_bad unlabelled_path"
     teacher = "teacher_path teacher_classes teacher_store"
-    speed = "grad_checkpointing accumulate compile attention tune sharding deterministic"
+    speed = "grad_checkpointing accumulate compile attention tune cuda_graph sharding deterministic"
     assert free == {*run.split(), "skip_nonfinite", "patience", *data.split(), *teacher.split(), *speed.split()}
 
 

@@ -144,8 +144,8 @@ def test_every_optimizer_holds_still(name):
         update.begin()
         loss = model(torch.randn(8, 3)).square().mean() * factor
         loss.backward()
-        losses = loss.detach().view(1)
-        return update.apply(0, 0.1, losses, losses).item()
+        losses = loss.detach().expand(len(TERMS))
+        return update.apply(torch.tensor([0, 0.1, 0.9], dtype=torch.float64), losses, losses).item()
 
     def state():
         return [
@@ -163,9 +163,9 @@ def test_every_optimizer_holds_still(name):
 def test_the_scaler_may_reach_too_high():
     """With fp16 an infinite gradient of a finite loss lowers the scale; that step is left out, and is no incident."""
     guard = Guard(torch.device("cpu"), tolerated=0)
-    finite, infinite = torch.ones(3), torch.tensor(INF)
-    assert guard.hold(0, finite, finite, infinite, excused=torch.tensor(True)) == 1 and guard.count == 0
-    assert guard.hold(1, finite, finite, torch.tensor(1.0), excused=torch.tensor(True)) == 0
-    assert guard.hold(2, finite * NAN, finite, infinite, excused=torch.tensor(True)) == 1 and guard.count == 1
-    assert guard.hold(3, finite, finite, torch.tensor(1.0)) == 1  # held for good
+    finite, infinite, steps = torch.ones(len(TERMS)), torch.tensor(INF), torch.arange(4).double()
+    assert guard.hold(steps[0], finite, finite, infinite, excused=torch.tensor(True)) == 1 and guard.count == 0
+    assert guard.hold(steps[1], finite, finite, torch.tensor(1.0), excused=torch.tensor(True)) == 0
+    assert guard.hold(steps[2], finite * NAN, finite, infinite, excused=torch.tensor(True)) == 1 and guard.count == 1
+    assert guard.hold(steps[3], finite, finite, torch.tensor(1.0)) == 1  # held for good
     assert guard.incident(0)[0] == 2

@@ -8,7 +8,7 @@ from fastdeit.config import Config
 from fastdeit.errors import UserError
 from fastdeit.models.deit import create_model
 from fastdeit.training.nonfinite import Guard
-from fastdeit.training.optimizer import Update, build_optimizer, parameter_groups
+from fastdeit.training.optimizer import Update, average_decay, build_optimizer, parameter_groups
 
 
 def test_biases_norms_tokens_and_positions_are_not_decayed():
@@ -30,18 +30,17 @@ def test_unknown_optimizer():
 
 def test_the_moving_average_follows_its_warm_up():
     """At step t: average <- d average + (1 - d) weights, d = min(decay, (1 + t) / (10 + t)); here in float64."""
-    config = Config()
-    config.model.model_ema_decay = 0.3
     model = nn.Linear(5, 4)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = build_optimizer(model, "sgd", lr=0.1, weight_decay=0.0, eps=1e-8, betas=(0.9, 0.999))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    update = Update(model, ema, optimizer, scaler, Guard(torch.device("cpu"), tolerated=0), config)
+    update = Update(model, ema, optimizer, scaler, Guard(torch.device("cpu"), tolerated=0), Config())
     expected = model.weight.detach().double()
     for step, decay in enumerate([1 / 10, 2 / 11, 3 / 12, 0.3, 0.3]):
         update.begin()
         loss = model(torch.randn(8, 5)).square().mean()
         loss.backward()
-        update.apply(step, 0.1, loss.detach().view(1), loss.detach().view(1))
+        numbers = torch.tensor([step, 0.1, average_decay(step, 0.3)], dtype=torch.float64)
+        update.apply(numbers, loss.detach().expand(4), loss.detach().expand(4))
         expected = decay * expected + (1 - decay) * model.weight.detach().double()
         torch.testing.assert_close(ema.weight.double(), expected, rtol=1e-6, atol=1e-7)

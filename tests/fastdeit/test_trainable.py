@@ -109,7 +109,8 @@ def take_steps(trainer: Trainer, count: int) -> None:
         images = torch.randn(8, 3, 16, 16)
         loss = torch.nn.functional.cross_entropy(trainer.model(images), torch.arange(8) % 3)
         loss.backward()
-        trainer.update.apply(trainer.state.step, trainer.lr(), loss.detach().view(1), loss.detach().view(1))
+        losses = loss.detach().expand(4)
+        trainer.update.apply(trainer.inputs(None).numbers, losses, losses)
         trainer.state.step += 1
 
 
