@@ -151,9 +151,10 @@ class Model:
     drop_path: float = setting(0.1, at_least=0, at_most=1)
     """Stochastic depth: rate of the last block, rising linearly from 0 (DeiT III: the same in every block)."""
     finetune: str | None = None
-    """Checkpoint to start from: a run's folder, or a file of timm or facebookresearch/deit."""
+    """Weights to start from: a run's folder; a folder of timm or transformers; a file, of timm or facebookresearch/deit
+    too; hf-hub:ORG/NAME; a URL."""
     pretrained: bool = False
-    """Start from timm's published weights (timm model names only)."""
+    """Start from the weights that timm publishes for --model, NAME or NAME.TAG."""
     freeze: int | Literal["backbone"] | None = setting(None, at_least=0)
     """What keeps the weights of --finetune or --pretrained. backbone: all but the heads. N: patch embedding, tokens,
     positions and the first N blocks. None: nothing."""
@@ -181,9 +182,10 @@ class Distillation:
     distillation_reduction: Literal["batchmean", "numel"] = "batchmean"
     """Soft distillation: mean over the batch, or (numel) over batch * classes as in the original code."""
     teacher_model: str = "regnety_160"
-    """timm model name (its published weights), local-dir:FOLDER or hf-hub:NAME as timm has them."""
+    """timm model name, NAME or NAME.TAG, for its published weights."""
     teacher_path: str | None = setting(None, resumable=True)
-    """The teacher as a run's folder (--teacher-model is then not needed), or a checkpoint file of --teacher-model."""
+    """The teacher as a run's folder, a folder of timm or transformers, or hf-hub:ORG/NAME (--teacher-model is then not
+    needed); or as a file or URL of weights of --teacher-model."""
     teacher_classes: str | None = setting(None, resumable=True)
     """File that says which of the teacher's classes stand for the data's, by name or index: JSON {"cat": 281, ...}, or
     a line for each of the data's classes. None: both have the same classes."""

@@ -58,8 +58,8 @@ def check_start(config) -> None:
     if not recipes.starts_from_weights(name) or model.finetune or model.pretrained or config.run.eval:
         return
     raise UserError(
-        f"--recipe {name} starts from trained weights: give --finetune CHECKPOINT (a run's folder, or a file of timm "
-        "or facebookresearch/deit), or --pretrained with a --model of timm's; from random weights take --recipe "
+        f"--recipe {name} starts from trained weights: give --pretrained for those that timm publishes for --model, or "
+        "--finetune CHECKPOINT (a run's folder, a file, hf-hub:NAME or a URL); from random weights take --recipe "
         "deit_small"
     )
 
@@ -91,7 +91,7 @@ def _without_use(config):
             yield of_attention, "--attention-distillation-weight is 0"
         if distillation.teacher_store is not None:
             yield of_teacher, "--teacher-store has the teacher's logits"
-        elif distillation.teacher_path is not None and Path(distillation.teacher_path).is_dir():
+        elif distillation.teacher_path is not None and _says_its_model(distillation.teacher_path):
             yield "teacher_model", "the folder of --teacher-path says which model it holds"
     if data.mixup == 0 and data.cutmix == 0:
         yield "mixup_prob mixup_switch_prob mixup_mode", "--mixup and --cutmix are 0"
@@ -111,3 +111,7 @@ def _without_use(config):
         yield "warmup_lr", "--warmup-epochs is 0"
     if config.run.keep_epochs == 0:
         yield "keep_count", "it counts what --keep-epochs keeps"
+
+
+def _says_its_model(path: str) -> bool:
+    return path.startswith("hf-hub:") or Path(path).is_dir()

@@ -83,7 +83,7 @@ MODELS = {
     "resmlpB_24": "resmlp_big_24_224",
 }  # fmt: skip
 
-FILES = ("--finetune", "--resume", "--teacher-path")  # main.py also takes URLs, and "" for none
+FILES = ("--finetune", "--resume", "--teacher-path")  # "" is none, as in main.py
 LAUNCHER = {"--nodes": 2, "--ngpus": 8}  # run_with_submitit.py, with its defaults
 
 
@@ -149,9 +149,6 @@ def read(arguments: list[str], names: set[str]) -> Reading:
 
 def _named(flag: str, value: str, reading: Reading) -> list[str]:
     if flag in FILES:
-        if value.startswith(("http://", "https://")):
-            file = value.rpartition("/")[2]
-            raise UserError(f"{flag} {value}: URLs are not downloaded: run `curl -LO {value}`, then {flag} {file}")
         return [flag, value] if value else []
     ours = MODELS.get(value, value) if flag == "--model" else OPTIMIZERS.get(value.lower(), value.lower())
     if ours != value:

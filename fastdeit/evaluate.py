@@ -2,7 +2,7 @@
 
     python -m fastdeit.evaluate RUN --data-path DIR
     python -m fastdeit.evaluate FILE.pth --model MODEL --data-path DIR
-    python -m fastdeit.evaluate TIMM_NAME --pretrained --data-path DIR
+    python -m fastdeit.evaluate deit_small_patch16_224 --data-path DIR
 
 With --output FOLDER also: accuracy.json; classes.csv, the top-1 of each head in each class; confusion.png, the
 confusion matrix of the model's predictions (confusion_ema.png for the moving average); calibration.png, accuracy over
@@ -25,8 +25,8 @@ def main() -> None:
     @dataclass(kw_only=True)
     class Evaluate:
         checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-        """A run's folder, or last or best in it; a folder of timm or transformers; a file of weights (with --model); a
-        timm model name (with --pretrained)."""
+        """A run's folder, or last or best in it; a folder of timm or transformers; a file or URL of weights (with
+        --model); hf-hub:ORG/NAME; timm's name of a model, for its published weights."""
         data_path: Path
         """DIR/val/CLASS/*, or shards."""
         classes: Path | None = None
@@ -37,7 +37,7 @@ def main() -> None:
         model: str | None = None
         """The model a file of weights is of: deit_*, deit3_*, or any other timm model name."""
         pretrained: bool = False
-        """CHECKPOINT is a timm model name: take its published weights."""
+        """CHECKPOINT is timm's name of a model, even if there is a file of that name."""
         output: Path | None = None
         """Folder for results by class, confusion matrix and calibration."""
         batch_size: int = setting(64, at_least=1)

@@ -3,6 +3,7 @@
     python -m fastdeit.predict RUN photo.jpg photos/ 'archive/**/*.jpg'
     python -m fastdeit.predict RUN photos/ --csv --top 3 > classes.csv
     python -m fastdeit.predict FILE.pth --model MODEL photos/ --json
+    python -m fastdeit.predict deit_small_patch16_224 photos/
     python -m fastdeit.predict RUN photos/ --attention maps/
 
 Predictions come in the order of the images, a batch at a time; a file that is given twice is predicted once. What
@@ -142,8 +143,8 @@ def main() -> None:
     @dataclass(kw_only=True)
     class Predict:
         checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-        """A run's folder, or last or best in it; a folder of timm or transformers; a file of weights (with --model); a
-        timm model name (with --pretrained)."""
+        """A run's folder, or last or best in it; a folder of timm or transformers; a file or URL of weights (with
+        --model); hf-hub:ORG/NAME; timm's name of a model, for its published weights."""
         images: Annotated[
             tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...", help_behavior_hint="")
         ]
@@ -165,7 +166,7 @@ def main() -> None:
         model: str | None = None
         """The model a file of weights is of: deit_*, deit3_*, or any other timm model name."""
         pretrained: bool = False
-        """CHECKPOINT is a timm model name: take its published weights."""
+        """CHECKPOINT is timm's name of a model, even if there is a file of that name."""
         batch_size: int = setting(64, at_least=1)
         """Images per step."""
         input_size: int | None = setting(None, at_least=1)

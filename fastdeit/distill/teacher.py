@@ -9,7 +9,6 @@ import copy
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from fastdeit.config import Config, Distillation
 from fastdeit.data import PRECISIONS, compiles, precision_of
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
+from fastdeit.models import sources
 from fastdeit.models.loading import LoadedModel, load_model
 from fastdeit.tuning import Tuner
 
@@ -183,12 +183,13 @@ class _Network(nn.Module):
 
 def load(settings: Distillation, device: torch.device) -> LoadedModel:
     """The teacher of --teacher-model and --teacher-path, for use on `device`: a timm model with its published weights;
-    a folder of ours, timm or transformers; or a file of weights, of --teacher-model unless it says otherwise.
+    a folder of ours, timm or transformers; an address; or a file of weights, of --teacher-model unless it says
+    otherwise.
 
     Raises UserError, or ValueError for weights that do not fit.
     """
     path, name = settings.teacher_path, settings.teacher_model
-    if path is not None and not Path(path).expanduser().exists():
+    if path is not None and not sources.exists(path):
         raise UserError(f"--teacher-path {path}: there is no such file or folder")
     try:
         if path is None:

@@ -31,8 +31,9 @@ def main() -> None:
 
     @dataclass(kw_only=True)
     class Export:
-        checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-        """A run's folder, or last or best in it; a folder of timm or transformers; a file of weights (with --model)."""
+        checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+        """A run's folder, or last or best in it; a folder of timm or transformers; a file or URL of weights (with
+        --model); hf-hub:ORG/NAME; timm's name of a model, for its published weights."""
         output: Path
         """Folder to write; must not exist."""
         format: Literal["timm", "transformers", "onnx", "torch-export", "aotinductor"] = "timm"

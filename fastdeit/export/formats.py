@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdeit.checkpoint import files
 from fastdeit.errors import UserError
-from fastdeit.models.architectures import without_prefix
+from fastdeit.models.architectures import own_name
 from fastdeit.models.deit import DeiT
 from fastdeit.models.implementation import Implementation
 from fastdeit.models.loading import LoadedModel
@@ -116,7 +116,7 @@ def write_timm(trained: LoadedModel, folder: Path) -> Callable[[Tensor], Tensor]
     from safetensors.torch import save_file
 
     model = trained.model
-    architecture, arguments = without_prefix(trained.architecture), {}
+    architecture, arguments = own_name(trained.architecture), {}
     if isinstance(model, DeiT):
         if not timm.is_model(architecture):  # a size of ours: timm builds it from the nearest name and the numbers
             architecture = "deit_tiny_distilled_patch16_224" if model.arch.distilled else "deit_tiny_patch16_224"

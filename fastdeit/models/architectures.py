@@ -48,16 +48,22 @@ def model_names() -> list[str]:
     return list(ARCHITECTURES)
 
 
-def without_prefix(name: str) -> str:
-    """Our name of a model, without the prefix it has in timm; other names unchanged."""
-    own = name.removeprefix("fastdeit_")
+def own_name(name: str) -> str:
+    """Our name of a model, without the prefix it has in timm and the tag of its weights; other names unchanged."""
+    own = name.removeprefix("fastdeit_").partition(".")[0]
     return own if own in ARCHITECTURES else name
 
 
 def unknown_model_message(name: str, others: Iterable[str] = ()) -> str:
     """One sentence for an unknown name, with similar ones. `others`: timm's, where these are accepted too."""
-    if near := difflib.get_close_matches(name, dict.fromkeys([*ARCHITECTURES, *others]), n=3):
-        return f"unknown model {name!r}; did you mean {' or '.join(near)}?"
+    if near := similar(name, others):
+        return f"unknown model {name!r}{near}"
     return f"unknown model {name!r}: see fastdeit.models.deit.model_names()" + (
         " and timm.list_models()" if others else ""
     )
+
+
+def similar(name: str, others: Iterable[str] = ()) -> str:
+    """The end of a sentence about an unknown name: which were meant, perhaps; empty where none is similar."""
+    near = difflib.get_close_matches(name, dict.fromkeys([*ARCHITECTURES, *others]), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -13,8 +13,8 @@ from fastdeit.config import Config
 from fastdeit.errors import UserError
 
 from . import deit as ours
-from . import sources
-from .architectures import ARCHITECTURES, unknown_model_message, without_prefix
+from . import published, sources
+from .architectures import ARCHITECTURES, own_name, unknown_model_message
 from .trainable import freeze
 from .weights import load_weights
 
@@ -33,27 +33,19 @@ def build_student(
     torch.manual_seed(config.run.seed)
     pretrained = settings.pretrained and not settings.finetune  # which would be written over
     attention = "sdpa" if config.speed.attention == "auto" else config.speed.attention  # until something is measured
-    if pretrained and is_ours(settings.model):
-        raise UserError(
-            f"--pretrained: {settings.model} is this project's own code; give a downloaded checkpoint by --finetune"
-        )
-    try:
-        model = create_model(
-            settings.model, num_classes=num_classes, input_size=config.data.input_size, patch_size=settings.patch_size,
-            drop_path=settings.drop_path, attention=attention, pretrained=pretrained,
-        )  # fmt: skip
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        raise UserError(
-            f"the published weights of {settings.model} could not be loaded ({error.__class__.__name__}: {error}); "
-            "download them first, give a file by --finetune, or start from random weights by --no-pretrained"
-        ) from error
+    model = create_model(
+        settings.model, num_classes=num_classes, input_size=config.data.input_size, patch_size=settings.patch_size,
+        drop_path=settings.drop_path, attention=attention,
+        pretrained=pretrained and not is_ours(settings.model),
+    )  # fmt: skip
     if settings.grad_checkpointing:
         model.set_grad_checkpointing(True)
-    notes = []
+    source, notes = None, []
     if settings.finetune:
         source = sources.find(settings.finetune)
+    elif pretrained and is_ours(settings.model):
+        source = sources.of_model(settings.model)
+    if source is not None:
         notes = [
             f"starts from {source.weights}", *load_weights(model, source, new_head=True, classes=classes),
         ]  # fmt: skip
@@ -76,16 +68,20 @@ def create_model(
     attention: str = "sdpa",
     pretrained: bool = False,
 ) -> nn.Module:
-    """A model of ours or timm's by name, on the CPU, with fresh weights or (timm's only) `pretrained` ones.
+    """A model of ours or timm's by name, on the CPU, with fresh weights or those that timm publishes (`pretrained`).
 
     num_classes, input_size, patch_size: the model's own if None. Raises UserError, or ValueError from our own code,
     where there is no such model, or it does not take all of an image of this size.
     """
-    name = without_prefix(name)
     options = {"num_classes": num_classes, "patch_size": patch_size}
     options = {key: value for key, value in options.items() if value is not None}
-    if is_ours(name) and not pretrained:
-        return ours.create_model(name, img_size=input_size, drop_path=drop_path, attention=attention, **options)
+    if is_ours(name):
+        model = ours.create_model(
+            own_name(name), img_size=input_size, drop_path=drop_path, attention=attention, **options
+        )
+        if pretrained:
+            load_weights(model, sources.of_model(name), new_head=True)
+        return model
     import timm
     from timm.models import parse_model_name
 
@@ -100,7 +96,7 @@ def create_model(
     if pretrained:
         with torch.device("meta"):  # what can be refused is refused before anything is downloaded
             _made(name, input_size, options)
-        model = _timm_model(name, input_size, pretrained=True, **options)
+        model = _published(name, input_size, options)
     else:
         model = _made(name, input_size, options)
     if input_size is not None:
@@ -121,8 +117,22 @@ def _made(name: str, input_size: int | None, options: dict) -> nn.Module:
         raise UserError(_refused(name, input_size, error)) from error
 
 
+def _published(name: str, input_size: int | None, options: dict) -> nn.Module:
+    """With the weights that timm publishes, which have their names and shapes changed as timm does for this model."""
+    weights = published.of_model(name).weights
+    if weights.suffix == ".safetensors":
+        options = options | {"pretrained_cfg_overlay": {"file": str(weights)}}
+    try:
+        return _timm_model(name, input_size, pretrained=True, **options)
+    except Exception as error:  # a damaged file raises anything
+        raise UserError(
+            f"the published weights of {name} in {weights} cannot be loaded ({one_line(error)}): remove the file, so "
+            "that it is downloaded again"
+        ) from error
+
+
 def is_ours(name: str) -> bool:
-    return name in ARCHITECTURES
+    return own_name(name) in ARCHITECTURES
 
 
 def is_known(name: str) -> bool:

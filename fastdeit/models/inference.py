@@ -2,7 +2,7 @@
 
 load("runs/cats")                                                     a run's last checkpoint
 load("deit_small.pth", name="deit_small_patch16_224")                 a file, and the model that it is of
-load("deit_tiny_patch16_224.fb_in1k", pretrained=True)                timm's published weights
+load("deit_tiny_patch16_224.fb_in1k")                                 timm's published weights
 """
 
 import logging

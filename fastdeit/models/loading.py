@@ -3,7 +3,8 @@
 load_model("runs/cats")                                                a run's last checkpoint
 load_model("exported")                                                 a folder of timm or transformers
 load_model("deit_small.pth", name="deit_small_patch16_224")            a file, and the model that it is of
-load_model("deit_tiny_patch16_224.fb_in1k", pretrained=True)           timm's published weights
+load_model("deit_tiny_patch16_224.fb_in1k")                            timm's published weights
+load_model("hf-hub:facebook/deit-tiny-patch16-224")                    a repository of the hub
 """
 
 import importlib.util
@@ -20,8 +21,8 @@ from fastdeit.checkpoint.state_dict import StateDict
 from fastdeit.errors import UserError
 
 from . import deit as ours
-from . import sources, weight_names, weights
-from .architectures import ARCHITECTURES, Architecture
+from . import published, sources, weight_names, weights
+from .architectures import ARCHITECTURES, Architecture, own_name, similar
 from .build import create_model, is_known, is_ours, mean_std, one_line, patch_and_grid, refuse_remainder
 from .implementation import installed
 from .sources import Source
@@ -78,8 +79,9 @@ def load_model(
 ) -> LoadedModel:
     """The model that `source` means.
 
-    source: a file or folder as sources.find takes it; or with `pretrained` a name of timm's (NAME, NAME.TAG,
-        hf-hub:NAME, local-dir:FOLDER)
+    source: a file, a folder or an address as sources.find takes it (local-dir:FOLDER means FOLDER); or timm's name of
+        a model (NAME or NAME.TAG), which means the weights that timm publishes for it
+    pretrained: the name of a model means these weights even where there is a file of that name
     name: the model that a file of weights is of. default_name: the same, where the file itself does not say
     weights: "ema" for the moving average
     input_size: pixels on a side, if another than in training; the position embedding is interpolated
@@ -87,10 +89,9 @@ def load_model(
 
     Raises UserError, or ValueError for weights that cannot be read or do not fit.
     """
-    if pretrained:
-        return _published(str(source), input_size)
-    if not Path(source).expanduser().exists():
-        raise UserError(_nothing_at(str(source)))
+    source = str(source)
+    if not sources.exists(source) or (pretrained and not published.is_remote(source) and is_known(source)):
+        return _published(source, input_size)
     found = sources.find(source, weights=weights)
     if found.kind == "file" or (name is not None and found.path.is_file()):
         return _file(replace(found, kind="file"), weights == "ema", input_size, name, default_name)
@@ -100,11 +101,10 @@ def load_model(
 
 def has_moving_average(source: str | Path, *, pretrained: bool = False) -> bool:
     """Whether `source` holds a moving average of the weights beside the weights."""
-    path = Path(source).expanduser()
-    if pretrained or path.suffix in (".safetensors", ".json"):
+    if pretrained or not sources.exists(source) or str(source).endswith((".safetensors", ".json")):
         return False
     try:
-        return bool(state_dict.read(sources.find(path, weights="ema").weights, ema=True).state)
+        return bool(state_dict.read(sources.find(source, weights="ema").weights, ema=True).state)
     except ValueError:
         return False
 
@@ -163,7 +163,7 @@ def _as_configured(found: Source, model: nn.Module, input_size: int | None, note
     mean, std = mean_std(model)
     settings = getattr(model, "pretrained_cfg", None) or {}
     return LoadedModel(**{
-        "name": str(found.path), "model": model, "kind": found.kind, "classes": found.classes,
+        "name": found.name or str(found.path), "model": model, "kind": found.kind, "classes": found.classes,
         "architecture": found.model or "", "input_size": _side(found, input_size) or settings["input_size"][-1],
         "mean": found.mean or mean, "std": found.std or std,
         "crop_pct": found.crop_pct or settings.get("crop_pct") or 0.875, "notes": tuple(notes), **more,
@@ -193,7 +193,7 @@ def _file(found: Source, ema: bool, input_size: int | None, name: str | None, de
     model.load_state_dict(state)
     return _as_configured(
         found, model, side, (*contents.notes, *notes, *more), architecture=name,
-        name=f"{name} from {found.path}",
+        name=f"{name} from {found.name or found.path}",
     )  # fmt: skip
 
 
@@ -213,30 +213,19 @@ def _side_of(model: nn.Module, state: StateDict) -> int | None:
 
 def _published(name: str, input_size: int | None) -> LoadedModel:
     """timm's model with the weights timm publishes; in our code where we have it, which gives logits by head."""
-    if name.startswith("local-dir:"):
-        return load_model(name.removeprefix("local-dir:"), input_size=input_size)
-    try:
+    if published.config_of_model(name) is None and not is_known(name):
+        raise UserError(_nothing_at(name))
+    found = sources.of_model(name)
+    notes: tuple[str, ...] = ()
+    if is_ours(name):
+        model = create_model(name, num_classes=found.num_classes, input_size=_side(found, input_size))
+        notes = tuple(weights.load_weights(model, found))
+    else:
         model = create_model(name, input_size=input_size, pretrained=True)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file raises anything
-        raise UserError(
-            f"the published weights of {name} could not be loaded ({error.__class__.__name__}: {error}); give them as "
-            f"a file (with its model's name, {name.partition('.')[0]}), or a folder"
-        ) from error
-    settings, notes = cast(dict[str, Any], model.pretrained_cfg), []
-    own_size = settings["input_size"][-1]
-    if input_size not in (None, own_size) and getattr(model, "pos_embed", None) is not None:
-        notes.append(f"positions interpolated by timm from {own_size} to {input_size} pixels")
-    architecture = settings.get("architecture", "")
-    if is_ours(architecture):
-        model = _in_our_code(model, ARCHITECTURES[architecture])
-    names, (mean, std) = settings.get("label_names"), mean_std(model)
-    return LoadedModel(
-        name=name, model=model, kind="timm", architecture=architecture, classes=tuple(names) if names else None,
-        input_size=input_size or own_size, mean=tuple(settings.get("mean") or mean),
-        std=tuple(settings.get("std") or std), crop_pct=settings.get("crop_pct") or 0.875, notes=tuple(notes),
-    )  # fmt: skip
+        own_size = cast(dict[str, Any], model.pretrained_cfg)["input_size"][-1]
+        if input_size not in (None, own_size) and getattr(model, "pos_embed", None) is not None:
+            notes = (f"positions interpolated by timm from {own_size} to {input_size} pixels",)
+    return _as_configured(found, model, input_size, notes, architecture=own_name(name))
 
 
 def _in_our_code(model: Any, arch: Architecture) -> ours.DeiT:
@@ -301,12 +290,10 @@ def _side(found: Source, input_size: int | None) -> int | None:
 
 
 def _nothing_at(source: str) -> str:
-    if source.startswith("hf-hub:") or is_known(source):
-        return (
-            f"{source} is the name of a model: add --pretrained for its published weights, or give a file of its "
-            f"weights and --model {source}"
-        )
+    import timm
+
+    near = "" if "/" in source else similar(source, timm.list_models())
     return (
-        f"there is no checkpoint {source}: give a run's folder, a file of weights with --model NAME, or a timm name "
-        "with --pretrained"
+        f"there is no checkpoint {source}: give a run's folder, a folder of timm or transformers, a file of weights "
+        f"with --model NAME, hf-hub:ORG/NAME, a URL, or timm's name of a model{near}"
     )

@@ -10,22 +10,22 @@ Only JSON is read. What weights say of themselves outranks a default; a flag tha
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from . import published
 from .architectures import ARCHITECTURES
 
-WEIGHTS = {  # the files that may hold a folder's weights, the first one found
-    "model": ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "open_clip_model.safetensors"),
-    "ema": ("ema.safetensors",),
-}
+# The files that may hold a folder's weights, the first one found.
+WEIGHTS = {"model": published.WEIGHTS, "ema": ("ema.safetensors",)}
 Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)
 class Source:
-    """`path` as it was named, `weights` the file that is read; None, or (), for what is not said."""
+    """`path` as it was named, or where it was downloaded to, `weights` the file that is read; None, or (), for what is
+    not said."""
 
     path: Path
     kind: Literal["ours", "timm", "transformers", "file"]
@@ -40,19 +40,39 @@ class Source:
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
     notes: tuple[str, ...] = ()
+    name: str | None = None  # where the weights are not of a path: an address, or timm's name of them
+
+
+def exists(source: str | Path) -> bool:
+    """Whether `source` is a file, a folder or an address; what is behind an address is not asked."""
+    return published.is_remote(source) or _path(source).exists()
+
+
+def _path(source: str | Path) -> Path:
+    return Path(str(source).removeprefix("local-dir:")).expanduser()
+
+
+def of_model(name: str) -> Source:
+    """What timm publishes for a name; see published.of_model."""
+    weights, config = published.of_model(name)
+    return Source(weights, "timm", weights, config, name=name, **_timm(config))
 
 
 def find(path: str | Path, *, weights: Literal["model", "ema"] = "model") -> Source:
     """What is at `path`. Raises ValueError where nothing is that can be read as a model's weights.
 
     path: a file; a folder; a run's folder, which means last/ in it; a folder of the hub's cache (models--ORG--NAME),
-        which means its newest snapshot
+        which means its newest snapshot; local-dir:FOLDER, as timm writes it; an address, which is downloaded
+        (published.local)
     weights: "ema" for the moving average: ema.safetensors of a folder, a state dict beside the weights in a file
     """
-    path = Path(path).expanduser()
+    if published.is_remote(path):
+        return replace(find(published.local(str(path)), weights=weights), name=str(path))
+    path = _path(path)
     if not path.exists():
         raise ValueError(
-            f"no checkpoint at {path}: give a folder with model.safetensors, or a .safetensors or .pth file"
+            f"no checkpoint at {path}: give a folder with model.safetensors, a .safetensors or .pth file, hf-hub:NAME "
+            "or a URL"
         )
     if path.is_file():
         beside, names = path.with_name("config.json"), (*WEIGHTS["model"], *WEIGHTS["ema"])
@@ -235,13 +255,12 @@ def _edge(size) -> int | None:
 
 
 def adopt(config, typed: frozenset[str], *, keep_size: bool = False) -> None:
-    """Give a config.Config what the weights of --finetune say, except for the flags that were `typed`: the model with
-    its patch size, and, unless `keep_size`, the size and crop of images."""
-    path = Path(config.model.finetune).expanduser() if config.model.finetune else None
-    if path is None or not path.exists():
+    """Give a config.Config what the weights of --finetune or --pretrained say, except for the flags that were `typed`:
+    the model with its patch size, and, unless `keep_size`, the size and crop of images."""
+    source = _start(config.model)
+    if source is None:
         return
-    source = find(path)
-    if source.model is not None and "--model" not in typed:
+    if source.model is not None and "--model" not in typed and config.model.finetune:
         config.model.model = source.model
         if source.patch_size is not None and "--patch-size" not in typed:
             own = ARCHITECTURES.get(source.model)
@@ -253,3 +272,11 @@ def adopt(config, typed: frozenset[str], *, keep_size: bool = False) -> None:
         config.data.input_size = source.input_size[0]
     if source.crop_pct is not None and "--eval-crop-ratio" not in typed:
         config.data.eval_crop_ratio = source.crop_pct
+
+
+def _start(model) -> Source | None:
+    """What the weights that config.Model names say; those of timm are not downloaded for it."""
+    if model.finetune:
+        return find(model.finetune) if exists(model.finetune) else None
+    config = published.config_of_model(model.model) if model.pretrained else None
+    return None if config is None else Source(Path(model.model), "timm", Path(model.model), config, **_timm(config))

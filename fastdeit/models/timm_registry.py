@@ -2,7 +2,8 @@
 
     timm.create_model("fastdeit_deit_tiny_distilled_patch16_224", num_classes=10, drop_path_rate=0.1)
 
-As in timm, these average the two heads in training too, until set_distilled_training(True).
+As in timm, these average the two heads in training too, until set_distilled_training(True); pretrained=True gives them
+the weights that timm publishes for NAME.
 """
 
 from timm.models import register_model
@@ -20,14 +21,14 @@ def _entrypoint(name: str, create_model):
         in_chans=3,
         **kwargs,
     ):
-        if pretrained:
-            raise ValueError(
-                f"fastdeit_{name} brings no weights: make it with pretrained=False, then fill it with "
-                "fastdeit.models.weights.load_weights(model, FILE) or with the state dict of timm's pretrained model"
-            )
         if in_chans != 3:
             raise ValueError(f"fastdeit_{name} takes images of 3 channels, got in_chans={in_chans}")
         model = create_model(name, drop_path=drop_path_rate, **kwargs)
+        if pretrained:
+            from . import sources, weights
+
+            tag = f".{pretrained_cfg}" if isinstance(pretrained_cfg, str) else ""
+            weights.load_weights(model, sources.of_model(name + tag), new_head="num_classes" in kwargs)
         model.set_distilled_training(False)
         return model
 

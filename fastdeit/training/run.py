@@ -121,7 +121,7 @@ def run_undistilled(
     either, unless it starts from the weights of a model that has one: then both heads learn the labels."""
     settings = type(config).from_dict(config.to_dict())
     settings.distillation.distillation_type = "none"
-    if not config.model.finetune:
+    if not config.model.finetune and not config.model.pretrained:
         settings.model.model = config.model.model.replace("_distilled", "")
     classes = indices[0].classes
     folder = folder / "undistilled"

@@ -75,6 +75,8 @@ def test_the_command_in_a_recipes_docstring_is_of_that_recipe(name):
     config = STARTS[start](given)
     assert config.run.recipe == name
     changed = {key for key, value in flat(config).items() if value != flat(recipes.load(name))[key]} - {"recipe"}
+    if config.model.pretrained:  # the weights say with which crop they are used
+        changed -= {"eval_crop_ratio"}
     assert changed <= {flag.removeprefix("--").replace("-", "_") for flag in given}
 
 
@@ -169,7 +171,7 @@ def test_settings_that_a_resumed_run_may_change():
 
 @pytest.mark.parametrize("recipe", ["finetune", "deit3_finetune", "deit_base_384", "deit_base_distilled_384"])
 def test_fine_tuning_needs_weights(recipe):
-    given = ["--recipe", recipe, "--data-path", "x"]
+    given = ["--recipe", recipe, "--data-path", "x", "--no-pretrained"]
     with pytest.raises(UserError, match="--finetune CHECKPOINT"):
         parse_config(given)
     assert parse_config([*given, "--finetune", "y"]).run.recipe == recipe

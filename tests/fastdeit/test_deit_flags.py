@@ -157,7 +157,6 @@ def test_a_translated_flag_outranks_one_after_it():
         ("--cosub", ["README_cosub.md"]),
         ("--dist_url tcp://a:1", ["MASTER_ADDR"]),
         ("--nodes 1 --ngpus 8", ["torchrun --nnodes 1 --nproc-per-node 8"]),
-        ("--resume https://dl.fbaipublicfiles.com/deit/a.pth --eval", ["curl -LO https://", "--resume a.pth"]),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(cli, line, words):

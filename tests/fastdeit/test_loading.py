@@ -236,7 +236,7 @@ def test_what_is_none_of_these_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model": "deit_nano_patch4_16", "settings": {}}')
     refused("lacks 'input_size'")
     refused("there is no checkpoint", tmp_path / "nowhere")
-    refused("add --pretrained", "resnet50")
+    refused("no checkpoint resnet_50: .* did you mean", "resnet_50")
 
 
 def test_the_weights_file_of_a_folder_means_the_folder(tmp_path):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastdeit.errors import UserError
 from fastdeit.models import deit as fastdeit_model
 from fastdeit.models.deit import create_model, model_names, token_cosine_similarity
 
@@ -138,7 +139,7 @@ def test_timm_knows_the_names():
 
 
 def test_timm_is_told_what_it_cannot_have():
-    with pytest.raises(ValueError, match=f"fastdeit_{NANO} brings no weights"):
+    with pytest.raises(UserError, match=f"timm publishes no weights of {NANO}"):
         timm.create_model(f"fastdeit_{NANO}", pretrained=True)
     with pytest.raises(ValueError, match="3 channels, got in_chans=1"):
         timm.create_model(f"fastdeit_{NANO}", in_chans=1)

@@ -388,7 +388,7 @@ def test_what_the_model_has_not(cli, images, tmp_path):
 
 def test_no_checkpoint(cli, images, tmp_path):
     refused(cli, predict.main, tmp_path / "none", images[0], words=["no checkpoint", "none"])
-    refused(cli, predict.main, "resnet50", images[0], words=["resnet50", "--pretrained"])
+    refused(cli, predict.main, "resnet_50", images[0], words=["no checkpoint resnet_50", "did you mean"])
 
 
 def test_several_processes(cli, run, images, monkeypatch):

@@ -199,7 +199,7 @@ CASES = {
         lambda b: torch.equal(b.student.pos_embed, load_file(b.folder / "student.safetensors")["pos_embed"]),
         {"model.model": "deit_nano_patch4_16"},
     ),
-    "model.pretrained": (True, lambda b: "--pretrained" in b.refused, {}),
+    "model.pretrained": (True, lambda b: "timm publishes no weights" in b.refused, {}),
     "model.freeze": ("backbone", lambda b: len(learning(b)) == 4, {}),
     "model.attn_only": (True, lambda b: len(learning(b)) == 6 * 4 + 1 + 4, {}),
     "model.model_ema": (False, lambda b: b.trainer.ema is None, {}),

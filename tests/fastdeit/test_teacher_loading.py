@@ -97,8 +97,8 @@ def test_a_transformer_of_timm_at_another_size(tmp_path):
     ("settings", "words"),
     [
         ({"teacher_model": "resnet_5000"}, "did you mean resnet"),
-        ({"teacher_model": "local-dir:/nowhere"}, "no checkpoint /nowhere"),
-        ({"teacher_model": "some/where"}, "local-dir"),
+        ({"teacher_model": "local-dir:/nowhere"}, "no checkpoint local-dir:/nowhere"),
+        ({"teacher_model": "some/where"}, "hf-hub:ORG/NAME"),
         ({"teacher_model": "test_resnet", "teacher_path": "/nowhere.pth"}, "no such file"),
     ],
 )
