@@ -43,6 +43,11 @@ class Prediction(NamedTuple):
     classes: list[tuple[str, float]]  # (name, probability), the most probable first; none if it could not be read
     error: str | None = None  # why it could not be read
 
+    @property
+    def label(self) -> str | None:
+        """The most probable class; None if the image could not be read."""
+        return self.classes[0][0] if self.classes else None
+
 
 # Each form gives a line, or None where it has none for an image that could not be read.
 

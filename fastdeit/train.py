@@ -3,9 +3,13 @@
 python -m fastdeit.train                      handwritten digits: teacher, distilled student, comparison
 python -m fastdeit.train --data-path DIR      your own folder, DIR/train/CLASS/* and DIR/val/CLASS/*
 torchrun --nproc-per-node 8 -m fastdeit.train --data-path DIR
+
+From Python: fastdeit.train(data_path=DIR), see fastdeit.api.train.
 """
 
 import json
+import sys
+from types import ModuleType
 
 from fastdeit.errors import UserError, run
 
@@ -71,5 +75,17 @@ def evaluate_only(config, world) -> dict:
     return result
 
 
+class _Callable(ModuleType):
+    """`import fastdeit.train` puts this module where `fastdeit.train` is looked up, so it answers as the function."""
+
+    def __call__(self, data_path=None, *, recipe=None, **settings):
+        """See fastdeit.api.train."""
+        from fastdeit import api
+
+        return api.train(data_path, recipe=recipe, **settings)
+
+
 if __name__ == "__main__":
     run(main)
+else:
+    sys.modules[__name__].__class__ = _Callable

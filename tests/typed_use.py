@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
 
+import fastdeit
 from fastdeit.config import Config, Data, Optimization
 from fastdeit.kernels import (
     add_layer_norm,
@@ -60,6 +62,19 @@ def models(checkpoint: Path) -> nn.Module:
     loaded = load_model(checkpoint)
     assert_type(loaded.num_classes, int)
     return loaded.model
+
+
+def from_python(folder: Path, photo: np.ndarray) -> float:
+    run = fastdeit.train(folder, recipe="finetune", epochs=3, scale=(0.5, 1.0))
+    assert_type(run, fastdeit.Run)
+    classifier = fastdeit.load("hf-hub:me/model", weights="ema") if run.folder is None else run.model
+    assert_type(classifier, fastdeit.Classifier)
+    for prediction in classifier.predict([photo, photo], top=2):
+        assert_type(prediction.label, str | None)
+        assert_type(prediction.classes, list[tuple[str, float]])
+    assert_type(classifier.logits("photos/"), Tensor)
+    assert_type(classifier.attention(photo), Tensor)
+    return classifier.evaluate(folder)["both"]["top1"] + run.metrics["both"]
 
 
 def settings() -> Config:

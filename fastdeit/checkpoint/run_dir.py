@@ -71,9 +71,15 @@ def _goes_on(config: Config, folder: Path) -> bool:
     return progress["epochs_evaluated"] < config.optimization.epochs and (patience is None or stale < patience)
 
 
+def folder_of(config: Config) -> Path:
+    """The folder that these settings mean: of the run to resume, the one given, or a new one's."""
+    name = f"{config.run.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return to_resume(config) or config.run.output_dir or _fresh(Path("runs"), name)
+
+
 def claim(config: Config) -> tuple[Path, bool]:
     """(the run's folder, whether it was made now: an empty one may be there); refused when something is in it."""
-    folder = config.run.output_dir or _fresh(Path("runs"), f"{config.run.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = folder_of(config)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output-dir {folder}: there is a file of this name; choose another folder")
     if folder.is_dir() and any(folder.iterdir()):

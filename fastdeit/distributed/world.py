@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 import traceback
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -81,10 +81,11 @@ def pick_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def join(device_name: str | None):
-    """This process's `Place`, listening for signals. Under torchrun (WORLD_SIZE is set) it joins the others."""
+def join(device_name: str | None, *, listen: bool = True):
+    """This process's `World`, listening for signals, which end it; or not, in a program that is not ours. Under
+    torchrun (WORLD_SIZE is set) it joins the others."""
     device = pick_device(device_name)
-    with Stop() as stop, ExitStack() as at_end:
+    with Stop() if listen else nullcontext(Stop()) as stop, ExitStack() as at_end:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             yield World(device, stop=stop, at_end=at_end)
             return

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .notebook import NotebookBar, in_notebook
 from .trackers import Tracker
 
 PLAIN_LINE_SECONDS = 30  # without a terminal: at most one line in this time between two epochs
@@ -25,18 +26,21 @@ class Log:
         self, folder: Path | None, *, total_steps: int, title: str, quiet: bool = False, tracker: Tracker | None = None
     ):
         self.quiet, self.total_steps, self.title = quiet, total_steps, title
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
+        # A notebook's output is text here, as a pipe's: rich would make a table of HTML of every line.
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty(), force_jupyter=False)
         self.started = self.last_line = time.monotonic()
         self.first_step: int | None = None
         self.lines = (folder / "metrics.jsonl").open("a", buffering=1) if folder else None
         self.tracker, self.disk_failed = tracker, False
-        self.bar = self.task = None
-        if self.console.is_terminal and not quiet:
+        self.bar: Progress | NotebookBar | None = None
+        if in_notebook() and not quiet:
+            self.bar = NotebookBar()
+        elif self.console.is_terminal and not quiet:
             self.bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                 TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True,
             )  # fmt: skip
-            self.task = self.bar.add_task(title, total=total_steps)
+        self.task = self.bar.add_task(title, total=total_steps) if self.bar is not None else None
 
     def begin(self) -> None:
         """Show the bar, which hides the cursor until `close`."""
