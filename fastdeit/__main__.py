@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": ("fastdeit.evaluate", "accuracy and calibration on validation images"),
     "predict": ("fastdeit.predict", "classes of images, and what the model looks at"),
     "teach": ("fastdeit.teach", "fit a teacher; store its logits for training runs"),
+    "tune": ("fastdeit.tune", "what a run would measure when it starts, in advance"),
     "export": ("fastdeit.export", "a checkpoint for timm, transformers, ONNX, ..."),
     "report": ("fastdeit.report", "one HTML page about a run"),
     "prepare": ("fastdeit.pipelines.prepare", "a data set in smaller images, which decode faster"),

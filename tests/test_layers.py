@@ -22,7 +22,7 @@ MODULES = {
     "demo": "recipes, training",
     "cli": "checkpoint, config, config_check, deit_flags, errors, models, recipes",
 }
-COMMANDS = ("api", "train", "evaluate", "predict", "teach")  # import anything, and only each other import them
+COMMANDS = ("api", "train", "evaluate", "predict", "teach", "tune")  # import anything, and only each other import them
 
 
 def module_of(path: Path) -> str:

@@ -12,6 +12,7 @@ from fastdeit import recipes
 from fastdeit.errors import in_words
 from fastdeit.evaluation import charts, tables
 from fastdeit.training.optimizer import scaled_peak
+from fastdeit.tuning import table
 
 from . import pictures, settings
 from .record import Record
@@ -73,6 +74,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
+        "about": table.about, "origin": table.origin_of, "rows": table.rows_of,
         "count": count, "duration": duration, "grouped": "{:,}".format, "moment": moment, "of_tokens": charts.of_tokens,
         "percent": percent, "quote": lambda path: shlex.quote(str(path)), "short": charts.short, "svg": charts.svg,
         "written": settings.written,

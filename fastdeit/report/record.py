@@ -21,6 +21,7 @@ class Record:
 
     training, evaluations: the lines of metrics.jsonl by their kind
     undistilled: the evaluations of the comparison run
+    tuning: what was chosen by measurement, as tuning.Choice.to_dict has it
     bad_files: (name, cause) of images that could not be read
     nonfinite: what nonfinite.py wrote about steps that were not finite
     """
@@ -32,6 +33,7 @@ class Record:
     training: list[dict]
     evaluations: list[dict]
     undistilled: list[dict]
+    tuning: list[dict]
     bad_files: list[tuple[str, str]]
     nonfinite: list[dict]
 
@@ -58,6 +60,7 @@ class Record:
             training=training,
             evaluations=evaluations,
             undistilled=metrics_log.read(folder / "undistilled" / "metrics.jsonl")[1],
+            tuning=_list(folder / "tuning.json"),
             bad_files=_bad_files(folder / "bad_files.txt"),
             nonfinite=metrics_log.json_lines(folder / "nonfinite.jsonl"),
         )
@@ -93,6 +96,13 @@ class Record:
     def setting(self, name: str):
         """None for one that the run's version did not have."""
         return next((values[name] for values in self.settings.values() if name in values), None)
+
+    @property
+    def attention(self) -> str | None:
+        """How it was computed, as far as that is known."""
+        asked = self.setting("attention")
+        found = [choice["chosen"] for choice in self.tuning if choice["question"] == "attention"]
+        return asked if asked != "auto" else (found or ["sdpa"])[0]
 
     @property
     def parameters(self) -> int | None:
@@ -193,6 +203,11 @@ def _json(path: Path) -> dict:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+
+
+def _list(path: Path) -> list[dict]:
+    found = _json(path)
+    return found if isinstance(found, list) else []
 
 
 def _bad_files(path: Path) -> list[tuple[str, str]]:

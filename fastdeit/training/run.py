@@ -4,7 +4,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -106,6 +106,28 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
     return Built(loop, folder, saved, None if config.run.dry_run else extended)
 
 
+def tune(config: Config, world: World) -> list[dict]:
+    """Ask what `run` would ask, on a CPU too, and print the table; what is asked again when the run begins is then
+    remembered. Returns the choices in JSON types."""
+    classes = open_images(config, world)[0].classes
+    model, _ = build_student(config, len(classes), classes)
+    tuner = replace(of_run(config, world, None), measures=True)
+    distillation = config.distillation
+    if distillation.distillation_type != "none" and distillation.teacher_store is None:
+        mean, std = mean_std(model)
+        teacher = load_teacher(config, classes, student_mean=mean, student_std=std, world=world)
+        teacher.plain = None  # it compares nothing here
+        speed_up(teacher, config, tuner)
+        del teacher
+    student_tuning.ask(tuner, model, config)
+    if distillation.compare_undistilled and distillation.distillation_type != "none":
+        config = undistilled(config)
+        student_tuning.ask(tuner, build_student(config, len(classes), classes)[0], config)
+    if world.is_main:
+        print(tuner.table() or "for this student there is nothing to choose on this machine")
+    return tuner.to_json()
+
+
 def _show(tuner: Tuner, loop: Loop, folder: Path | None) -> None:
     """The table of what was measured and chosen: said, and kept beside the settings."""
     if shown := tuner.table():
@@ -114,15 +136,22 @@ def _show(tuner: Tuner, loop: Loop, folder: Path | None) -> None:
         atomic.replace_json(folder / "tuning.json", tuner.to_json())
 
 
-def run_undistilled(
-    config: Config, world: World, indices, folder: Path, on_micro_batch: MicroBatchHook | None = None
-) -> float:
-    """The same student without teacher, for the same number of steps. Returns its top-1. It has no distillation token
-    either, unless it starts from the weights of a model that has one: then both heads learn the labels."""
+def undistilled(config: Config) -> Config:
+    """The settings of the same student without teacher. It has no distillation token either, unless it starts from the
+    weights of a model that has one: then both heads learn the labels."""
     settings = type(config).from_dict(config.to_dict())
+    settings.typed = config.typed
     settings.distillation.distillation_type = "none"
     if not config.model.finetune and not config.model.pretrained:
         settings.model.model = config.model.model.replace("_distilled", "")
+    return settings
+
+
+def run_undistilled(
+    config: Config, world: World, indices, folder: Path, on_micro_batch: MicroBatchHook | None = None
+) -> float:
+    """The same student without teacher, for the same number of steps. Returns its top-1."""
+    settings = undistilled(config)
     classes = indices[0].classes
     folder = folder / "undistilled"
     own_folder = folder if world.is_main else None

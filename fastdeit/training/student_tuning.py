@@ -174,7 +174,7 @@ def forward_backward(
             outputs = tree_leaves(module(*inputs))
         if not gradients:
             gradients.extend(map(torch.randn_like, outputs))
-        return [*outputs, *torch.autograd.grad(outputs, wanted, gradients)]
+        return [*outputs, *(torch.autograd.grad(outputs, wanted, gradients) if wanted else [])]
 
     return call
 
@@ -197,7 +197,11 @@ def _short(model: nn.Module) -> nn.Module:
 def _key(tuner: Tuner, model: nn.Module, config: Config) -> dict:
     images = [config.data.batch_size, 3, config.data.input_size, config.data.input_size]
     compiled = compiles(config, tuner.world.device)
-    return {"model": config.model.model, "images": images, "patch": config.model.patch_size, "compiled": compiled}
+    frozen = sum(not parameter.requires_grad for parameter in model.parameters())
+    return {
+        "model": config.model.model, "images": images, "patch": config.model.patch_size, "frozen": frozen or None,
+        "compiled": compiled,
+    }  # fmt: skip
 
 
 @cache

@@ -12,6 +12,5 @@ May import: checkpoint, config, distributed, errors.
 """
 
 from .choose import Choice, Row, Tuner, of_run
-from .table import table
 
-__all__ = ["Choice", "Row", "Tuner", "of_run", "table"]
+__all__ = ["Choice", "Row", "Tuner", "of_run"]

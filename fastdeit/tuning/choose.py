@@ -78,6 +78,7 @@ class Tuner:
     mode: auto; off, the default is the answer to all; fresh, the cache is not read
     measures: whether auto measures what nobody has measured before; None: on a GPU
     deterministic: leave out candidates that give other bits each time
+    say: takes a sentence before something is measured
     earlier: choices of the checkpoint that the run resumes from, as `to_dict` gives them
     file: the cache on disk; None: the user's
     """
@@ -86,6 +87,7 @@ class Tuner:
     mode: Mode = "auto"
     measures: bool | None = None
     deterministic: bool = False
+    say: Callable[[str], object] = lambda sentence: None
     earlier: Collection[dict] = ()
     file: Path | None = None
     choices: list[Choice] = field(default_factory=list)
@@ -152,6 +154,7 @@ class Tuner:
             pass  # nothing is known, or by another version
         if self.mode == "auto" and not (self.measures if self.measures is not None else _on_gpu(self.world)):
             return _with(begun, notes=notes)
+        self.say(f"measuring {begun.question}: {', '.join(candidates)}")
         broken = known.get("broken", {}) if isinstance(known, dict) else {}
         try:
             choice = measurement.choose(begun, candidates, broken)
@@ -192,7 +195,12 @@ def of_run(config: Config, world: World, description: dict | None) -> Tuner:
     if description is not None and mode == "fresh" and "--tune" not in config.typed:
         mode = "auto"  # fresh when it was started
     earlier = description.get("tuning", ()) if description is not None and mode == "auto" else ()
-    return Tuner(world, mode=mode, deterministic=config.speed.deterministic, earlier=earlier)
+    return Tuner(world, mode=mode, deterministic=config.speed.deterministic, say=say, earlier=earlier)
+
+
+def say(sentence: str) -> None:
+    """Before the run has a log; rank 0 alone measures."""
+    print(sentence, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

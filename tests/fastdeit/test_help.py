@@ -11,7 +11,7 @@ pytest.importorskip("tyro")
 
 COMMANDS = [
     "train", "evaluate", "predict", "export", "report", "teach", "teach fit", "teach store", "teach verify",
-    "pipelines.prepare", "pipelines.show", "doctor",
+    "tune", "pipelines.prepare", "pipelines.show", "doctor",
 ]  # fmt: skip
 HEAVY = {"torch", "torchvision", "timm", "transformers", "nvidia", "scipy", "sklearn", "matplotlib", "pyarrow"}
 

@@ -1,6 +1,7 @@
 """The student's questions: every answer is carried out, computes the same, and stays with the run."""
 
 import copy
+import csv
 import json
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastdeit import report, tune
 from fastdeit.config import Config
 from fastdeit.distributed import parallel
 from fastdeit.distributed.world import World
@@ -17,6 +19,7 @@ from fastdeit.training.student_tuning import Arrangement
 from fastdeit.training.trainer import Trainer
 from fastdeit.tuning import Tuner, cache, timing
 
+from .conftest import refused
 from .processes import start_ranks
 from .runs import RANDOM, assert_same, run, run_until
 
@@ -186,6 +189,35 @@ def test_two_ranks_take_one_word(colors, tmp_path):
     assert [rank.wait(120) for rank in ranks] == [0, 0]
     assert {origin for _, origin in chosen(tmp_path / "run").values()} == {"measured"}
     assert "attention: " in ranks[0].text and "attention: " not in ranks[1].text
+
+
+def test_what_was_measured_in_advance_is_taken(colors, tmp_path, favour, cli, request):
+    """tune, then a run with the same flags, whose report shows the table."""
+    flags = [*RANDOM, "--epochs", "1", "--data-path", colors, "--num-workers", "1"]
+    flags += ["--distillation-type", "hard", "--teacher-path", request.getfixturevalue("run")]
+    favour("product", "math")
+    code, out, _ = cli(tune.main, *flags, "--record", tmp_path / "records" / "here.csv")
+    assert code == 0 and "attention: math (measured in" in out
+    with (tmp_path / "records" / "here.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["question"], row["candidate"], row["remark"]) for row in rows] == [
+        ("patch embedding", "product", "chosen, default"), ("patch embedding", "convolution", ""),
+        ("attention", "sdpa", "default"), ("attention", "math", "chosen"),
+    ]  # fmt: skip
+    described = json.loads((tmp_path / "records" / "here.json").read_text())
+    assert described["torch"] == torch.__version__ and "fastdeit.tune" in described["command"]
+
+    run(*flags, "--output-dir", tmp_path / "run")
+    made = chosen(tmp_path / "run")
+    assert made["attention"] == ("math", "cache") and made["teacher"] == ("plain", "default")
+    page = report.write(tmp_path / "run").read_text()
+    assert "What was measured and chosen" in page and "remembered on this machine" in page
+    assert "math attention" in page
+
+
+@pytest.mark.parametrize("flags", [["--tune", "off"], ["--resume", "x"], ["--record", "x.txt"]])
+def test_tune_refuses_what_makes_no_sense(cli, flags, colors):
+    refused(cli, tune.main, "--recipe", "demo", "--data-path", colors, *flags, words=[flags[0]])
 
 
 @pytest.mark.parametrize("mode", ["auto", "off"])
