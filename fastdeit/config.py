@@ -67,6 +67,8 @@ class Run:
     epoch. The learning rate follows --epochs all the same."""
     eval: bool = setting(False, resumable=True)
     """Only evaluate --resume or --finetune on the validation images."""
+    eval_every: int = setting(1, at_least=1, resumable=True)
+    """Evaluate after every N-th epoch, and after the last."""
     checkpoint_minutes: float = setting(10, at_least=0, resumable=True)
     """Minutes between checkpoints within an epoch; one is written after each epoch anyway."""
     keep_epochs: int = setting(0, at_least=0, resumable=True)

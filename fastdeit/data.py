@@ -184,6 +184,7 @@ def loaders(config: Config, indices, world: World, folder: Path | None):
         "world_size": world.world_size, "num_threads": threads(config),
         "decoding": trusted_decoding(training, world, threads(config)),
     }  # fmt: skip
+    evaluated = min(data.batch_size, -(-len(validation) // world.world_size))  # at a time: the last batch is padded
     bad_files = [
         BadFiles.of(index, limit=data.max_bad, path=folder and folder / "bad_files.txt")
         for index in (training, validation)
@@ -197,9 +198,7 @@ def loaders(config: Config, indices, world: World, folder: Path | None):
             bad_files=bad_files[0],
             **shared,
         ),
-        eval_loader(
-            validation, batch_size=data.batch_size, crop_pct=data.eval_crop_ratio, bad_files=bad_files[1], **shared
-        ),
+        eval_loader(validation, batch_size=evaluated, crop_pct=data.eval_crop_ratio, bad_files=bad_files[1], **shared),
     )
 
 

@@ -13,15 +13,17 @@ from .calibration import BINS, calibration_counts, expected_calibration_error
 
 
 @torch.inference_mode()
-def accuracy(logits: Callable, loader, prepare: Callable, world: World) -> dict[str, dict]:
-    """`Tally.result` over all processes' images.
+def accuracies(sources: dict[str, Callable], loader, prepare: Callable, world: World) -> dict[str, dict]:
+    """{source: `Tally.result` over all processes' images}; a batch is decoded and prepared once for all sources.
 
-    `prepare` turns a batch into the model's input, `logits` that into logits by head (models.heads.logits_by_head).
+    `prepare` turns a batch into the models' input, a source that into logits by head (models.heads.logits_by_head).
     """
-    tally = Tally()
+    tallies = {name: Tally() for name in sources}
     for batch in loader:
-        tally.add(logits(prepare(batch)), batch.labels)
-    return tally.result(world)
+        images = prepare(batch)
+        for name, logits in sources.items():
+            tallies[name].add(logits(images), batch.labels)
+    return {name: tally.result(world) for name, tally in tallies.items()}
 
 
 class Tally:

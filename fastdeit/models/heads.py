@@ -17,11 +17,12 @@ def logits_by_head(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     if is_sharded(next(model.parameters())):
         # What FSDP gathers here serves training steps too, which cannot use tensors made in inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            return _logits_by_head(model, images)
-    return _logits_by_head(model, images)
+            return by_head(model, images)
+    return by_head(model, images)
 
 
-def _logits_by_head(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def by_head(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """`logits_by_head` of a model that is not sharded, for torch.compile."""
     if not hasattr(model, "forward_heads"):
         return {"cls": model(images).float()}
     cls_logits, dist_logits = model.forward_heads(images)

@@ -3,14 +3,15 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .notebook import NotebookBar, in_notebook
+from .remaining import Remaining
 from .trackers import Tracker
 
 PLAIN_LINE_SECONDS = 30  # without a terminal: at most one line in this time between two epochs
@@ -23,13 +24,14 @@ class Log:
     """What a run prints and writes. Only rank 0 does (elsewhere `folder` and `tracker` are None and `quiet` is on)."""
 
     def __init__(
-        self, folder: Path | None, *, total_steps: int, title: str, quiet: bool = False, tracker: Tracker | None = None
-    ):
+        self, folder: Path | None, *, total_steps: int, title: str, quiet: bool = False,
+        tracker: Tracker | None = None, remaining: Remaining | None = None,
+    ):  # fmt: skip
         self.quiet, self.total_steps, self.title = quiet, total_steps, title
         # A notebook's output is text here, as a pipe's: rich would make a table of HTML of every line.
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty(), force_jupyter=False)
-        self.started = self.last_line = time.monotonic()
-        self.first_step: int | None = None
+        self.last_line = time.monotonic()
+        self.remaining = remaining or Remaining(total_steps)
         self.lines = (folder / "metrics.jsonl").open("a", buffering=1) if folder else None
         self.tracker, self.disk_failed = tracker, False
         self.bar: Progress | NotebookBar | None = None
@@ -38,23 +40,33 @@ class Log:
         elif self.console.is_terminal and not quiet:
             self.bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True,
+                TextColumn("left {task.fields[left]}", style="progress.remaining"), console=self.console,
+                transient=True,
             )  # fmt: skip
-        self.task = self.bar.add_task(title, total=total_steps) if self.bar is not None else None
+        self.task = self.bar.add_task(title, total=total_steps, left="-:--:--") if self.bar is not None else None
 
     def begin(self) -> None:
         """Show the bar, which hides the cursor until `close`."""
         if self.bar is not None:
             self.bar.start()
 
+    def stepped(self, step: int, images: int) -> None:
+        """Of every step: the bar moves, and the first estimate of the time left is said. images: of a step."""
+        self.remaining.stepped()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, left=self.remaining.words(step))
+        elif self.remaining.has_just_begun and (each := self.remaining.seconds_a_step):
+            speed, left = f"{images / each:,.0f} images/s", f"left {self.remaining.words(step)}, by the first steps"
+            self.say(f"  step {step}/{self.total_steps}  {speed}  {left}")
+
     def train(self, *, step: int, epoch: int, **figures) -> None:
         """Figures of the steps since the last call: losses, lr, images_per_s, data_share, seconds by phase."""
         self._write({"kind": "train", "step": step, "epoch": epoch, **figures})
         if self.bar is not None:
             text = bar_text(self.title, epoch, figures, self.console.width - BAR_WIDTH)
-            self.bar.update(self.task, completed=step, description=text)
+            self.bar.update(self.task, completed=step, description=text, left=self.remaining.words(step))
         elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
-            parts = [f"  step {step}/{self.total_steps}", *_train_parts(figures), f"left {self._left(step)}"]
+            parts = [f"  step {step}/{self.total_steps}", *_train_parts(figures), f"left {self.remaining.words(step)}"]
             self.say("  ".join(parts))
 
     def evaluated(
@@ -65,14 +77,18 @@ class Log:
         self._write(
             {"kind": "eval", "step": step, "epoch": epoch, "seconds": {"evaluation": round(seconds, 4)}, **accuracy}
         )
-        first, *others = [
+        top1, *others = [
             f"{'ema ' if source == 'ema' else ''}{head} {100 * value:.2f}"
             for source, heads in accuracy.items()
             for head, value in heads.items()
         ]
+        self.epoch(step=step, epoch=epoch, epochs=epochs, figures=figures, results=[f"top-1 % {top1}", *others])
+
+    def epoch(self, *, step: int, epoch: int, epochs: int, figures: dict, results: Sequence[str] = ()) -> None:
+        """Say that an epoch has ended, with its last training figures and what came of it, if anything was measured."""
         parts = [
-            f"epoch {epoch + 1:{len(str(epochs))}d}/{epochs}", *_train_parts(figures), f"left {self._left(step)}",
-            f"top-1 % {first}", *others,
+            f"epoch {epoch + 1:{len(str(epochs))}d}/{epochs}", *_train_parts(figures),
+            f"left {self.remaining.words(step)}", *results,
         ]  # fmt: skip
         self.say(in_lines(parts, self.console.width) if self.console.is_terminal else "  ".join(parts))
 
@@ -88,8 +104,6 @@ class Log:
         self._track(lambda tracker: tracker.close())
 
     def _write(self, record: dict) -> None:
-        if self.first_step is None:
-            self.first_step, self.started = record["step"], time.monotonic()
         if self.lines is not None:
             line = json.dumps(record | {"time": round(time.time(), 2)}) + "\n"
             self._on_disk(lambda: self.lines.write(line))
@@ -112,13 +126,6 @@ class Log:
         except Exception as error:  # a service that has gone away must not take the training with it
             self.tracker = None
             self.say(f"tracking has stopped, training continues; metrics.jsonl has everything ({error!r})")
-
-    def _left(self, step: int) -> str:
-        done = step - (self.first_step or 0)
-        if done < 1:
-            return "-:--:--"
-        seconds = int((time.monotonic() - self.started) / done * (self.total_steps - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def in_lines(parts: list[str], width: int) -> str:

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from fastdeit.checkpoint import files, resume
+from fastdeit.config import Config
+from fastdeit.data import compiles
 from fastdeit.errors import UserError
-from fastdeit.evaluation.metrics import accuracy
-from fastdeit.models.heads import logits_by_head
+from fastdeit.evaluation.metrics import accuracies
 
 from .checkpointing import Checkpointing
 from .log import Log
+from .remaining import Remaining
 from .trackers import open_tracker
 from .trainer import Trainer
 
-LOG_STEPS = 50  # the host waits for the device only this often
+LOG_STEPS = 50  # about: the host waits for the device only this often
 
 
 class Loop:
@@ -34,10 +36,12 @@ class Loop:
         self.steps_per_epoch = len(self.train_loader)
         tracker = open_tracker(self.config.run.tracker, folder, self.config.to_dict()) if folder else None
         self.log = Log(
-            folder, total_steps=trainer.total_steps, title=title, quiet=not self.world.is_main, tracker=tracker
-        )
+            folder, total_steps=trainer.total_steps, title=title, quiet=not self.world.is_main, tracker=tracker,
+            remaining=self._remaining(),
+        )  # fmt: skip
         self.checkpointing = Checkpointing(trainer, self.train_loader.index, folder, self.log, self.description)
         self.warm = False  # compiled, by its first step in this process
+        self.evaluation_is_warm = not trainer.evaluation.is_compiled
 
     def fit(self) -> dict[str, dict]:
         """Returns the last accuracies: {"model": {"cls": {"top1": ...}, ...}, "ema": {...}}."""
@@ -50,10 +54,7 @@ class Loop:
                     figures = self.train_epoch(epoch)
                     self.checkpointing.save()  # before the evaluation, so that a signal may end that at once
                     self.checkpointing.poll(False)
-                    since = time.perf_counter()
-                    self.state.accuracies = self.evaluate()
-                    self.state.epochs_evaluated = epoch + 1
-                    self._report(epoch, figures, time.perf_counter() - since)
+                    self.end_epoch(epoch, figures)
         finally:
             self.trainer.release()  # another run may follow in this process
             self.log.close()
@@ -66,8 +67,7 @@ class Loop:
         self.checkpointing.poll(self.warm)
         self.train_loader.set_epoch(epoch)
         self.train_loader.load_state_dict({"position": self.state.step - epoch * self.steps_per_epoch})
-        end = (epoch + 1) * self.steps_per_epoch
-        figures, waited, since = {}, 0.0, time.perf_counter()
+        figures, waited, since, first = {}, 0.0, time.perf_counter(), self.state.step
         batches = iter(self.train_loader)
         while True:
             before = time.perf_counter()
@@ -78,22 +78,25 @@ class Loop:
                 self.trainer.timer.stop()
                 return figures
             self.step(batch)
-            is_logged = self.state.step % LOG_STEPS == 0 or self.state.step == end
+            is_logged = ends_part(self.state.step, self.steps_per_epoch)
             save = self.checkpointing.look(everything=is_logged)
             if is_logged:
-                figures = self._figures(waited, since)
+                figures = self._figures(self.state.step - first, waited, time.perf_counter() - since)
                 if self.world.is_main:
                     self.log.train(step=self.state.step, epoch=epoch, **figures)
-                waited, since = 0.0, time.perf_counter()
+                waited, since, first = 0.0, time.perf_counter(), self.state.step
             if save:
                 self.checkpointing.save()
 
     def step(self, batch) -> Tensor:
         """Trainer.step, and what the processes tell each other with it. Returns the losses, (4,)."""
+        if not self.warm and compiles(self.config, self.world.device):
+            self.log.say("compiling the training step: the first takes longer ...")
         losses = self.trainer.step(batch, self.checkpointing.exchange)
         while self.trainer.news:
             self.log.say(self.trainer.news.pop(0))
         self.checkpointing.after_step(batch)
+        self.log.stepped(self.state.step, self.trainer.global_batch)
         if not self.warm:
             self.warm = True
             self.checkpointing.poll(True)
@@ -101,9 +104,9 @@ class Loop:
             gc.freeze()  # what exists now stays: later collections need not look at it again
         return losses
 
-    def _figures(self, waited: float, since: float) -> dict:
-        losses, steps = self.state.take_means()
-        seconds = time.perf_counter() - since
+    def _figures(self, steps: int, waited: float, seconds: float) -> dict:
+        """Of the log's next line. steps: made in these seconds; the losses of a resumed run are over more."""
+        losses, _ = self.state.take_means()
         return {
             **dict(zip(("loss", "class_loss", "teacher_loss", "attention_loss"), losses)),
             "lr": self.trainer.lr(self.state.step - 1),
@@ -111,9 +114,26 @@ class Loop:
             "seconds": {phase: round(value, 4) for phase, value in self.trainer.timer.read().items()},
         }  # fmt: skip
 
+    def end_epoch(self, epoch: int, figures: dict) -> None:
+        """Evaluate, if it is time to, and say how the epoch ended."""
+        state, settings = self.state, self.config
+        epochs, evaluates = settings.optimization.epochs, is_evaluated(epoch, settings)
+        since = time.perf_counter()
+        if evaluates:
+            if not self.evaluation_is_warm:
+                self.log.say("compiling the evaluation: the first takes longer ...")
+            state.accuracies = self.evaluate()
+        state.epochs_evaluated = epoch + 1
+        if evaluates:
+            self._report(epoch, figures, time.perf_counter() - since)
+        elif self.world.is_main:
+            self.log.epoch(step=state.step, epoch=epoch, epochs=epochs, figures=figures)
+
     def _report(self, epoch: int, figures: dict, seconds: float) -> None:
         """Write down the accuracies after an epoch: in the log, and beside the weights they are of."""
         state = self.state
+        self.log.remaining.evaluated(seconds, compiled=not self.evaluation_is_warm)
+        self.evaluation_is_warm = True
         score = max(head["top1"] for head in state.accuracies["model"].values())
         best, state.best = score > state.best, max(score, state.best)
         state.stale = 0 if best else state.stale + 1
@@ -141,18 +161,22 @@ class Loop:
     def evaluate(self) -> dict[str, dict]:
         """Accuracies on the validation images, of the weights and of their moving average."""
         trainer = self.trainer
-        sources = {"model": trainer.model} if trainer.ema is None else {"model": trainer.model, "ema": trainer.ema}
-        result = {}
-        for name, model in sources.items():
-            model.eval()
-            result[name] = self.accuracy_of(lambda images, model=model: logits_by_head(model, images))
-            model.train()
-        return result
+        return trainer.evaluation(self.val_loader, trainer.prepare, trainer.autocast)
 
     def accuracy_of(self, logits: Callable) -> dict[str, dict]:
         """Accuracies of `logits` (images -> logits by head) on the validation images."""
         with self.trainer.autocast():
-            return accuracy(logits, self.val_loader, self.trainer.prepare, self.world)
+            return accuracies({"": logits}, self.val_loader, self.trainer.prepare, self.world)[""]
+
+    def _remaining(self) -> Remaining:
+        config, (train, val), trainer = self.config, (self.train_loader, self.val_loader), self.trainer
+        ends = [
+            (epoch + 1) * self.steps_per_epoch
+            for epoch in range(config.optimization.epochs)
+            if is_evaluated(epoch, config)
+        ]
+        images = len(val) * val.plans.batch_size * len(trainer.evaluation.modules)
+        return Remaining(trainer.total_steps, ends, forwards=images / train.plans.batch_size)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Resuming
@@ -208,3 +232,16 @@ class Loop:
             f"extends {run} from epoch {state.epochs_evaluated} to {self.config.optimization.epochs}: another run; the "
             "learning rate begins anew, everything else goes on"
         )
+
+
+def is_evaluated(epoch: int, config: Config) -> bool:
+    """Whether there is an evaluation after this epoch, counted from 0."""
+    return (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == config.optimization.epochs
+
+
+def ends_part(step: int, steps_per_epoch: int) -> bool:
+    """Whether a line of the log is due after so many steps of a run. It stands for the mean of one of the equal parts,
+    of about LOG_STEPS, of an epoch: of some few steps, left over at its end, the mean would be noise."""
+    parts = max(1, round(steps_per_epoch / LOG_STEPS))
+    place = (step - 1) % steps_per_epoch
+    return (place + 1) * parts // steps_per_epoch > place * parts // steps_per_epoch

@@ -17,12 +17,12 @@ class NotebookBar:
     """The part of rich.progress.Progress that a Log uses."""
 
     def __init__(self) -> None:
-        self.text, self.total, self.completed = "", 1, 0
+        self.text, self.left, self.total, self.completed = "", "", 1, 0
         self.output: Any = None
         self.started = time.monotonic()
 
-    def add_task(self, description: str, total: int) -> int:
-        self.text, self.total = description, total
+    def add_task(self, description: str, total: int, left: str) -> int:
+        self.text, self.total, self.left = description, total, left
         return 0
 
     def start(self) -> None:
@@ -31,8 +31,8 @@ class NotebookBar:
         self.started = time.monotonic()
         self.output = display(self._shown(), display_id=True)
 
-    def update(self, task: int, *, completed: int, description: str) -> None:
-        self.completed, self.text = completed, description
+    def update(self, task: int, *, completed: int, left: str, description: str | None = None) -> None:
+        self.completed, self.left, self.text = completed, left, description or self.text
         if self.output is not None:
             self.output.update(self._shown())
 
@@ -45,5 +45,5 @@ class NotebookBar:
         from IPython.display import HTML
 
         seconds = int(time.monotonic() - self.started)
-        text = f"{self.completed}/{self.total}  {seconds // 60}:{seconds % 60:02d}  {self.text}"
+        text = f"{self.completed}/{self.total}  {seconds // 60}:{seconds % 60:02d}  left {self.left}  {self.text}"
         return HTML(f'<progress value="{self.completed}" max="{self.total}"></progress> {html.escape(text)}')

@@ -19,6 +19,7 @@ from fastdeit.distributed.world import World
 from fastdeit.models.build import mean_std
 from fastdeit.models.deit import DeiT
 
+from .evaluation import Evaluation
 from .log import PhaseTimer
 from .nonfinite import TERMS, Guard
 from .optimizer import Update, average_decay, build_optimizer, learning_rate, scaled_rates
@@ -45,7 +46,7 @@ class State:
     step: optimizer steps taken, of the whole run
     schedule_start: the step at which the learning rate's schedule begins; not 0 in a run that extends another
     stale: evaluations since the best one
-    epochs_evaluated: epochs whose accuracies are known
+    epochs_evaluated: epochs that are finished: evaluated, unless --eval-every leaves them out
     best: the highest top-1 so far (fraction), of any head of the weights; -1 before the first evaluation
     accuracies: of the last evaluation, {"model": {"cls": {"top1": ...}, ...}, "ema": {...}}
     sums: (len(TERMS) + 1,) float32 on the device: losses, and steps that were applied, since the log's last line
@@ -100,6 +101,7 @@ class Trainer:
         if config.distillation.distillation_type == "none" and hasattr(model, "set_distilled_training"):
             model.set_distilled_training(False)  # with labels only, both heads learn them through their average
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.model.model_ema else None
+        self.evaluation = Evaluation(model, self.ema, config, world, arrangement.inductor)
         self.attention = AttentionDistillation.of(config, model, teacher)  # before anything is compiled
         if compiles(config, device):
             parallel.compile_model(model, world, arrangement.inductor)
