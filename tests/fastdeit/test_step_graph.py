@@ -76,16 +76,21 @@ CASES = {
 }
 
 
-def trainer_of(case, device="cpu", *, cuda_graph="auto", compiled=False):
-    make, teacher, changes, how = CASES[case]
+def settings(case):
+    *_, changes, how = CASES[case]
     recipe = Recipe(**{"total_steps": STEPS, "peak": 0.02, "warmup_steps": 5, "ema_decay": 0.7, **changes})
     config = settings_of(recipe, accumulate=how.get("accumulate", 1))
     config.run.skip_nonfinite = 5
     config.optimization.layer_decay = how.get("layer_decay")
     config.speed.precision = how.get("precision", "fp32")
     config.distillation.attention_distillation_weight = how.get("attention", 0.0)
+    return config
+
+
+def trainer_of(case, device="cpu", *, cuda_graph="auto", compiled=False):
+    make, teacher, *_ = CASES[case]
+    config, teacher = settings(case), teacher and teacher()
     config.speed.cuda_graph, config.speed.compile = cuda_graph, compiled
-    teacher = teacher and teacher()
     for name in {"weight", "model"} & vars(teacher).keys() if teacher else ():
         setattr(teacher, name, getattr(teacher, name).to(device))
     trainer = Trainer(config, World(torch.device(device)), make(), teacher, steps_per_epoch=4)
