@@ -10,7 +10,7 @@
 The last station of a batch:
 
     in    (Plan, images) of each step, from decode/prefetch.py, and the labels of the index
-    out   Batch: images (B, size, size, 3) uint8, labels (B,) int64, indices (B,) int64, Mix or None
+    out   Batch: images (B, height, width, 3) uint8, labels (B,) int64, indices (B,) int64, Mix or None
 """
 
 import logging
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .augment.augmentation import Augmentation
+from .augment.crop import Size, height_width
 from .augment.plan import EvaluationPlans, Plan, TrainPlans
 from .bad_files import BadFiles
 from .decode import Decoding
@@ -52,7 +53,7 @@ class Mix(NamedTuple):
 class Batch(NamedTuple):
     """B samples. Owns its memory: no later batch overwrites it."""
 
-    images: Tensor  # (B, size, size, 3) uint8 on the device
+    images: Tensor  # (B, height, width, 3) uint8 on the device
     labels: Tensor  # (B,) int64 on the device; UNLABELLED (-100) where there is no label
     indices: Tensor  # (B,) int64 on the CPU; position in the index, -1 for the padding of an evaluation batch
     mix: Mix | None  # None in evaluation
@@ -89,7 +90,7 @@ def train_loader(
     index: AnyIndex,
     *,
     batch_size: int = 64,
-    input_size: int = 224,
+    input_size: Size = 224,
     augmentation: Augmentation | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -103,7 +104,7 @@ def train_loader(
 
     index: from open_index, open_folder or open_files, or SyntheticIndex() to measure without a data pipeline
     batch_size: samples of this process in a step; even if mixup or cutmix is on
-    input_size: height and width of the views
+    input_size: (height, width) of the views, or one number for squares
     augmentation: the DeiT recipe if None
     seed: in [0, 2**32). The view of a sample is a function of (seed, epoch, position in the index, copy), its mixing
         one of (seed, epoch, step): neither depends on rank, world_size or num_threads. "cpu" and "cuda" draw the same
@@ -119,7 +120,7 @@ def train_loader(
     plans = TrainPlans(
         index,
         batch_size=batch_size,
-        size=input_size,
+        size=height_width(input_size),
         augmentation=augmentation,
         seed=seed,
         rank=rank,
@@ -132,7 +133,7 @@ def eval_loader(
     index: AnyIndex,
     *,
     batch_size: int = 64,
-    input_size: int = 224,
+    input_size: Size = 224,
     crop_pct: float = 0.875,
     device: str | torch.device = "cpu",
     rank: int = 0,
@@ -141,13 +142,14 @@ def eval_loader(
     bad_files: BadFiles | None = None,
     decoding: Decoding | None = None,
 ) -> "Loader":
-    """Every image once over all ranks, in order: shorter side resized to input_size / crop_pct, then a centre crop.
+    """Every image once over all ranks, in order: resized to cover input_size / crop_pct (of a square: by the shorter
+    side), then a centre crop.
 
     All ranks take the same number of steps. Padding of the last batch, and the replacement of an image that cannot be
     decoded, have index -1 and label -100.
     """
     plans = EvaluationPlans(
-        index, batch_size=batch_size, size=input_size, crop_pct=crop_pct, rank=rank, world_size=world_size
+        index, batch_size=batch_size, size=height_width(input_size), crop_pct=crop_pct, rank=rank, world_size=world_size
     )
     return Loader(plans, device, num_threads, bad_files, None, decoding)
 

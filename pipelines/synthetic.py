@@ -29,9 +29,9 @@ class SyntheticIndex:
 class SyntheticDecoder:
     """The same noise on the device for every batch. Mixing and erasing are drawn as for real images."""
 
-    def __init__(self, batch_size: int, size: int, device: torch.device):
+    def __init__(self, batch_size: int, size: tuple[int, int], device: torch.device):
         generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8, generator=generator)
+        images = torch.randint(0, 256, (batch_size, *size, 3), dtype=torch.uint8, generator=generator)
         self.images = images.to(device)
         self.fed: deque[int] = deque()
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from .auto_augment import JITTERED, OPERATIONS, RandAugment, draw_color_jitter, draw_three_augment
-from .crop import Geometry, random_resized_crop, simple_random_crop
+from .crop import Geometry, Size, random_resized_crop, simple_random_crop
 from .draws import Draws, Purpose
 from .mixing import MODES, draw_erasing, draw_mixing, mixing_rows, spread_over_batch
 from .operations import Operation
@@ -38,9 +38,11 @@ class Augmentation:
     fill: tuple[int, int, int] = (124, 116, 104)  # of pixels from outside the image: ImageNet's mean colour
 
     def __post_init__(self) -> None:
-        for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob", "class_balance"):
+        for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+                raise ValueError(f"{name} is a probability and must be in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.class_balance <= 1:
+            raise ValueError(f"class_balance must be in [0, 1], got {self.class_balance}")
         for name in ("color_jitter", "mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative (0 turns it off), got {getattr(self, name)}")
@@ -88,8 +90,8 @@ class Views:
         )
 
 
-def draw_views(a: Augmentation, draws: Draws, heights: np.ndarray, widths: np.ndarray, size: int) -> Views:
-    """Views, size x size, of the samples in `draws`, whose images have these heights and widths (B,)."""
+def draw_views(a: Augmentation, draws: Draws, heights: np.ndarray, widths: np.ndarray, size: Size) -> Views:
+    """Views of `size` of the samples in `draws`, whose images have these heights and widths (B,)."""
     if a.src:
         geometry = simple_random_crop(draws, heights, widths, size)
     else:
@@ -115,7 +117,7 @@ def _draw_operations(a: Augmentation, draws: Draws) -> tuple[np.ndarray, np.ndar
 
 
 def draw_mix(
-    a: Augmentation, seed: int, epoch: int, steps: np.ndarray, indices: np.ndarray, copies: np.ndarray, size: int
+    a: Augmentation, seed: int, epoch: int, steps: np.ndarray, indices: np.ndarray, copies: np.ndarray, size: Size
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How the N samples of the batches of `steps`, concatenated, are mixed: partner (N,) int64, a position in the
     sample's own batch, lam (N,) float32, box (N, 4) int32."""

@@ -10,6 +10,7 @@ Boxes are (y0, x0, y1, x1) in pixels, y1 and x1 exclusive, all 0 for none. B sam
 
 import numpy as np
 
+from .crop import Size, height_width
 from .draws import Draws, Purpose, integers
 
 TRIES = 10
@@ -18,18 +19,19 @@ ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
 MODES = ("batch", "pair", "elem")
 
 
-def draw_erasing(draws: Draws, probability: float, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_erasing(draws: Draws, probability: float, size: Size) -> tuple[np.ndarray, np.ndarray]:
     """(B, 4) int32 boxes and (B,) int64 noise keys; a rectangle is erased with `probability`."""
     uniform = draws.uniform(Purpose.ERASE, 2 * TRIES + 3)
-    area = size * size * (ERASE_AREA[0] + (ERASE_AREA[1] - ERASE_AREA[0]) * uniform[:, :TRIES])
+    height, width = height_width(size)
+    area = height * width * (ERASE_AREA[0] + (ERASE_AREA[1] - ERASE_AREA[0]) * uniform[:, :TRIES])
     low, high = np.log(ERASE_ASPECT)
     aspect = np.exp(low + (high - low) * uniform[:, TRIES : 2 * TRIES])
     h = np.rint(np.sqrt(area * aspect)).astype(np.int64)
     w = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (h < size) & (w < size)
+    fits = (h < height) & (w < width)
     rows, first = np.arange(len(draws)), fits.argmax(1)
     h, w = h[rows, first], w[rows, first]
-    top, left = integers(uniform[:, -3], size - h + 1), integers(uniform[:, -2], size - w + 1)
+    top, left = integers(uniform[:, -3], height - h + 1), integers(uniform[:, -2], width - w + 1)
     box = np.stack([top, left, top + h, left + w], 1)
     erased = fits.any(1) & (uniform[:, -1] < probability)
     high_word, low_word = draws.words(Purpose.ERASE_NOISE, 2).T
@@ -38,9 +40,9 @@ def draw_erasing(draws: Draws, probability: float, size: int) -> tuple[np.ndarra
 
 
 def draw_mixing(
-    draws: Draws, *, size: int, mixup: float, cutmix: float, probability: float, switch_probability: float
+    draws: Draws, *, size: Size, mixup: float, cutmix: float, probability: float, switch_probability: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One draw for each row of `draws`: lam (N,) float32 and cutmix boxes (N, 4) int32 in a size x size image.
+    """One draw for each row of `draws`: lam (N,) float32 and cutmix boxes (N, 4) int32 in an image of `size`.
 
     mixup, cutmix: the alpha of Beta(alpha, alpha), 0 for off; with both on, cutmix has switch_probability.
     """
@@ -53,17 +55,18 @@ def draw_mixing(
         use_cutmix = np.full(len(draws), cutmix > 0)
     alpha = np.where(use_cutmix, cutmix, mixup)
     lam = np.where(happens < probability, betaincinv(alpha, alpha, quantile), 1.0)
-    box = _cutmix_box(lam, integers(y, size), integers(x, size), size) * use_cutmix[:, None]
+    height, width = height_width(size)
+    box = _cutmix_box(lam, integers(y, height), integers(x, width), height, width) * use_cutmix[:, None]
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
-    lam = np.where(use_cutmix, 1 - area / size**2, lam)
+    lam = np.where(use_cutmix, 1 - area / (height * width), lam)
     return lam.astype(np.float32), np.where(area[:, None] > 0, box, 0).astype(np.int32)
 
 
-def _cutmix_box(lam: np.ndarray, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
-    """A square of area (1 - lam) * size**2 around (y, x), clipped at the borders."""
-    side = (size * np.sqrt(1 - lam)).astype(np.int64)
-    before, after = side // 2, (side + 1) // 2
-    return np.clip(np.stack([y - before, x - before, y + after, x + after], 1), 0, size)
+def _cutmix_box(lam: np.ndarray, y: np.ndarray, x: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A rectangle of the image's proportions and (1 - lam) of its area around (y, x), clipped at the borders."""
+    h, w = ((side * np.sqrt(1 - lam)).astype(np.int64) for side in (height, width))
+    box = np.stack([y - h // 2, x - w // 2, y + (h + 1) // 2, x + (w + 1) // 2], 1)
+    return np.clip(box, 0, [height, width, height, width])
 
 
 def mixing_rows(mode: str, seed: int, epoch: int, steps: np.ndarray, indices: np.ndarray, copies: np.ndarray) -> Draws:

@@ -34,16 +34,17 @@ class Operation(IntEnum):
 GEOMETRIC = (Operation.ROTATE, Operation.SHEAR_X, Operation.SHEAR_Y, Operation.TRANSLATE_X, Operation.TRANSLATE_Y)
 
 
-def affine_matrices(ops: np.ndarray, args: np.ndarray, size: int) -> np.ndarray:
-    """(..., 2, 3) float32 for ops and args (...) on a size x size image: where in the source (x, y) each pixel of the
-    result comes from, pixel centres at half integers as in Pillow. The identity for other operations."""
+def affine_matrices(ops: np.ndarray, args: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(..., 2, 3) float32 for ops and args (...) on images of size (height, width): where in the source (x, y) each
+    pixel of the result comes from, pixel centres at half integers as in Pillow. The identity for other operations."""
     rotate, shear_x, shear_y, move_x, move_y = (args.astype(np.float64) * (ops == op) for op in map(int, GEOMETRIC))
     angle = -np.radians(rotate)
-    cos, sin, half = np.cos(angle), np.sin(angle), size / 2
+    cos, sin, (height, width) = np.cos(angle), np.sin(angle), size
+    y, x = height / 2, width / 2
     matrices = np.empty((*ops.shape, 2, 3), np.float32)
     matrices[..., 0, 0] = matrices[..., 1, 1] = cos
     matrices[..., 0, 1] = sin + shear_x
     matrices[..., 1, 0] = shear_y - sin
-    matrices[..., 0, 2] = half - cos * half - sin * half + move_x * size
-    matrices[..., 1, 2] = half + sin * half - cos * half + move_y * size
+    matrices[..., 0, 2] = x - cos * x - sin * y + move_x * width
+    matrices[..., 1, 2] = y + sin * x - cos * y + move_y * height
     return matrices

@@ -43,7 +43,7 @@ class TrainPlans:
         index,
         *,
         batch_size: int,
-        size: int,
+        size: tuple[int, int],
         augmentation: Augmentation,
         seed: int,
         rank: int,
@@ -125,7 +125,7 @@ class TrainPlans:
 class EvaluationPlans:
     """Plans of evaluation: every image once over all ranks, in order; the last batch is padded."""
 
-    def __init__(self, index, *, batch_size: int, size: int, crop_pct: float, rank: int, world_size: int):
+    def __init__(self, index, *, batch_size: int, size: tuple[int, int], crop_pct: float, rank: int, world_size: int):
         if not 0 < crop_pct <= 1:
             raise ValueError(f"crop_pct is a fraction of the resized image and must be in (0, 1], got {crop_pct}")
         self.index, self.batch_size, self.size, self.crop_pct = index, batch_size, size, crop_pct

@@ -1,7 +1,7 @@
 """Decoding on the CPU: DALI decodes the crop windows, PyTorch resizes them, Pillow applies the operations.
 
     in    Plan: indices (B,) int64, views
-    out   images (B, size, size, 3) uint8
+    out   images (B, height, width, 3) uint8
 
 DALI's resize takes two thirds of its time on a CPU; PyTorch's for uint8 (vectorised, antialiased bicubic, modelled on
 Pillow's) is several times faster and closer to Pillow. The operations are those of Pillow itself, which define timm's
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from fastdeit.pipelines.augment.crop import PADDING
+from fastdeit.pipelines.augment.crop import PADDING, Size, height_width
 from fastdeit.pipelines.augment.operations import GEOMETRIC, Operation, affine_matrices
 from fastdeit.pipelines.augment.plan import Plan
 
@@ -28,7 +28,7 @@ PYTORCH_GRAIN = 32768  # elements up to which PyTorch runs an operation in one t
 class CpuDecoder:
     """A prefetch.Decoder."""
 
-    def __init__(self, index, batch_size: int, size: int, num_threads: int, fill: tuple[int, int, int]):
+    def __init__(self, index, batch_size: int, size: tuple[int, int], num_threads: int, fill: tuple[int, int, int]):
         self.index, self.graph = index, window_graph(index, batch_size, num_threads)
         self.size, self.fill = size, fill
         self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastdeit-views")
@@ -40,10 +40,10 @@ class CpuDecoder:
         self.graph.start()
 
     def collect(self, plan: Plan) -> torch.Tensor:
-        """(B, size, size, 3) uint8, newly allocated. After a DecodeError, the batch counts as collected."""
+        """(B, height, width, 3) uint8, newly allocated. After a DecodeError, the batch counts as collected."""
         (windows,) = self.graph.collect()
         B, views = len(plan.indices), plan.views
-        images = torch.empty(B, self.size, self.size, 3, dtype=torch.uint8)
+        images = torch.empty(B, *self.size, 3, dtype=torch.uint8)
         rows = list(
             zip(
                 images.numpy(),
@@ -76,20 +76,20 @@ def mirror(image: np.ndarray) -> None:
         part.copy_(part.flip(1))
 
 
-def resized_view(window: torch.Tensor, resized: list[int], corner: list[int], size: int) -> torch.Tensor:
-    """window (h, w, 3) uint8 to (size, size, 3) uint8, as augment/crop.py's Geometry says."""
+def resized_view(window: torch.Tensor, resized: list[int], corner: list[int], size: Size) -> torch.Tensor:
+    """window (h, w, 3) uint8 to (*size, 3) uint8, as augment/crop.py's Geometry says."""
     image = window[None].permute(0, 3, 1, 2)  # channels_last, which resizes twice as fast
     if list(image.shape[2:]) != resized:
         image = F.interpolate(image, size=resized, mode="bicubic", antialias=True)
-    (height, width), (top, left) = resized, corner
-    if top < 0 or left < 0 or top + size > height or left + size > width:
+    (height, width), (top, left), (rows, columns) = resized, corner, height_width(size)
+    if top < 0 or left < 0 or top + rows > height or left + columns > width:
         image = F.pad(image, (PADDING,) * 4, mode="reflect")
         top, left = top + PADDING, left + PADDING
-    return image[0, :, top : top + size, left : left + size].permute(1, 2, 0)
+    return image[0, :, top : top + rows, left : left + columns].permute(1, 2, 0)
 
 
 def _affine(image: Image.Image, op: int, arg: float, fill: tuple[int, int, int]) -> Image.Image:
-    matrix = affine_matrices(np.array(op), np.array(arg), image.width).ravel().tolist()
+    matrix = affine_matrices(np.array(op), np.array(arg), (image.height, image.width)).ravel().tolist()
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
 
 
@@ -116,7 +116,7 @@ PILLOW_OPERATIONS = {
 def apply_operations(
     image_HWC: np.ndarray, ops: list[int], args: list[float], fill: tuple[int, int, int]
 ) -> np.ndarray:
-    """A square uint8 image (size, size, 3) after `ops` with their `args`, in order; a new array."""
+    """A uint8 image (height, width, 3) after `ops` with their `args`, in order; a new array."""
     image = Image.fromarray(image_HWC)
     for op, arg in zip(ops, args):
         if op in GEOMETRIC:

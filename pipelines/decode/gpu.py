@@ -1,7 +1,7 @@
 """Decoding on a GPU: DALI does everything, from the encoded bytes to the finished view; no pixel passes the host.
 
 in    Plan: indices (B,) int64, views
-out   images (B, size, size, 3) uint8 on the GPU
+out   images (B, height, width, 3) uint8 on the GPU
 """
 
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ class GpuDecoder:
         self,
         index,
         batch_size: int,
-        size: int,
+        size: tuple[int, int],
         num_threads: int,
         device: torch.device,
         augmentation: Augmentation | None,
@@ -59,7 +59,7 @@ class GpuDecoder:
         self.graph.start()
 
     def collect(self, plan: Plan) -> torch.Tensor:
-        """(B, size, size, 3) uint8 on the device, ready on PyTorch's current stream.
+        """(B, height, width, 3) uint8 on the device, ready on PyTorch's current stream.
 
         A copy on the device (77 MB for 256 views of 224 x 224): DALI reclaims memory shared by DLPack only after a
         cudaDeviceSynchronize for each batch, in a thread of its own (DLTensorGraveyard in its dltensor.cc). That keeps
@@ -70,7 +70,7 @@ class GpuDecoder:
         with self._on_device():  # otherwise DALI assumes its default stream is another device's
             stream = torch.cuda.current_stream() if self.device.type == "cuda" else None
             (views,) = self.graph.collect(stream)
-            images = torch.empty(len(plan.indices), self.size, self.size, 3, dtype=torch.uint8, device=self.device)
+            images = torch.empty(len(plan.indices), *self.size, 3, dtype=torch.uint8, device=self.device)
             return feed_ndarray(views.as_tensor(), images, stream)
 
     def _on_device(self):

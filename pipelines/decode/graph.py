@@ -95,13 +95,13 @@ def view_graph(
     num_threads: int,
     device_id: int | None,
     *,
-    size: int,
+    size: tuple[int, int],
     layers: tuple[frozenset[Operation], ...] = (),
     crop: str = "window",
     fill: tuple[int, int, int] = (0, 0, 0),
     decoding: Decoding = "regions",
 ) -> Graph:
-    """Finished views, (size, size, 3) uint8 a sample, on the GPU `device_id` or, if None, on the CPU. Inputs:
+    """Finished views, (*size, 3) uint8 a sample, on the GPU `device_id` or, if None, on the CPU. Inputs:
     `view_inputs`.
 
     layers: the operations that may come first, second, ... (Augmentation.layers)
@@ -117,7 +117,7 @@ def view_graph(
             image = _reflected(_reflected(image, axis=0), axis=1)
         if crop != "window":
             corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
-            image = fn.slice(image, start=corner, shape=(size, size), axes=[0, 1])
+            image = fn.slice(image, start=corner, shape=size, axes=[0, 1])
         image = fn.flip(image, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
         for number, possible in enumerate(layers):
             op = fn.external_source(name=f"op{number}", dtype=types.INT32, ndim=0)
@@ -131,7 +131,7 @@ def view_graph(
     return Graph(define, batch_size, num_threads, device_id)
 
 
-def view_inputs(index, indices: np.ndarray, views: Views, size: int, layers, crop: str) -> dict:
+def view_inputs(index, indices: np.ndarray, views: Views, size: tuple[int, int], layers, crop: str) -> dict:
     inputs = window_inputs(index, indices, views.geometry.window)
     inputs["resized"] = views.geometry.resized.astype(np.float32)
     if crop != "window":

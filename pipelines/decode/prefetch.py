@@ -1,7 +1,7 @@
 """Decoding ahead of use: plans in, uint8 pixels out, in the order of the steps.
 
     in    a Plan for each step (augment/plan.py) and the index that it refers to
-    out   (Plan, images): images (B, size, size, 3) uint8 on the device, the plan with bad images replaced
+    out   (Plan, images): images (B, height, width, 3) uint8 on the device, the plan with bad images replaced
 
 A thread of its own draws the plans, reads the encoded images and hands them to the decoder: Python, page faults and
 disks that would otherwise hold up the thread that launches the training steps.
@@ -31,7 +31,7 @@ MAX_ATTEMPTS = 3  # at a batch none of whose images is bad by itself: a network 
 
 
 class Decoder(Protocol):
-    """Images (B, size, size, 3) uint8 of plans: CpuDecoder or GpuDecoder.
+    """Images (B, height, width, 3) uint8 of plans: CpuDecoder or GpuDecoder.
 
     A batch is fed, started and collected, each in the order of the plans. One thread feeds, one starts and collects.
     collect may raise DecodeError, after which the batch counts as collected.

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from timm.data import create_transform
 from torchvision import transforms
 
 from fastdeit.pipelines.augment import crop
@@ -64,16 +65,17 @@ def test_images_of_different_sizes_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("height, width", [(20, 2000), (2000, 20), (1, 900), (3, 901), (300, 4000), (21, 2017)])
 @pytest.mark.parametrize("make", ["evaluation", "simple"])
-def test_the_view_of_a_long_image_is_that_of_the_whole_image(make, height, width):
-    size, shape = 32, (np.array([height]), np.array([width]))
+@pytest.mark.parametrize("size", [(32, 32), (28, 42)])
+def test_the_view_of_a_long_image_is_that_of_the_whole_image(make, height, width, size):
+    shape = np.array([height]), np.array([width])
     if make == "evaluation":
         geometry = crop.evaluation_crop(*shape, size, 0.875)
-        resized = crop.shorter_side_to(36, *shape)
+        resized, side, _ = crop.resized_to_cover(tuple(int(one / 0.875) for one in size), *shape)
         corner = np.rint((resized - size) / 2).astype(np.int64)
     else:
         geometry = crop.simple_random_crop(draws(1, seed=height), *shape, size)
-        resized = crop.shorter_side_to(size, *shape)
-        room = resized + 2 * crop.PADDING - size + 1
+        resized, side, _ = crop.resized_to_cover(size, *shape)
+        room = resized + 2 * crop.PADDING - np.array(size) + 1
         corner = integers(draws(1, seed=height).uniform(Purpose.CROP, 2), room) - crop.PADDING
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     pixels = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC)))
@@ -83,8 +85,8 @@ def test_the_view_of_a_long_image_is_that_of_the_whole_image(make, height, width
     )
     expected = resized_view(pixels, *resized.tolist(), *corner.tolist(), size)
     error = (ours.int() - expected.int()).abs()
-    assert geometry.resized.max() <= crop.LONG * 40 and h * w < height * width
-    whole_number = max(height, width) * resized.min() % min(height, width) == 0
+    assert geometry.resized.max() <= crop.LONG * 60 and h * w < height * width
+    whole_number = (resized * side % np.stack(shape, 1) == 0).all()
     assert error.max() <= (1 if whole_number else 8)  # which pixels are off by less than one place
 
 
@@ -130,3 +132,29 @@ def test_evaluation_crop_is_torchvisions():
             ys, xs = np.mgrid[: image.height, : image.width].astype(np.float32)
             centre = transforms.CenterCrop(size)(torch.from_numpy(np.stack([ys, xs])))
             assert centre.shape == (2, size, size) and centre[:, 0, 0].tolist() == corner
+
+
+@pytest.mark.parametrize("size, crop_pct", [((192, 256), 0.875), ((96, 64), 1.0), ((224, 160), 0.9)])
+def test_evaluation_crop_of_a_rectangle_is_timms(size, crop_pct):
+    """timm.data.create_transform: ResizeKeepRatio to cover size / crop_pct, then CenterCrop."""
+    transform = create_transform((3, *size), crop_pct=crop_pct, interpolation="bicubic")
+    resize = transform.transforms[0]
+    sizes = np.random.default_rng(0).integers(120, 700, (60, 2))
+    geometry = crop.evaluation_crop(sizes[:, 0], sizes[:, 1], size, crop_pct)
+    for (height, width), resized, corner in zip(sizes.tolist(), geometry.resized.tolist(), geometry.corner.tolist()):
+        image = resize(Image.new("L", (width, height)))
+        assert [image.height, image.width] == resized
+        ys, xs = np.mgrid[: image.height, : image.width].astype(np.float32)
+        centre = transforms.CenterCrop(size)(torch.from_numpy(np.stack([ys, xs])))
+        assert centre.shape == (2, *size) and centre[:, 0, 0].tolist() == corner
+
+
+def test_one_number_is_a_square():
+    shape = np.array([300, 40, 900]), np.array([200, 500, 31])
+    for made in (
+        lambda size: crop.evaluation_crop(*shape, size, 0.875),
+        lambda size: crop.simple_random_crop(draws(3), *shape, size),
+        lambda size: crop.random_resized_crop(draws(3), *shape, size, SCALE, RATIO),
+    ):
+        assert all(map(np.array_equal, made(32), made((32, 32))))
+    assert crop.random_resized_crop(draws(3), *shape, (32, 48), SCALE, RATIO).resized.tolist() == [[32, 48]] * 3

@@ -40,7 +40,7 @@ def traced(monkeypatch, augmentation, index, device_id, decoding="regions"):
     monkeypatch.setattr(Pipeline, "build", Pipeline._build_graph)
     crop = "centre" if augmentation is None else "padded" if augmentation.src else "window"
     layers = augmentation.layers if augmentation else ()
-    settings = {"size": 224, "layers": layers, "crop": crop, "fill": (124, 116, 104), "decoding": decoding}
+    settings = {"size": (224, 192), "layers": layers, "crop": crop, "fill": (124, 116, 104), "decoding": decoding}
     pipeline = view_graph(index, 8, 2, device_id, **settings).pipeline
     operators = [(op._op.schema.Name(), op._op.device, op.spec) for op in pipeline._ops]
     return operators, [output.device for output in pipeline._graph_outputs]

@@ -21,7 +21,7 @@ def draws(n=N):
     return Draws(0, 0, np.arange(n), np.zeros(n))
 
 
-def timm_draws(mixup, cutmix, probability, switch_probability):
+def timm_draws(mixup, cutmix, probability, switch_probability, size):
     """(lam, box) of N draws of timm's batch mode."""
     np.random.seed(0)  # noqa: NPY002 (timm draws from it)
     theirs = Mixup(mixup, cutmix, prob=probability, switch_prob=switch_probability, num_classes=10)
@@ -30,7 +30,7 @@ def timm_draws(mixup, cutmix, probability, switch_probability):
         if not use_cutmix:
             yield lam, (0, 0, 0, 0)
             continue
-        (yl, yh, xl, xh), lam = cutmix_bbox_and_lam((3, SIZE, SIZE), lam)
+        (yl, yh, xl, xh), lam = cutmix_bbox_and_lam((3, *size), lam)
         yield lam, (yl, xl, yh, xh) if (yh - yl) * (xh - xl) else (0, 0, 0, 0)
 
 
@@ -38,12 +38,13 @@ def timm_draws(mixup, cutmix, probability, switch_probability):
     "mixup, cutmix, probability, switch_probability",
     [(0.8, 1.0, 1.0, 0.5), (0.8, 0.0, 1.0, 0.5), (0.0, 1.0, 0.7, 0.5), (0.2, 0.4, 0.9, 0.3)],
 )
-def test_lambdas_and_boxes_are_distributed_as_timms(mixup, cutmix, probability, switch_probability):
+@pytest.mark.parametrize("size", [(SIZE, SIZE), (40, 96)])
+def test_lambdas_and_boxes_are_distributed_as_timms(mixup, cutmix, probability, switch_probability, size):
     settings = (mixup, cutmix, probability, switch_probability)
     lam, box = draw_mixing(
-        draws(), size=SIZE, mixup=mixup, cutmix=cutmix, probability=probability, switch_probability=switch_probability
+        draws(), size=size, mixup=mixup, cutmix=cutmix, probability=probability, switch_probability=switch_probability
     )
-    their_lam, their_box = map(np.array, zip(*timm_draws(*settings)))
+    their_lam, their_box = map(np.array, zip(*timm_draws(*settings, size)))
     is_box, their_is_box = box.any(1), their_box.any(1)
     assert (
         stats.chi2_contingency(
@@ -58,17 +59,17 @@ def test_lambdas_and_boxes_are_distributed_as_timms(mixup, cutmix, probability, 
         for column in range(4):
             assert stats.ks_2samp(box[is_box, column], their_box[their_is_box, column]).pvalue > 0.01
         area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
-        assert np.array_equal(lam[is_box], np.float32(1 - area / SIZE**2)[is_box])
+        assert np.array_equal(lam[is_box], np.float32(1 - area / (size[0] * size[1]))[is_box])
 
 
-@pytest.mark.parametrize("size", [96, 16])
+@pytest.mark.parametrize("size", [(96, 96), (16, 16), (48, 120)])
 def test_erased_boxes_are_distributed_as_timms(size):
     box, seed = draw_erasing(draws(), 0.25, size)
     random.seed(0)
     eraser = RandomErasing(0.25, mode="const", device="cpu")
     theirs = np.zeros((N, 4), int)
     for row in range(N):
-        image = torch.ones(1, size, size)
+        image = torch.ones(1, *size)
         eraser(image)
         if not image.all():
             ys, xs = (image[0] == 0).nonzero().T

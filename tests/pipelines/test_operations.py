@@ -69,7 +69,7 @@ def images():
 
 def in_dali(images, op: Operation, args: np.ndarray) -> np.ndarray:
     ops = np.full(len(images), Operation.ROTATE if op in GEOMETRIC else op, np.int32)
-    matrices = affine_matrices(np.full(len(images), op), args, SIZE)
+    matrices = affine_matrices(np.full(len(images), op), args, images.shape[1:3])
 
     @pipeline_def(batch_size=len(images), num_threads=1, device_id=None, enable_conditionals=True)
     def graph():
@@ -109,3 +109,9 @@ def test_in_dali_is_timms(op, images):
 def test_identity_leaves_the_image_alone(images):
     assert np.array_equal(in_dali(images, Operation.IDENTITY, np.zeros(BATCH, np.float32)), images)
     assert np.array_equal(apply_operations(images[0], [0, 0], [0.0, 0.0], FILL), images[0])
+
+
+@pytest.mark.parametrize("op", GEOMETRIC, ids=lambda op: op.name.lower())
+def test_on_an_image_that_is_no_square(op, images):
+    test_in_pillow_is_timms(op, np.ascontiguousarray(images[:, 20 : 20 + SIZE // 2]))
+    test_in_dali_is_timms(op, np.ascontiguousarray(images[:, :, 30 : 30 + 3 * SIZE // 4]))

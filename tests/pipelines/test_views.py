@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import auto_augment as timm_aa
+from timm.data.transforms import ResizeKeepRatio
 from torchvision import transforms
 
 pytest.importorskip("nvidia.dali")
@@ -15,7 +16,7 @@ from fastdeit.pipelines.augment.plan import EvaluationPlans, TrainPlans
 from fastdeit.pipelines.decode.cpu import PILLOW_OPERATIONS, CpuDecoder
 from fastdeit.pipelines.decode.gpu import GpuDecoder
 
-B, SIZE, CPU = 32, 224, torch.device("cpu")
+B, SIZE, CPU = 32, (192, 256), torch.device("cpu")
 NONE = Augmentation(aa="none", color_jitter=0)
 AUGMENTATIONS = {
     "crop": NONE,
@@ -51,7 +52,7 @@ def replay(index, plan, row: int, resample) -> np.ndarray:
     (top, left, height, width), resized, (y, x) = geometry
     image = Image.open(index.path(int(plan.indices[row]))).convert("RGB")
     image = image.crop((left, top, left + width, top + height)).resize(resized[::-1], Image.Resampling.BICUBIC)
-    image = transforms.Pad(4, padding_mode="reflect")(image).crop((x + 4, y + 4, x + 4 + SIZE, y + 4 + SIZE))
+    image = transforms.Pad(4, padding_mode="reflect")(image).crop((x + 4, y + 4, x + 4 + SIZE[1], y + 4 + SIZE[0]))
     if views.flip[row]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for op, arg in zip(views.ops[row].tolist(), views.args[row].tolist()):
@@ -93,7 +94,7 @@ def test_train_view_as_a_graph(photos, name):
 def test_evaluation_view(photos, make, bound, crop_pct):
     transform = transforms.Compose(
         [
-            transforms.Resize(int(SIZE / crop_pct), transforms.InterpolationMode.BICUBIC),
+            ResizeKeepRatio([int(side / crop_pct) for side in SIZE], interpolation="bicubic"),
             transforms.CenterCrop(SIZE),
         ]
     )
@@ -105,9 +106,12 @@ def test_evaluation_view(photos, make, bound, crop_pct):
 
 
 def test_small_images_are_enlarged(tiny):
-    plan = EvaluationPlans(tiny, batch_size=B, size=16, crop_pct=1.0, rank=0, world_size=1)[0]
+    plan = EvaluationPlans(tiny, batch_size=B, size=(16, 16), crop_pct=1.0, rank=0, world_size=1)[0]
     expected = [
         Image.open(tiny.path(int(i))).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC) for i in plan.indices
     ]
-    for views, bound in ((CpuDecoder(tiny, B, 16, 1, (0, 0, 0)), 0.05), (GpuDecoder(tiny, B, 16, 1, CPU, None), 1.0)):
+    for views, bound in (
+        (CpuDecoder(tiny, B, (16, 16), 1, (0, 0, 0)), 0.05),
+        (GpuDecoder(tiny, B, (16, 16), 1, CPU, None), 1.0),
+    ):
         assert np.abs(np.stack(expected).astype(int) - made(views, plan)).mean() <= bound  # of noise
