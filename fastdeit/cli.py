@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastdeit import config_check, deit_flags, recipes
+from fastdeit import config_check, deit_flags, recipes, settings_file
 from fastdeit.checkpoint.settings import extended_settings, resumed_settings, saved_settings
 from fastdeit.config import Config, check_bounds
 from fastdeit.errors import tell
@@ -24,14 +24,14 @@ def program(prog: str) -> str:
     return prog.replace("python -m fastdeit.", PROGRAM)
 
 
-def parse(kind: type, *, description: str, prog: str, **options):
+def parse(kind: type, *, description: str, prog: str = "", **options):
     """tyro.cli of a dataclass, its values within their bounds (config.setting). description: as `fold` takes it."""
     import tyro
 
     _put_help_on_one_line(kind)
     description = description.partition("\nMay import:")[0]  # of a package's docstring, for its readers
     parsed = tyro.cli(
-        tyro.conf.OmitArgPrefixes[kind], description=_Verbatim(fold(description)), prog=program(prog), **options
+        tyro.conf.OmitArgPrefixes[kind], description=_Verbatim(fold(description)), prog=program(prog) or None, **options
     )
     check_bounds(parsed)
     return parsed
@@ -95,6 +95,9 @@ def parse_config(
     description: of the command; the recipe's if None.
     """
     arguments = deit_flags.translate(sys.argv[1:] if arguments is None else arguments, kind)
+    given = {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
+    if (file := _flag(arguments, "config")) is not None:
+        arguments = [*settings_file.flags_of(Path(file), kind), *arguments]
     resumed = _flag(arguments, "resume")
     default = resumed_settings(_flag(arguments, "output-dir") if resumed == "auto" else resumed)
     starts = default is None
@@ -118,10 +121,9 @@ def parse_config(
         config_check.check_start(config)
     if config.run.resume not in (None, "auto") and not config.run.eval:
         saved_settings(Path(config.run.resume))  # refused before the data are read
-    given = {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
     for sentence in config_check.unread(config, given):
         tell(sentence)
-    if starts and default.run.recipe == "demo" and "--recipe" not in given and given - {"--print-config"}:
+    if starts and default.run.recipe == "demo" and "--recipe" not in config.typed and given - {"--print-config"}:
         tell("without --data-path: the recipe demo, on scikit-learn's digits")
     return config
 

@@ -53,6 +53,9 @@ class Run:
 
     recipe: str | None = None
     """The settings to start from: a function in fastdeit/recipes. If omitted: deit_small, without --data-path demo."""
+    config: Path | None = setting(None, resumable=True)
+    """File of settings (.yaml, .toml or .json), as --print-config prints them or a run's settings.json; any part of
+    them will do. Flags outrank it, it outranks the recipe."""
     output_dir: Path | None = setting(None, resumable=True)
     """Folder of this run. None: runs/RECIPE-DATE-TIME."""
     resume: str | None = setting(None, resumable=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 # Not installed by `pip install fastdeit`. Commands import these inside `main`, so that a missing one is named here.
 EXTRA = {
     "matplotlib", "nvidia", "PIL", "pyarrow", "rich", "safetensors", "scipy", "sklearn", "timm", "torchvision", "tyro",
+    "yaml",
 }  # fmt: skip
 
 

@@ -20,7 +20,8 @@ MODULES = {
     "config_check": "config, errors, recipes",
     "deit_flags": "errors",
     "demo": "recipes, training",
-    "cli": "checkpoint, config, config_check, deit_flags, errors, models, recipes",
+    "settings_file": "errors",
+    "cli": "checkpoint, config, config_check, deit_flags, errors, models, recipes, settings_file",
 }
 COMMANDS = ("api", "train", "evaluate", "predict", "teach", "tune")  # import anything, and only each other import them
 

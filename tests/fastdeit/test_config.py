@@ -162,7 +162,7 @@ def test_a_bound_holds_at_the_limit_and_not_beyond(field):
 def test_settings_that_a_resumed_run_may_change():
     """Those on which the weights do not depend; of data and teacher the content counts, of the batch the product."""
     free = {field.name for field in fields() if field.metadata.get("resumable")}
-    run = "output_dir resume eval device tracker dry_run print_config checkpoint_minutes keep_epochs keep_count"
+    run = "config output_dir resume eval device tracker dry_run print_config checkpoint_minutes keep_epochs keep_count"
     data = "data_path classes label_column batch_size num_workers max_bad unlabelled_path"
     teacher = "teacher_path teacher_classes teacher_store"
     speed = "grad_checkpointing accumulate compile attention tune cuda_graph sharding deterministic"
