@@ -166,7 +166,7 @@ def test_settings_that_a_resumed_run_may_change():
     data = "data_path classes label_column batch_size num_workers max_bad unlabelled_path"
     teacher = "teacher_path teacher_classes teacher_store"
     speed = "grad_checkpointing accumulate compile attention tune cuda_graph sharding deterministic"
-    assert free == {*run.split(), "skip_nonfinite", "patience", *data.split(), *teacher.split(), *speed.split()}
+    assert free == {*run.split(), "skip_nonfinite", "patience", "eval_every", *data.split(), *teacher.split(), *speed.split()}
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "deit3_finetune", "deit_base_384", "deit_base_distilled_384"])
