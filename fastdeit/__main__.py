@@ -16,7 +16,6 @@ COMMANDS = {
     "export": ("fastdeit.export", "a checkpoint for timm, transformers, ONNX, ..."),
     "report": ("fastdeit.report", "one HTML page about a run"),
     "prepare": ("fastdeit.pipelines.prepare", "a data set in smaller images, which decode faster"),
-    "tune": ("fastdeit.tune", "measure in advance what is fastest on this machine"),
     "doctor": ("fastdeit.doctor", "what works on this machine, and what to install"),
 }
 
