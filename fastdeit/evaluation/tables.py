@@ -12,7 +12,8 @@ NAMES = {"teacher": "teacher", **HEADS, "undistilled": "same student, not distil
 
 def _render(table: Table) -> str:
     """The table in a frame; without one, and its names folded, where the terminal is too narrow for that."""
-    console = Console(width=shutil.get_terminal_size((100, 24)).columns, highlight=False)
+    width = shutil.get_terminal_size((100, 24)).columns
+    console = Console(width=width, highlight=False, force_jupyter=False)  # text in a notebook, too
     if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
         table.box, table.pad_edge = None, False
     with console.capture() as capture:

@@ -5,7 +5,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,15 +51,14 @@ def preprocessing(trained: LoadedModel) -> dict:
 
 
 def export(trained: LoadedModel, kind: str, output: str | Path, *, opset: int = 23) -> float:
-    """Write `trained` to the folder `output` as `kind`, one of FORMATS; returns the largest difference of a logit.
+    """Write `trained` to the folder `output` as `kind`, one of FORMATS, with a model card; returns the largest
+    difference of a logit.
 
     Raises UserError if `output` exists, if a library is missing, or if the format cannot hold the model; then no folder
     is left behind.
     """
-    output = Path(output)
-    if output.exists():
-        raise UserError(f"{output} exists already: give another --output, or remove it first")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    from .card import model_card
+
     write = {
         "timm": write_timm,
         "transformers": write_transformers,
@@ -66,20 +66,32 @@ def export(trained: LoadedModel, kind: str, output: str | Path, *, opset: int = 
         "torch-export": write_torch_export,
         "aotinductor": write_aotinductor,
     }[kind]
+    with in_new_folder(trained, output) as folder:
+        read_back = write(trained, folder)
+        difference = _compare(trained, read_back, kind)
+        (folder / "README.md").write_text(model_card(trained, kind, Path(output).name))
+    return difference
+
+
+@contextmanager
+def in_new_folder(trained: LoadedModel, output: str | Path) -> Iterator[Path]:
+    """A folder to write into, which is `output` when all has gone well, and is gone otherwise."""
+    output = Path(output)
+    if output.exists():
+        raise UserError(f"{output} exists already: give another --output, or remove it first")
+    output.parent.mkdir(parents=True, exist_ok=True)
     trained.model.eval()
     restore_attention = _plain_attention(trained.model)
     unfinished = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
     unfinished.mkdir()
     try:
-        read_back = write(trained, unfinished)
-        difference = _compare(trained, read_back, kind)
+        yield unfinished
         for file in unfinished.iterdir():  # safetensors makes private files; let them be as readable as the folder
             file.chmod(unfinished.stat().st_mode & 0o666)
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         restore_attention()
-    return difference
 
 
 def _plain_attention(model: nn.Module) -> Callable[[], None]:
@@ -110,7 +122,7 @@ def _compare(trained: LoadedModel, read_back: Callable[[Tensor], Tensor], kind: 
 
 
 def write_timm(trained: LoadedModel, folder: Path) -> Callable[[Tensor], Tensor]:
-    timm = _import("timm")
+    timm = import_extra("timm")
     if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < (1, 0, 31):
         raise UserError(f"timm {timm.__version__} cannot read what is written for it: pip install 'timm>=1.0.31'")
     from safetensors.torch import save_file
@@ -147,13 +159,13 @@ def write_timm(trained: LoadedModel, folder: Path) -> Callable[[Tensor], Tensor]
         },
     }
     save_file(files.separate(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     read = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return read.to(example_images(trained).device)
 
 
 def write_transformers(trained: LoadedModel, folder: Path) -> Callable[[Tensor], Tensor]:
-    transformers = _import("transformers")
+    transformers = import_extra("transformers")
     from safetensors.torch import save_file
 
     if not isinstance(trained.model, DeiT) or trained.model.arch.deit3:
@@ -161,8 +173,8 @@ def write_transformers(trained: LoadedModel, folder: Path) -> Callable[[Tensor],
         raise UserError(f"transformers has no counterpart of {name}; export it with --format timm or onnx")
     config, processor = transformers_config(trained)
     save_file(transformers_weights(trained.model), folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", processor)
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", processor)
     kind = getattr(transformers, config["architectures"][0])
     transformers.utils.logging.disable_progress_bar()  # it would draw one for the milliseconds it reads
     read, report = kind.from_pretrained(folder, output_loading_info=True)
@@ -174,8 +186,8 @@ def write_transformers(trained: LoadedModel, folder: Path) -> Callable[[Tensor],
 
 def write_onnx(trained: LoadedModel, folder: Path, opset: int) -> Callable[[Tensor], Tensor]:
     for module in ("onnx", "onnxscript"):
-        _import(module)
-    runtime = _import("onnxruntime")
+        import_extra(module)
+    runtime = import_extra("onnxruntime")
     batch = torch.export.Dim("batch", min=1)
     program = torch.onnx.export(
         trained.model, (example_images(trained),), dynamo=True, dynamic_shapes=({0: batch},), opset_version=opset,
@@ -184,7 +196,7 @@ def write_onnx(trained: LoadedModel, folder: Path, opset: int) -> Callable[[Tens
     program.model.metadata_props.update({key: json.dumps(value) for key, value in preprocessing(trained).items()})
     size = sum(tensor.nbytes for tensor in trained.model.state_dict().values())
     program.save(folder / "model.onnx", external_data=size > 1.9e9)  # a protobuf ends at 2 GB
-    _write_json(folder / "preprocessing.json", preprocessing(trained))
+    write_json(folder / "preprocessing.json", preprocessing(trained))
     session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.cpu().numpy()})[0])
 
@@ -192,7 +204,7 @@ def write_onnx(trained: LoadedModel, folder: Path, opset: int) -> Callable[[Tens
 def write_torch_export(trained: LoadedModel, folder: Path) -> Callable[[Tensor], Tensor]:
     described = json.dumps(preprocessing(trained))
     torch.export.save(_program(trained), folder / "model.pt2", extra_files={"preprocessing.json": described})
-    _write_json(folder / "preprocessing.json", preprocessing(trained))
+    write_json(folder / "preprocessing.json", preprocessing(trained))
     return torch.export.load(folder / "model.pt2").module()
 
 
@@ -201,7 +213,7 @@ def write_aotinductor(trained: LoadedModel, folder: Path) -> Callable[[Tensor], 
 
     package = str(folder / "model.pt2")
     _inductor.aoti_compile_and_package(_program(trained), package_path=package)
-    _write_json(folder / "preprocessing.json", preprocessing(trained))
+    write_json(folder / "preprocessing.json", preprocessing(trained))
     return _inductor.aoti_load_package(package)
 
 
@@ -211,12 +223,12 @@ def _program(trained: LoadedModel) -> torch.export.ExportedProgram:
     return torch.export.export(trained.model, (example_images(trained),), dynamic_shapes=({0: batch},))
 
 
-def _import(module: str):
+def import_extra(module: str):
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'fastdeit[export]' brings it") from error
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")

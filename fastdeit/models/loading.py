@@ -9,7 +9,7 @@ load_model("hf-hub:facebook/deit-tiny-patch16-224")                    a reposit
 
 import importlib.util
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,7 +34,8 @@ class LoadedModel:
 
     name: for people. architecture: what it is made by. input_size: pixels on a side. mean, std: in [0, 1] units.
     classes: None where the weights come without names. crop_pct: share of the resized image's side that the centre crop
-    keeps. precision: arithmetic it was trained in, if one was chosen. notes: what was not simply copied.
+    keeps. precision: arithmetic it was trained in, if one was chosen. notes: what was not simply copied. config: what
+    config.json beside the weights says. average: these are a moving average of the weights.
     """
 
     name: str
@@ -48,6 +49,8 @@ class LoadedModel:
     architecture: str = ""
     precision: str | None = None
     notes: tuple[str, ...] = ()
+    config: dict = field(default_factory=dict, repr=False)
+    average: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -166,7 +169,8 @@ def _as_configured(found: Source, model: nn.Module, input_size: int | None, note
         "name": found.name or str(found.path), "model": model, "kind": found.kind, "classes": found.classes,
         "architecture": found.model or "", "input_size": _side(found, input_size) or settings["input_size"][-1],
         "mean": found.mean or mean, "std": found.std or std,
-        "crop_pct": found.crop_pct or settings.get("crop_pct") or 0.875, "notes": tuple(notes), **more,
+        "crop_pct": found.crop_pct or settings.get("crop_pct") or 0.875, "notes": tuple(notes),
+        "config": found.config, "average": found.weights.name == "ema.safetensors", **more,
     })  # fmt: skip
 
 
