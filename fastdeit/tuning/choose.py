@@ -234,41 +234,45 @@ class _Measurement:
         """broken: candidates not to be tried, and why. The default is the answer if it fails itself."""
         start, device = time.perf_counter(), self.world.device
         rows = {name: Row(name, excluded=broken.get(name, "")) for name in (begun.default, *candidates)}
-        calls: dict[str, timing.Call] = {}
-        expected = None
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for name in rows:
-                if rows[name].excluded:
-                    continue
-                self.world.broadcast(None)  # for the ranks that wait, so that their patience does not end
-                try:
-                    torch.manual_seed(0)
-                    call = candidates[name]()
-                    tensors = _tensors(call())
-                    expected = tensors if name == begun.default else expected
-                    rows[name] = Row(name, error=_agreement(tensors, expected, self.tolerance))
-                    calls[name] = call
-                except Exception as error:
-                    rows[name] = self._failed(name, error)
-                    _free(device)
-                    if name == begun.default:
-                        break
-                call = tensors = None
+            calls = self._agreeing(rows, candidates)
             times = timing.in_turns(calls, device, cold=self.cold) if len(calls) > 1 else {}
         for name, ms in times.items():
-            rows[name] = (
-                self._failed(name, ms) if isinstance(ms, Exception) else Row(name, round(ms, 5), rows[name].error)
-            )
+            failed = isinstance(ms, Exception)
+            rows[name] = self._failed(name, _in_words(ms)) if failed else Row(name, round(ms, 5), rows[name].error)
         calls.clear()
-        expected = None
         _free(device)
         choice = _with(begun, rows=tuple(rows.values()), seconds=round(time.perf_counter() - start, 3))
         if rows[begun.default].excluded:
             return _with(choice, notes=("the default failed, so nothing was chosen",))
         return _with(choice, chosen=_fastest(choice), origin="measured")
 
-    def _failed(self, name: str, error: Exception) -> Row:
-        reason, device = _in_words(error), self.world.device
+    def _agreeing(self, rows: dict[str, Row], candidates: dict[str, Candidate]) -> dict[str, timing.Call]:
+        """Build and call each once, the default first; fill in its row. Returns those that agree with the default."""
+        calls: dict[str, timing.Call] = {}
+        expected = None
+        for name in [name for name in rows if not rows[name].excluded]:
+            self.world.broadcast(None)  # for the ranks that wait, so that their patience does not end
+            call, reason = None, ""
+            try:
+                torch.manual_seed(0)
+                call = candidates[name]()
+                tensors = _tensors(call())
+                expected = tensors if expected is None else expected
+                rows[name] = Row(name, error=_agreement(tensors, expected, self.tolerance))
+                calls[name] = call
+            except Exception as error:
+                reason = _in_words(error)
+            call = tensors = None
+            if reason:  # only now has the exception let go of what the candidate had allocated
+                _free(self.world.device)
+                rows[name] = self._failed(name, reason)
+                if expected is None:
+                    break
+        return calls
+
+    def _failed(self, name: str, reason: str) -> Row:
+        device = self.world.device
         if device.type == "cuda":
             try:
                 torch.zeros(1, device=device).item()

@@ -4,7 +4,9 @@ import json
 import queue
 import threading
 import time
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +127,70 @@ def test_what_raises_or_runs_out_of_memory_is_excluded_with_its_reason(tuner):
         "missing": "ModuleNotFoundError: No module named 'xformers'", "memory": "out of memory",
         "gpu": "out of memory", "late": "StopIteration",
     }  # fmt: skip
+
+
+def test_what_failed_has_let_go_of_its_memory_before_the_next_is_built(tuner):
+    held, alive = [], []
+
+    def hungry():
+        network = torch.nn.Linear(4, 4)
+        held.append(weakref.ref(network))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def next_one():
+        alive.append(held[0]() is not None)
+        return taking(1)()
+
+    assert ask(tuner, {"plain": taking(3), "hungry": hungry, "next": next_one}).chosen == "next"
+    assert alive == [False]
+
+
+def test_candidates_are_gone_when_the_run_begins(tuner):
+    held = []
+
+    def build():
+        network = torch.nn.Linear(4, 4)
+        held.append(weakref.ref(network))
+        return lambda: network.weight * 0 + 1
+
+    ask(tuner, {"plain": build, "other": build})
+    assert len(held) == 2 and not any(network() for network in held)
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_on_a_gpu_events_surround_each_call_while_it_is_busy(monkeypatch, cold):
+    """Imitated: what is asked of the GPU, in which order."""
+    asked = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            asked.append(self)
+
+        def elapsed_time(self, after):
+            return (
+                7.0 if asked.index(after) == asked.index(self) + 2 and asked[asked.index(self) + 1] == "call" else 0.0
+            )
+
+    class Other(torch.Tensor):
+        def zero_(self):
+            asked.append(f"flush {len(self)}")
+
+    gpu = SimpleNamespace(L2_cache_size=50, clock_rate=1000)
+    for name, value in {
+        "get_device_properties": lambda device: gpu, "synchronize": lambda device: asked.append("wait"), "Event": Event,
+        "_sleep": lambda cycles: asked.append("sleep" if cycles > 0 else "no sleep"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    sample = timing._Events(CPU, cold)
+    if cold:
+        sample.other = sample.other.as_subclass(Other)
+    assert sample(lambda: time.sleep(0.001) or asked.append("call")) == [7.0] * timing.QUEUED
+    words = [one if isinstance(one, str) else "event" for one in asked]
+    flush = ["flush 100"] if cold else []
+    assert words == ["wait", "call", "sleep", *[*flush, "event", "call", "event"] * timing.QUEUED, "wait"]
 
 
 def test_where_the_default_fails_nothing_is_chosen_or_remembered(tuner):
@@ -337,10 +403,10 @@ def test_a_candidate_that_breaks_the_gpu_is_left_out_of_the_next_start(tuner, mo
     """Imitated: on this device, nothing computes once it has raised."""
     lost = []
 
-    def failed(self, name, error):
+    def failed(self, name, reason):
         if lost:
             raise choose._ContextLost(name, "illegal address")
-        return choose.Row(name, excluded=str(error))
+        return choose.Row(name, excluded=reason)
 
     monkeypatch.setattr(choose._Measurement, "_failed", failed)
     breaking = lambda: lost.append(1) or raising(RuntimeError("illegal address"))()  # noqa: E731
