@@ -75,15 +75,13 @@ def forward_case(
 ) -> CompileCase:
     tiles = config.tiles(tokens)
     constexprs = {
-        "HEAD_DIM": head_dim, "COLS": padded_columns(head_dim), "PRECISION": "ieee",
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "RESIDENT": config.keys == "resident",
+        "HEAD_DIM": head_dim, "COLS": padded_columns(head_dim), "PRECISION": "ieee", "BLOCK_M": config.block_m,
         "TILES": tiles, "STARTS": tuple(sum(tiles[:i]) for i in range(len(tiles))),
     }  # fmt: skip
-    if config.keys == "resident":
-        constexprs["splits"] = 1
-    return _attention_case(
-        name, triton_forward.forward_kernel, constexprs, dtype, architectures, config.num_warps, config.num_stages
-    )
+    resident = config.keys == "resident"
+    constexprs |= {"splits": 1} if resident else {"BLOCK_N": config.block_n}
+    kernel = triton_forward.resident_kernel if resident else triton_forward.streaming_kernel
+    return _attention_case(name, kernel, constexprs, dtype, architectures, *config[-3:])
 
 
 def backward_cases(
@@ -104,14 +102,16 @@ def backward_cases(
     yield _attention_case(f"{name} dQ", triton_backward.backward_q_kernel, q, dtype, architectures, *config.q[2:])
 
 
-def _attention_case(name, kernel, constexprs, dtype, architectures, num_warps, num_stages) -> CompileCase:
+def _attention_case(name, kernel, constexprs, dtype, architectures, num_warps, num_stages, maxnreg) -> CompileCase:
     floats = ("lse_ptr", "rows_ptr", "grad_lse_ptr", "dq_sum_ptr")
     types = {"scale": "fp32"} | dict.fromkeys(floats, "*fp32")
     names = [argument for argument in kernel.arg_names if argument not in constexprs]
     signature = {a: types.get(a, f"*{TYPES[dtype]}" if a.endswith("_ptr") else "i32") for a in names}
     strides = tuple(a for a in names if a[-2:] in ("_b", "_n", "_h") or a == "padded")
     half = dtype != torch.float32
-    return CompileCase(name, kernel, signature, constexprs, strides, num_warps, num_stages, half, architectures)
+    return CompileCase(
+        name, kernel, signature, constexprs, strides, num_warps, num_stages, maxnreg, half, architectures
+    )
 
 
 def _by_config(config_of, shape) -> Iterator[tuple]:

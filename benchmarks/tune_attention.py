@@ -13,15 +13,14 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
 
 import torch
 
-from fastdeit.kernels.attention import configs, triton_backward, triton_forward
+from fastdeit.kernels.attention import tiles, triton_backward, triton_forward
 from fastdeit.kernels.attention.configs import BackwardConfig, ForwardConfig, Tiles
-from fastdeit.kernels.backend import architecture, padded_columns
+from fastdeit.kernels.backend import architecture
 
 from .kernel_table import KernelTable
 from .record import parser
@@ -58,56 +57,49 @@ Candidate = ForwardConfig | BackwardConfig
 
 def candidates(direction: str, shape: Shape, dtype: torch.dtype, device: str, quick: bool) -> list[Candidate]:
     """The table's own entry first."""
-    columns = padded_columns(shape.head_dim) if direction == "forward" else max(64, padded_columns(shape.head_dim))
-    arch = architecture(torch.empty(0, device=device))
     if direction == "forward":
-        own = configs.forward_config(arch, shape.tokens, columns, dtype)
-        others = list(_forward(shape.tokens))
+        own, *others = tiles.forward_candidates(_key(shape, dtype, device)).values()
+        grid = list(_forward(shape.tokens))
     else:
-        own = configs.backward_config(arch, shape.tokens, columns, dtype, shape.batch * shape.heads)
-        others = list(_backward(shape.tokens, own))
-    found = list(dict.fromkeys([own, *others]))
+        own, *others = tiles.backward_candidates(_key(shape, dtype, device), shape.batch * shape.heads).values()
+        grid = list(_backward(own))
+    found = list(dict.fromkeys([own, *others, *grid]))
     return found[:: len(found) - 1] if quick else found  # the first and the last
 
 
+def _key(shape: Shape, dtype: torch.dtype, device: str) -> tiles.Shape:
+    arch = architecture(torch.empty(0, device=device))
+    return tiles.Shape(arch, shape.tokens, shape.tokens, shape.head_dim, dtype)
+
+
 def _forward(tokens: int) -> Iterator[ForwardConfig]:
-    for block_m, block_n, warps in product((64, 128), (32, 64, 128), (4, 8)):
+    for block_m, block_n, warps, maxnreg in product((64, 128), (32, 64, 128), (4, 8), (None, 128, 168)):
         if tokens <= 256:
-            yield ForwardConfig(block_m, block_n, "resident", warps, 1)
-        for keys, stages in product(("tail", "loop"), (2, 3)):
-            yield ForwardConfig(block_m, block_n, keys, warps, stages)
+            yield ForwardConfig(block_m, block_n, "resident", warps, 1, maxnreg)
+        for stages in (2, 3):
+            yield ForwardConfig(block_m, block_n, "tail", warps, stages, maxnreg)
 
 
-def _backward(tokens: int, own: BackwardConfig) -> Iterator[BackwardConfig]:
+def _backward(own: BackwardConfig) -> Iterator[BackwardConfig]:
     for keys, queries, warps, stages in product((64, 128, 256), (32, 64), (4, 8), (2, 3)):
-        yield own._replace(one=Tiles(keys, queries, warps, stages))
+        for maxnreg in (None, 128, 168):
+            yield own._replace(one=Tiles(keys, queries, warps, stages, maxnreg))
     for keys, queries, warps, stages in product((64, 128), (32, 64), (4, 8), (2, 3)):
-        yield own._replace(one=None, kv=Tiles(keys, queries, warps, stages))
+        if own.q.queries % queries == 0:
+            yield own._replace(one=None, kv=Tiles(keys, queries, warps, stages))
     for keys, queries, warps, stages in product((32, 64), (64, 128), (4, 8), (2, 3)):
         if queries % own.kv.queries == 0:
             yield own._replace(one=None, q=Tiles(keys, queries, warps, stages))
 
 
-@contextmanager
-def chosen(config: Candidate) -> Iterator[None]:
-    """The kernels take this configuration, whatever the shape."""
-    module, name = (
-        (triton_forward, "forward_config")
-        if isinstance(config, ForwardConfig)
-        else (triton_backward, "backward_config")
-    )
-    table = getattr(module, name)
-    setattr(module, name, lambda *_: config)
-    try:
-        yield
-    finally:
-        setattr(module, name, table)
-
-
 def call(tensors: Tensors, direction: str, config: Candidate) -> Callable[[], None]:
+    q = tensors.qkv[0]
+    shape = tiles.Shape(architecture(q), q.shape[1], q.shape[1], q.shape[3], q.dtype)
+
     def run():
-        with chosen(config):
-            getattr(tensors, direction)()
+        tiles.use(shape, **{direction: config})
+        getattr(tensors, direction)()
+        tiles.use(shape)
 
     return run
 
@@ -133,7 +125,7 @@ def tune(table: KernelTable, direction: str, shape: Shape, dtype: torch.dtype) -
         with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
             reasons = list(pool.map(why_not, *zip(*tasks)))
     tensors = Tensors(shape, dtype, table.device)
-    names = [f"{'table: ' if i == 0 else ''}{title(config)}" for i, config in enumerate(found)]
+    names = [f"{'table: ' if i == 0 else ''}{config.name}" for i, config in enumerate(found)]
     calls = {name: call(tensors, direction, c) for name, c, reason in zip(names, found, reasons) if reason is None}
     missing = {name: reason for name, reason in zip(names, reasons) if reason is not None}
     element = shape.batch * shape.tokens * shape.heads * shape.head_dim * dtype.itemsize
@@ -144,14 +136,6 @@ def tune(table: KernelTable, direction: str, shape: Shape, dtype: torch.dtype) -
         floor_bytes=moved * element, floor_flops=products * product_flops,
     )  # fmt: skip
     table.write()
-
-
-def title(config: Candidate) -> str:
-    if isinstance(config, ForwardConfig):
-        return "{keys} {block_m}x{block_n} w{num_warps} s{num_stages}".format(**config._asdict())
-    if config.one is not None:
-        return "one launch {}x{} w{} s{}".format(*config.one)
-    return "two launches, q {}x{} w{} s{}, kv {}x{} w{} s{}".format(*config.q, *config.kv)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.attend = self.attend_first = ATTENTION["sdpa"]  # DeiT.implement says which
+        self.attend = self.attend_first = ATTENTION["sdpa"]
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -104,7 +104,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
-        self.fused_norm = False
+        self.implement(Implementation())
+
+    def implement(self, implementation: Implementation) -> None:
+        """As DeiT.implement."""
+        self.attn.attend, self.attn.attend_first = map(attention_named, implementation[:2])
+        self.fused_norm, self.mlp.fused_gelu = implementation.fused_norm, implementation.fused_gelu
 
     def forward(self, x_BND: Tensor, branch_scale_B2: Tensor | None = None, first: int | None = None) -> Tensor:
         """`branch_scale_B2`: factor of each sample's attention and MLP branch (0 drops it); None means 1.
@@ -264,11 +269,9 @@ class DeiT(nn.Module):
     def implement(self, implementation: Implementation) -> None:
         """Change how attention, norms and activations are computed; before the model is compiled. The weights do not
         care. Raises ValueError for what is unknown or not installed."""
-        attend, attend_first = map(attention_named, implementation[:2])
-        self.implementation = implementation
         for block in self.blocks:
-            block.attn.attend, block.attn.attend_first = attend, attend_first
-            block.fused_norm, block.mlp.fused_gelu = implementation.fused_norm, implementation.fused_gelu
+            block.implement(implementation)
+        self.implementation = implementation
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
         return (self.head, self.head_dist) if self.arch.distilled else self.head

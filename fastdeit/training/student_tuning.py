@@ -18,7 +18,12 @@ from torch.utils._pytree import tree_leaves
 from fastdeit.config import Config
 from fastdeit.data import compiles, precision_of
 from fastdeit.distributed import parallel
-from fastdeit.models.deit import ATTENTION, DeiT
+from fastdeit.kernels import attention_qkvpacked
+from fastdeit.kernels.attention import tiles
+from fastdeit.kernels.backend import architecture, use_triton
+from fastdeit.models import implementation
+from fastdeit.models.deit import DeiT
+from fastdeit.models.implementation import Implementation
 from fastdeit.tuning import Tuner
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -106,24 +111,123 @@ def patch_embedding(tuner: Tuner, model: nn.Module, config: Config, arrangement:
     model.patch_embed.as_convolution = choice.chosen == "convolution"
 
 
+def kernel_tiles(tuner: Tuner, model: nn.Module, config: Config, arrangement: Arrangement) -> None:
+    """The tiles of our attention kernels, each direction by itself: beside the rest of a block they would drown."""
+    device, dtype = tuner.world.device, precision_of(config, tuner.world.device)
+    probe = torch.empty(0, device=device)
+    if not isinstance(model, DeiT) or config.speed.attention not in ("auto", "fused"):
+        return
+    if dtype == torch.float32 or not use_triton(probe):
+        return
+    batch, tokens, width = _tokens(model, config)
+    heads = model.arch.heads
+    shape = tiles.Shape(architecture(probe), tokens, tokens, width // heads, dtype)
+    key = {"batch": batch, "tokens": tokens, "heads": heads, "head_dim": shape.head_dim}
+
+    @cache
+    def tensors() -> tuple[Tensor, ...]:
+        """qkv, its attention and lse, the gradient of the attention; on the rank that measures."""
+        qkv = torch.randn(batch, tokens, 3, heads, shape.head_dim, device=device, dtype=dtype)
+        out, lse = attention_qkvpacked(qkv, return_lse=True)
+        return qkv, out, lse, torch.randn_like(out)
+
+    def forward(candidate: tiles.ForwardConfig) -> Callable:
+        def call() -> tuple[Tensor, ...]:
+            tiles.use(shape, forward=candidate)
+            return attention_qkvpacked(tensors()[0], return_lse=True)
+
+        return call
+
+    def backward(candidate: tiles.BackwardConfig) -> Callable:
+        def call() -> Tensor:
+            tiles.use(shape, backward=candidate)
+            qkv, out, lse, grad_out = tensors()
+            return torch.ops.fastdeit.attention_qkvpacked_backward(grad_out, qkv, out, lse, shape.head_dim**-0.5, None)
+
+        return call
+
+    answers: dict = {}
+    questions: tuple = (
+        ("forward", forward, tiles.forward_candidates(shape)),
+        ("backward", backward, tiles.backward_candidates(shape, batch * heads)),
+    )
+    for direction, build, found in questions:
+        choice = tuner.choose(
+            f"tiles of fused attention, {direction}", {name: partial(build, one) for name, one in found.items()},
+            default=next(iter(found)), key=key, dtype=dtype, cold=True,
+        )  # fmt: skip
+        answers[direction] = found[choice.chosen]
+    tiles.use(shape, **answers)
+
+
+# PyTorch's own choice minds --deterministic, and its flash backend does.
+NONDETERMINISTIC = ("cudnn", "efficient", "xformers", "fa3", "fa4")
+
+
 def attention(tuner: Tuner, model: nn.Module, config: Config, arrangement: Arrangement) -> None:
-    """One block, forward and backward."""
+    """One block, forward and backward; then the last one, where a few tokens look at all."""
     if config.speed.attention != "auto" or not isinstance(model, DeiT):
         return
-    shape = (config.data.batch_size, model.grid_size[0] * model.grid_size[1] + model.num_prefix_tokens, model.embed_dim)
-
-    def build(name: str) -> Callable:
-        block = copy.deepcopy(model.blocks[0])
-        block.attn.attend = ATTENTION[name]
-        return forward_backward(block, [torch.randn(shape, requires_grad=True)], tuner, config, arrangement)
-
-    names = ("sdpa",) if tuner.world.device.type == "cuda" else ("sdpa", "math")
-    choice = tuner.choose(
-        "attention", {name: partial(build, name) for name in names}, default="sdpa", cold=True,
-        key={"tokens": list(shape), "heads": model.arch.heads, "compiled": compiles(config, tuner.world.device)},
-        dtype=precision_of(config, tuner.world.device),
+    names = implementation.candidates(tuner.world.device)
+    last = [name for name in names if name not in ("fa3", "fa4")]  # they stand in for flash in the whole process
+    _choose_block(
+        tuner, model, config, arrangement, "attention",
+        {name: model.implementation._replace(attention=name) for name in names}, "sdpa", None,
     )  # fmt: skip
-    model.set_attention(choice.chosen)
+    _choose_block(
+        tuner, model, config, arrangement, "attention of the last block",
+        {name: model.implementation._replace(last_attention=name) for name in last}, "sdpa", model.num_prefix_tokens,
+    )  # fmt: skip
+
+
+def fusions(tuner: Tuner, model: nn.Module, config: Config, arrangement: Arrangement) -> None:
+    """Our kernels for what stands between the matrix products, against what Inductor makes of it."""
+    if not isinstance(model, DeiT) or not use_triton(torch.empty(0, device=tuner.world.device)):
+        return
+    for attribute, question in (("fused_norm", "add_layer_norm"), ("fused_gelu", "bias_gelu")):
+        ways = {name: model.implementation._replace(**{attribute: name == "ours"}) for name in ("plain", "ours")}
+        _choose_block(tuner, model, config, arrangement, question, ways, "plain", None)
+
+
+def _choose_block(
+    tuner: Tuner, model: DeiT, config: Config, arrangement: Arrangement, question: str, ways: dict[str, Implementation],
+    default: str, first: int | None,
+) -> None:  # fmt: skip
+    """By one block, forward and backward; applied to the model. first: Block.forward's."""
+    shape = _tokens(model, config)
+
+    def build(way: Implementation) -> Callable:
+        block = copy.deepcopy(model.blocks[0])
+        block.implement(way)
+        branches = _Branches(block, shape[0], model.drop_path, first)
+        call = forward_backward(branches, [torch.randn(shape, requires_grad=True)], tuner, config, arrangement)
+
+        def active() -> Sequence[Tensor]:
+            implementation.activate(way.attention)
+            return call()
+
+        return active
+
+    compiled = compiles(config, tuner.world.device)
+    key = {"tokens": list(shape), "heads": model.arch.heads, "queries": first, "drop path": model.drop_path > 0}
+    key |= {"layer scale": model.arch.deit3, "compiled": compiled, "implementation": model.implementation._asdict()}
+    choice = tuner.choose(
+        question, {name: partial(build, way) for name, way in ways.items()}, default=default, cold=True, key=key,
+        dtype=precision_of(config, tuner.world.device), nondeterministic=[n for n in NONDETERMINISTIC if n in ways],
+    )  # fmt: skip
+    model.implement(ways[choice.chosen])
+
+
+class _Branches(nn.Module):
+    """A block as the model calls it: with a factor for each sample's branches, where it has a drop path."""
+
+    def __init__(self, block: nn.Module, batch: int, drop_path: float, first: int | None):
+        super().__init__()
+        self.block, self.first = block, first
+        self.register_buffer("scale", torch.full((batch, 2), 1 / (1 - drop_path)) if drop_path else None)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.block(x_BND, self.scale, self.first)
 
 
 def combo_kernels(tuner: Tuner, model: nn.Module, config: Config, arrangement: Arrangement) -> None:
@@ -148,7 +252,7 @@ def combo_kernels(tuner: Tuner, model: nn.Module, config: Config, arrangement: A
 
 
 # In this order: the later ones are measured as the earlier have been answered.
-QUESTIONS = (threads, memory_format, patch_embedding, attention, combo_kernels)
+QUESTIONS = (threads, memory_format, patch_embedding, kernel_tiles, attention, fusions, combo_kernels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,6 +268,8 @@ def forward_backward(
     device, precision = tuner.world.device, precision_of(config, tuner.world.device)
     module = module.to(device).to(memory_format=arrangement.memory_format).train()
     if compiles(config, device):
+        # Each candidate is another specialisation of the same code, which Dynamo would soon leave uncompiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         parallel.compile_model(module, tuner.world, arrangement.inductor)
     inputs = [tensor.detach().to(device).requires_grad_(tensor.requires_grad) for tensor in inputs]
     wanted = [tensor for tensor in (*inputs, *module.parameters()) if tensor.requires_grad]
@@ -177,6 +283,12 @@ def forward_backward(
         return [*outputs, *(torch.autograd.grad(outputs, wanted, gradients) if wanted else [])]
 
     return call
+
+
+def _tokens(model: DeiT, config: Config) -> tuple[int, int, int]:
+    """Shape of what a block is given: (batch, tokens, width)."""
+    tokens = model.grid_size[0] * model.grid_size[1] + model.num_prefix_tokens
+    return config.data.batch_size, tokens, model.embed_dim
 
 
 def _images(config: Config) -> Tensor:

@@ -16,10 +16,16 @@ class ForwardConfig(NamedTuple):
     # "tail": whole tiles in a loop, the rest in static tiles of their size; "loop": all in a masked loop
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers a thread at most, so that more programs share a multiprocessor
 
     def tiles(self, tokens: int) -> tuple[int, ...]:
         """The static tiles of keys."""
         return () if self.keys == "loop" else key_tiles(tokens, self.block_n, self.keys == "resident")
+
+    @property
+    def name(self) -> str:
+        kind = "resident" if self.keys == "resident" else "streaming"
+        return f"{kind} {_launch(self.block_m, self.block_n, *self[-3:])}"
 
     def splits(self, tokens: int, items: int) -> int:
         """Programs per (batch, head) item. A resident program takes all rows of Q unless the GPU would stay empty."""
@@ -34,6 +40,8 @@ def forward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype) -> 
         return ForwardConfig(64, 32, "loop", 8, 1)
     if columns == 128:
         return ForwardConfig(128, 64 if _data_center(arch) else 32, "tail", 8, 2)
+    if _hopper(arch):
+        return ForwardConfig(64, 64, *(("resident", 4, 1, 168) if tokens <= 256 else ("tail", 4, 3, 128)))
     return ForwardConfig(64, 128, "resident", 4, 1) if tokens <= 256 else ForwardConfig(128, 64, "tail", 8, 3)
 
 
@@ -42,12 +50,23 @@ class Tiles(NamedTuple):
     queries: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 class BackwardConfig(NamedTuple):
     one: Tiles | None  # the one launch: a program holds blocks of keys in turn; None where two launches are made:
     q: Tiles  # backward_q holds queries, keys pass by,
     kv: Tiles  # backward_kv holds keys, queries pass by
+
+    @property
+    def name(self) -> str:
+        if self.one is not None:
+            return f"one launch {_launch(*self.one)}"
+        return f"two launches, dQ {_launch(*self.q)}, dK dV {_launch(*self.kv)}"
+
+
+def _launch(rows: int, columns: int, num_warps: int, num_stages: int, maxnreg: int | None) -> str:
+    return f"{rows} x {columns} w{num_warps} s{num_stages}" + ("" if maxnreg is None else f" r{maxnreg}")
 
 
 def backward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype, items: int) -> BackwardConfig:
@@ -58,6 +77,8 @@ def backward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype, it
     one = next((tiles for limit, tiles in _one_launch(arch)[columns == 128] if tokens <= limit), None)
     if one is not None and tokens > one.keys and items < FULL_GPU // 2:
         one = None  # more programs are worth more than fewer products
+    if columns <= 64 and _hopper(arch):
+        return BackwardConfig(one, Tiles(64, 64, 4, 3, 128), Tiles(64, 32, 4, 3, 128))
     if columns <= 64:
         return BackwardConfig(one, Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 3 if _data_center(arch) else 2))
     if _data_center(arch):
@@ -66,17 +87,16 @@ def backward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype, it
 
 
 # (tokens up to, tiles), for columns up to 64 and for 128. What is missing would spill; beyond 1,024 tokens the scratch
-# for dQ would be large.
+# for dQ would be large. On Hopper three small programs a multiprocessor hide each other's waits, which one large one,
+# whose keys fill the registers, cannot: two thirds of its cycles by the model of benchmarks/attention_cycles.py, which
+# knows no other architecture, and where two launches win from about 400 tokens on.
 ONE_LAUNCH = {
     80: (
         ((64, Tiles(64, 32, 4, 2)), (128, Tiles(128, 32, 8, 2)), (1024, Tiles(64, 32, 8, 2))),
         ((64, Tiles(64, 32, 8, 2)),),
     ),
     90: (
-        (
-            (64, Tiles(64, 64, 4, 2)), (128, Tiles(128, 64, 8, 2)), (256, Tiles(256, 32, 8, 2)),
-            (1024, Tiles(128, 32, 8, 3)),
-        ),
+        ((384, Tiles(64, 32, 4, 2, 168)),),
         ((64, Tiles(64, 32, 8, 2)), (128, Tiles(128, 32, 8, 2)), (1024, Tiles(64, 32, 8, 2))),
     ),
     100: (
@@ -91,6 +111,10 @@ ONE_LAUNCH = {
 
 def _one_launch(arch: int) -> tuple:
     return ONE_LAUNCH[80 if not _data_center(arch) else 90 if arch < 100 else 100]
+
+
+def _hopper(arch: int) -> bool:
+    return 90 <= arch < 100
 
 
 def _data_center(arch: int) -> bool:

@@ -7,8 +7,9 @@ It must read Q, K, V, O, dO and write dQ, dK, dV once: 16 · tokens · head_dim 
 
 key_block holds K, V and the sums of dK, dV for KV_ROWS keys, and walks over the queries. It works with Sᵀ (keys ×
 queries) so that Pᵀ and dSᵀ are in registers where wgmma wants the first operand of dV = Pᵀ dO and dK = dSᵀ Q; with
-dQᵀ = Kᵀ dSᵀ, so that no product has fewer than 64 rows even with 32 queries at a time; and it starts the accumulator
-of Sᵀ at -lse / scale, which saves holding lse through the product and masks absent keys at no cost.
+dQᵀ = Kᵀ dSᵀ, so that no product has fewer than 64 rows even with 32 queries at a time. The accumulator of Sᵀ starts at
+-inf for keys that do not exist, which masks them at no cost; lse comes with the scale, as one FMA after the product,
+behind which its load is hidden.
 
 backward_kernel, the one launch: a program takes a head and goes through its blocks of keys. Where one block holds all
 keys (198 tokens), each dQ is final at once; else dQ is summed in a float32 scratch of its own, 4 · tokens · head_dim
@@ -27,24 +28,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.backend import architecture, dot_precision, padded_columns, readable, strides
+from fastdeit.kernels.backend import architecture, dot_precision, readable, strides
 from fastdeit.kernels.tiles import LOG2_E, load_rows, store_rows
 
-from .configs import backward_config
+from . import tiles
 
 
 @triton.jit
 def row_statistics(
-    out_ptr, grad_out, lse_ptr, grad_lse_ptr, rows_ptr, padded, rows, stride, queries, inverse_scale,
+    out_ptr, grad_out, lse_ptr, grad_lse_ptr, rows_ptr, padded, rows, stride, queries,
     HEAD_DIM: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """lse and delta, inf and 0 past the last query. Leaves lse / scale and delta in rows_ptr, (2, padded)."""
+    """lse in base 2 and delta, inf and 0 past the last query, which it leaves in rows_ptr, (2, padded), too."""
     out = load_rows(out_ptr, rows, stride, queries, HEAD_DIM, COLS, True)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + rows, mask=rows < queries, other=0.0)
-    lse = tl.load(lse_ptr + rows, mask=rows < queries, other=float("inf"))
-    tl.store(rows_ptr + rows, lse * inverse_scale)
+    lse = tl.load(lse_ptr + rows, mask=rows < queries, other=float("inf")) * LOG2_E
+    tl.store(rows_ptr + rows, lse)
     tl.store(rows_ptr + padded + rows, delta)
     return lse, delta
 
@@ -71,8 +72,9 @@ def key_block(
         lse = tl.load(rows_ptr + rows)
         delta = tl.load(rows_ptr + padded + rows)
 
-        s_t = tl.dot(k, tl.trans(q), key_bias[:, None] - lse[None, :], input_precision=PRECISION)
-        p_t = tl.exp2(s_t * scale_log2)
+        masked = tl.broadcast_to(key_bias[:, None], (KV_ROWS, BLOCK_M))
+        s_t = tl.dot(k, tl.trans(q), masked, input_precision=PRECISION)
+        p_t = tl.exp2(s_t * scale_log2 - lse[None, :])
         dp_t = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         ds_t = (p_t * (dp_t - delta[None, :])).to(q.dtype)
         dv = tl.dot(p_t.to(q.dtype), grad_out, dv, input_precision=PRECISION)
@@ -115,7 +117,7 @@ def backward_kernel(
         grad_out = load_rows(grad_out_ptr, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
         row_statistics(
             out_ptr + query_offset, grad_out, lse_ptr + item * queries, grad_lse_ptr,
-            rows_ptr, padded, rows, heads * HEAD_DIM, queries, 1.0 / scale, HEAD_DIM, COLS,
+            rows_ptr, padded, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS,
         )  # fmt: skip
     if BLOCKS > 1:
         dq_sum_ptr += item * padded * COLS
@@ -184,7 +186,7 @@ def backward_q_kernel(
         grad_lse_ptr += item * queries
     lse, delta = row_statistics(
         out_ptr + query_offset, grad_out, lse_ptr + item * queries, grad_lse_ptr,
-        rows_ptr + item * 2 * padded, padded, rows, heads * HEAD_DIM, queries, 1.0 / scale, HEAD_DIM, COLS,
+        rows_ptr + item * 2 * padded, padded, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS,
     )  # fmt: skip
 
     dq = tl.zeros((BLOCK_M, COLS), tl.float32)
@@ -193,7 +195,7 @@ def backward_q_kernel(
         k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, True)
         v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, True)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.exp2(s * (scale * LOG2_E) - (lse * LOG2_E)[:, None])
+        p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
         p = tl.where(cols[None, :] < keys, p, 0.0)
         dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         ds = (p * (dp - delta[:, None])).to(q.dtype)
@@ -212,9 +214,9 @@ def attention_backward(
     q, k, v, grad_out = readable(q), readable(k), readable(v), grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
-    columns = max(64, padded_columns(head_dim))  # dQᵀ has that many rows, and wgmma needs 64
-    config = backward_config(architecture(q), keys, columns, q.dtype, batch * heads)
-    one, by_query, by_key = config
+    columns = tiles.backward_columns(head_dim)
+    shape = tiles.Shape(architecture(q), queries, keys, head_dim, q.dtype)
+    one, by_query, by_key = tiles.backward(shape, batch * heads)
     steps = *strides(q, k, v), dq.stride(0), *dk.stride()[:3]
     shared = {"HEAD_DIM": head_dim, "COLS": columns, "PRECISION": dot_precision(q), "enable_fp_fusion": True}
 
@@ -231,7 +233,7 @@ def attention_backward(
                 scratch(padded, columns) if blocks > 1 else None, dq, dk, dv,
                 scale, heads, queries, keys, padded, *steps,
                 KV_ROWS=one.keys, BLOCK_M=one.queries, BLOCKS=blocks,
-                num_warps=one.num_warps, num_stages=one.num_stages, **shared,
+                num_warps=one.num_warps, num_stages=one.num_stages, maxnreg=one.maxnreg, **shared,
             )  # fmt: skip
             return
         query_blocks, key_blocks = triton.cdiv(queries, by_query.queries), triton.cdiv(keys, by_key.keys)
@@ -242,10 +244,10 @@ def attention_backward(
             q, k, v, out, grad_out, lse, grad_lse, rows, dq,
             scale, heads, queries, keys, query_blocks, padded, *steps,
             BLOCK_M=by_query.queries, BLOCK_N=by_query.keys,
-            num_warps=by_query.num_warps, num_stages=by_query.num_stages, **shared,
+            num_warps=by_query.num_warps, num_stages=by_query.num_stages, maxnreg=by_query.maxnreg, **shared,
         )  # fmt: skip
         backward_kv_kernel[(batch * heads * key_blocks,)](
             q, k, v, grad_out, rows, dk, dv, scale, heads, queries, keys, key_blocks, padded, *steps,
             KV_ROWS=by_key.keys, BLOCK_M=by_key.queries,
-            num_warps=by_key.num_warps, num_stages=by_key.num_stages, **shared,
+            num_warps=by_key.num_warps, num_stages=by_key.num_stages, maxnreg=by_key.maxnreg, **shared,
         )  # fmt: skip

@@ -5,11 +5,15 @@
 It must read Q, K, V and write O once: 8 · tokens · head_dim bytes per head in half precision, and 4 · tokens for lse.
 At 197 tokens and head_dim 64 that, and not the arithmetic, is the floor (1.2 MB per image and layer of ViT-B).
 
-A program computes BLOCK_M rows of O at a time, with the running maximum and sum of FlashAttention (Dao et al. 2022,
-algorithm 1; the output is divided once, at the end). Keys come in tiles: whole ones of BLOCK_N in a loop, then the rest
-in TILES, powers of two chosen so that little is computed for keys that do not exist (198 = 128 + 64 + 6 of 16); only
-the last tile is masked. RESIDENT programs have all keys in TILES, keep K and V on chip and walk over the rows of Q.
-Without TILES the loop takes all keys and masks each tile.
+Two kernels, which compute BLOCK_M rows of O at a time and divide them once, at the end:
+
+resident_kernel, where the keys of a head fit on chip: they lie there in TILES, powers of two chosen so that little is
+computed for keys that do not exist (198 = 128 + 64 + 6 of 16), while a program walks over the rows of Q. The softmax is
+that of the definition: all products, one maximum, one exponential of each.
+
+streaming_kernel, for more keys: whole tiles of BLOCK_N pass by in a loop, then the rest in TILES, with the running
+maximum and sum of FlashAttention (Dao et al. 2022, algorithm 1). Only the last tile is masked; without TILES (float32)
+the loop takes all keys and masks each tile.
 
 The numbers of queries and keys are ordinary integers: lengths that share TILES share one compiled kernel.
 """
@@ -22,7 +26,7 @@ from torch import Tensor
 from fastdeit.kernels.backend import architecture, dot_precision, padded_columns, readable, strides
 from fastdeit.kernels.tiles import LN_2, LOG2_E, load_rows, store_rows
 
-from .configs import forward_config
+from . import tiles
 
 
 @triton.jit
@@ -40,11 +44,22 @@ def attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, keys, MASKED: tl.co
 
 
 @triton.jit
-def forward_kernel(
+def store_output(
+    out_ptr, lse_ptr, rows, row_max, row_sum, acc, scale_log2, heads, queries,
+    HEAD_DIM: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    # By the reciprocal: a division of each element would be ten instructions more.
+    store_rows(out_ptr, rows, heads * HEAD_DIM, acc * (1.0 / row_sum)[:, None], queries, HEAD_DIM, COLS)
+    lse = (row_max * scale_log2 + tl.log2(row_sum)) * LN_2
+    tl.store(lse_ptr + rows, lse, mask=rows < queries)
+
+
+@triton.jit
+def resident_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, scale, heads, queries, keys, splits,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
-    HEAD_DIM: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr, STARTS: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr, STARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`splits` programs share one head, side by side so that they find its K and V in L2."""
     item = tl.program_id(0) // splits
@@ -57,46 +72,72 @@ def forward_kernel(
     out_ptr += (b * queries * heads + h) * HEAD_DIM
     lse_ptr += item.to(tl.int64) * queries
     scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
-    MASKED_LOOP: tl.constexpr = len(TILES) == 0
     LAST: tl.constexpr = len(TILES) - 1
 
-    if RESIDENT:
-        K = ()
-        V = ()
-        for i in tl.static_range(len(TILES)):
-            cols = STARTS[i] + tl.arange(0, TILES[i])
-            # Triton's tuples grow by addition only.
-            K = K + (load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
-            V = V + (load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
+    K = ()
+    V = ()
+    for i in tl.static_range(len(TILES)):
+        cols = STARTS[i] + tl.arange(0, TILES[i])
+        # Triton's tuples grow by addition only.
+        K = K + (load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
+        V = V + (load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
 
     for start in range(split * BLOCK_M, queries, splits * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, rows, q_n, queries, HEAD_DIM, COLS, True)
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        S = ()
+        for i in tl.static_range(len(TILES)):
+            s = tl.dot(q, tl.trans(K[i]), input_precision=PRECISION)
+            if i == LAST:
+                s = tl.where((STARTS[i] + tl.arange(0, TILES[i]))[None, :] < keys, s, float("-inf"))
+            row_max = tl.maximum(row_max, tl.max(s, 1))
+            S = S + (s,)  # noqa: RUF005
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, COLS), tl.float32)
-        streamed = 0
-        if not RESIDENT:
-            streamed = keys if MASKED_LOOP else (keys - 1) // BLOCK_N * BLOCK_N
-            for first in range(0, streamed, BLOCK_N):
-                cols = first + tl.arange(0, BLOCK_N)
-                k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, MASKED_LOOP)
-                v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, MASKED_LOOP)
-                row_max, row_sum, acc = attend(
-                    q, k, v, row_max, row_sum, acc, scale_log2, cols, keys, MASKED_LOOP, PRECISION
-                )
         for i in tl.static_range(len(TILES)):
-            cols = streamed + STARTS[i] + tl.arange(0, TILES[i])
-            if RESIDENT:
-                k = K[i]
-                v = V[i]
-            else:
-                k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, i == LAST)
-                v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, i == LAST)
-            row_max, row_sum, acc = attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, keys, i == LAST, PRECISION)
-        store_rows(out_ptr, rows, heads * HEAD_DIM, acc / row_sum[:, None], queries, HEAD_DIM, COLS)
-        lse = (row_max * scale_log2 + tl.log2(row_sum)) * LN_2
-        tl.store(lse_ptr + rows, lse, mask=rows < queries)
+            p = tl.exp2(S[i] * scale_log2 - (row_max * scale_log2)[:, None])
+            row_sum += tl.sum(p, 1)
+            acc = tl.dot(p.to(q.dtype), V[i], acc, input_precision=PRECISION)
+        store_output(out_ptr, lse_ptr, rows, row_max, row_sum, acc, scale_log2, heads, queries, HEAD_DIM, COLS)
+
+
+@triton.jit
+def streaming_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, scale, heads, queries, keys, splits,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
+    HEAD_DIM: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr, STARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of one head; those of a head, `splits`, side by side so that they find its K and V in L2."""
+    item = tl.program_id(0) // splits
+    b = (item // heads).to(tl.int64)
+    h = item % heads
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
+    MASKED_LOOP: tl.constexpr = len(TILES) == 0
+    LAST: tl.constexpr = len(TILES) - 1
+
+    rows = tl.program_id(0) % splits * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, COLS), tl.float32)
+    streamed = keys if MASKED_LOOP else (keys - 1) // BLOCK_N * BLOCK_N
+    for first in range(0, streamed, BLOCK_N):
+        cols = first + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, MASKED_LOOP)
+        v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, MASKED_LOOP)
+        row_max, row_sum, acc = attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, keys, MASKED_LOOP, PRECISION)
+    for i in tl.static_range(len(TILES)):
+        cols = streamed + STARTS[i] + tl.arange(0, TILES[i])
+        k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, i == LAST)
+        v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, i == LAST)
+        row_max, row_sum, acc = attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, keys, i == LAST, PRECISION)
+    out_ptr += (b * queries * heads + h) * HEAD_DIM
+    lse_ptr += item.to(tl.int64) * queries
+    store_output(out_ptr, lse_ptr, rows, row_max, row_sum, acc, scale_log2, heads, queries, HEAD_DIM, COLS)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float):
@@ -104,15 +145,17 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     assert out.is_contiguous() and lse.is_contiguous()
     q, k, v = readable(q), readable(k), readable(v)
     (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
-    columns = padded_columns(head_dim)
-    config = forward_config(architecture(q), keys, columns, q.dtype)
-    tiles = config.tiles(keys)
+    config = tiles.forward(tiles.Shape(architecture(q), queries, keys, head_dim, q.dtype))
+    static = config.tiles(keys)
     splits = config.splits(queries, batch * heads)
+    kernel, block_n = (
+        (resident_kernel, {}) if config.keys == "resident" else (streaming_kernel, {"BLOCK_N": config.block_n})
+    )
     with torch.cuda.device_of(q):
-        forward_kernel[(batch * heads * splits,)](
+        kernel[(batch * heads * splits,)](
             q, k, v, out, lse, scale, heads, queries, keys, splits,
             *strides(q, k, v),
-            HEAD_DIM=head_dim, COLS=columns, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            TILES=tiles, STARTS=tuple(sum(tiles[:i]) for i in range(len(tiles))), RESIDENT=config.keys == "resident",
-            PRECISION=dot_precision(q), num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            HEAD_DIM=head_dim, COLS=padded_columns(head_dim), BLOCK_M=config.block_m, **block_n,
+            TILES=static, STARTS=tuple(sum(static[:i]) for i in range(len(static))), PRECISION=dot_precision(q),
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from .processes import start_ranks
 from .runs import RANDOM, assert_same, run, run_until
 
 CPU = World(torch.device("cpu"))
+LAST = "attention of the last block"
 NANO, CNN = "deit_nano_distilled_patch4_16", "test_resnet"
 
 
@@ -74,7 +75,7 @@ def logits_and_gradients(model):
 def test_each_candidate_of_a_transformer_computes_the_same(tmp_path, favour):
     favour("product", "sdpa")
     _, plain, _, choices = asked(NANO, tmp_path)
-    assert choices.keys() == {"patch embedding", "attention"}
+    assert choices.keys() == {"patch embedding", "attention", LAST}
     assert not plain.patch_embed.as_convolution and plain.implementation.attention == "sdpa"
     favour("convolution", "math")
     (tmp_path / "tuning.json").unlink()
@@ -160,7 +161,9 @@ def test_a_resumed_run_keeps_what_was_chosen_when_it_was_started(colors, tmp_pat
     arguments = [*RANDOM, "--data-path", colors, "--tune", "fresh"]
     favour("convolution", "math")
     run(*arguments, "--output-dir", whole)
-    measured = {"patch embedding": ("convolution", "measured"), "attention": ("math", "measured")}
+    measured = {"patch embedding": ("convolution", "measured")} | dict.fromkeys(
+        ("attention", LAST), ("math", "measured")
+    )
     assert chosen(whole) == measured and json.loads((whole / "tuning.json").read_text()) == tuning_of(whole)
     assert "convolution" in capfd.readouterr().out
 
@@ -224,5 +227,5 @@ def test_tune_refuses_what_makes_no_sense(cli, flags, colors):
 def test_on_a_cpu_only_fresh_measures(colors, tmp_path, monkeypatch, mode):
     monkeypatch.setattr(timing, "in_turns", lambda *_, **__: pytest.fail("measured"))
     run(*RANDOM, "--epochs", "1", "--data-path", colors, "--output-dir", tmp_path / "run", "--tune", mode)
-    expected = {"patch embedding": ("product", "default"), "attention": ("sdpa", "default")}
+    expected = {"patch embedding": ("product", "default")} | dict.fromkeys(("attention", LAST), ("sdpa", "default"))
     assert chosen(tmp_path / "run") == ({} if mode == "off" else expected)

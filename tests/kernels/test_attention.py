@@ -8,7 +8,7 @@ import torch
 from attention_oracle import check, definition
 
 from fastdeit.kernels import attention, attention_qkvpacked
-from fastdeit.kernels.attention import api, configs
+from fastdeit.kernels.attention import api, configs, tiles
 from fastdeit.kernels.backend import INTERPRETED
 
 # These are about the plain PyTorch path; the interpreter replaces it.
@@ -142,7 +142,8 @@ def test_static_tiles_cover_every_length():
             looped = 0 if config.keys == "resident" else (tokens - 1) // config.block_n * config.block_n
             assert looped + sum(tiles[:-1]) < tokens <= looped + sum(tiles)
             assert all(tile & (tile - 1) == 0 and tile >= 16 for tile in tiles)
-    assert configs.forward_config(90, 198, 64, torch.half).tiles(198) == (128, 64, 16)
+    assert configs.forward_config(90, 198, 64, torch.half).tiles(198) == (64, 64, 64, 16)
+    assert configs.forward_config(80, 198, 64, torch.half).tiles(198) == (128, 64, 16)
     assert configs.forward_config(90, 578, 64, torch.half).tiles(578) == (16,)
 
 
@@ -210,3 +211,37 @@ def test_left_to_pytorch(monkeypatch):
 def test_refuses_scale(scale):
     with pytest.raises(ValueError, match="positive and finite"):
         attention_qkvpacked(make(1, 5, 3, 1, 32), scale=scale)
+
+
+def test_tiles_can_be_replaced():
+    """For one shape, until the table's are asked for again; by names that are all different."""
+    shape = tiles.Shape(90, 198, 198, 64, torch.bfloat16)
+    forward, backward = tiles.forward_candidates(shape), tiles.backward_candidates(shape, 1024)
+    assert next(iter(forward.values())) == tiles.forward(shape) == configs.forward_config(90, 198, 64, torch.bfloat16)
+    assert next(iter(backward.values())) == tiles.backward(shape, 1024)
+    assert all(config.name == name for name, config in (forward | backward).items())
+    assert len(forward) > 5 and len(backward) > 5
+    other, another = list(forward.values())[-1], list(backward.values())[-1]
+    try:
+        tiles.use(shape, forward=other)
+        assert tiles.forward(shape) == other != tiles.forward(shape._replace(queries=2))
+        assert tiles.backward(shape, 1024) != another
+        tiles.use(shape, forward=other, backward=another)
+        assert (tiles.forward(shape), tiles.backward(shape, 1024)) == (other, another)
+    finally:
+        tiles.use(shape)
+    assert tiles.forward(shape) == next(iter(forward.values()))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("tokens, head_dim", [(1, 16), (198, 64), (257, 64), (300, 32), (578, 80), (2000, 128)])
+def test_candidates_are_such_as_the_kernels_take(arch, tokens, head_dim):
+    shape = tiles.Shape(arch, tokens, tokens, head_dim, torch.float16)
+    for config in tiles.forward_candidates(shape).values():
+        assert config.keys != "resident" or sum(config.tiles(tokens)) <= 256
+    for config in tiles.backward_candidates(shape, 1024).values():
+        if config.one is not None:
+            assert config.one.keys % config.one.queries == 0
+        else:
+            assert config.q.queries % config.kv.queries == 0
+    assert len(tiles.forward_candidates(shape._replace(dtype=torch.float32))) == 1

@@ -69,7 +69,8 @@ def test_attention(arch, dtype, case, full_gpu, monkeypatch):
         attention_oracle.check(separate, q, k, v, head_dim**-0.5)
         if queries == keys:
             attention_oracle.check(packed, q, k, v, head_dim**-0.5, through_lse=False)
-    assert {launch.kernel.split("_")[0] for launch in launches} == {"forward", "backward"}
+    kinds = {launch.kernel.split("_")[0] for launch in launches}
+    assert "backward" in kinds and kinds <= {"resident", "streaming", "backward"}
 
 
 @everywhere(
