@@ -138,7 +138,11 @@ def test_the_teacher_takes_the_fastest_layout(tmp_path, monkeypatch, name):
     ]  # fmt: skip
     assert all(row.ms > 0 and row.error < 1e-5 for row in choice.rows)
     assert is_merged(teacher.network) == (name == "joined")
-    torch.testing.assert_close(teacher((pixels() - 0.4) / 0.3), expected, rtol=1e-3, atol=1e-3)
+    seen = []
+    teacher.network.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+    images = ((pixels() - 0.4) / 0.3).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(teacher(images), expected, rtol=1e-3, atol=1e-3)
+    assert seen == [name == "contiguous"]
     weight = next(p for p in teacher.network.parameters() if p.ndim == 4 and p.shape[2] > 1)
     assert weight.is_contiguous() == (name in ("plain", "contiguous"))
     assert not any(p.requires_grad for p in teacher.network.parameters())
