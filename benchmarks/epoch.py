@@ -73,10 +73,10 @@ def our_epochs(loop: Loop, loader: LoaderWithTargets) -> Epoch:
 
 
 def ours(arguments: argparse.Namespace, root: Path, world: World, folder: Path) -> dict[str, Epoch]:
+    """As a user gets it by default, but for --compile."""
     config = configuration(
-        arguments.student, batch_size=arguments.batch_size, pixels=arguments.pixels, compile=arguments.compile,
-        attention="sdpa" if arguments.device == "cpu" else "fused",
-    )  # fmt: skip
+        arguments.student, batch_size=arguments.batch_size, pixels=arguments.pixels, compile=arguments.compile
+    )
     index = open_index(root)
     sources = {}
     for name, source in zip(SOURCES, (index, SyntheticIndex(len(index), CLASSES))):

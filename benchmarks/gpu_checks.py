@@ -1,16 +1,20 @@
 """One command for a machine with a GPU: are the kernels right there, are they clean, and how fast are they?
 
-    python benchmarks/gpu_checks.py [--minutes 9] [--only tests sanitizer]
+    python benchmarks/gpu_checks.py [--minutes 30] [--only program tests]
+
+--only program: python -m fastdeit.doctor, the probe of the decoders, python -m fastdeit.tune, and short runs of the
+trainer on the digits: as a user gets it, with the step as one CUDA graph, and with nothing that makes it fast.
 
 --only tests: pytest -m gpu of every file in tests, side by side.
 
 --only sanitizer: compute-sanitizer memcheck and racecheck over one small call of every operation, forward and backward.
 
 --only benchmarks: python -m benchmarks, those of the kernels unless named by --benchmarks, one after another with the
-GPU to themselves.
+GPU to themselves: they time exactly what a user gets by default.
 
-Output is printed as it comes, the table last. What does not fit into the minutes is stopped or skipped, and the table
-says so. Exits with 0 when all that ran has passed.
+Every step is a process of its own with its own limit, so that a crash or a hang costs that step only. Output is printed
+as it comes, the table last. What does not fit into the minutes is stopped or skipped, and the table says so. Exits with
+0 when all that ran has passed.
 """
 
 import argparse
@@ -35,6 +39,9 @@ BENCHMARKS = {
 }  # fmt: skip
 NEEDS = {  # what a step cannot do without, or all of a folder's tests
     "fastdeit/test_resume": ("tyro", "nvidia.dali"), "fastdeit/test_logit_cache": ("tyro", "nvidia.dali"),
+    "tuning": ("tyro",), "run by default": ("tyro", "sklearn", "nvidia.dali"),
+    "run as one CUDA graph": ("tyro", "sklearn", "nvidia.dali"), "run as written": ("tyro", "sklearn", "nvidia.dali"),
+    "decoder probe": ("nvidia.dali",),
     "pipelines": ("nvidia.dali",), "benchmark pipeline": ("nvidia.dali",), "benchmark epoch": ("nvidia.dali",),
 }  # fmt: skip
 SANITIZER_TOOLS = ("memcheck", "racecheck")
@@ -46,6 +53,7 @@ class Step:
     command: list[str]
     minutes: float
     env: dict[str, str] = field(default_factory=dict)
+    refused: str = ""  # what it must not say
 
     @property
     def missing(self) -> list[str]:
@@ -109,9 +117,33 @@ def run(step: Step, deadline: float, console: Console, stream: bool) -> tuple[st
         end = f"stopped after {seconds:.0f} s"
     elif any("Device not supported" in line for line in lines):
         end = "left out: not on this machine"  # compute-sanitizer, in some virtual machines
+    elif step.refused and any(step.refused in line for line in lines):
+        end = f"FAILED ({step.refused})"
     else:
         end = "passed" if code == 0 else f"FAILED (exit {code})"
     return step.name, end, time.monotonic() - started
+
+
+def program_steps() -> list[Step]:
+    """In this order: what is learned of the machine comes first, and the runs share the teacher that the first fits."""
+    folder = ROOT / "runs" / f"gpu_checks-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    def run_of(name: str, *flags: str, refused: str = "") -> Step:
+        output = folder / name.replace(" ", "-")
+        command = [sys.executable, "-m", "fastdeit.train", "--epochs", "5", "--output-dir", str(output), *flags]
+        return Step(name, command, 5.0, refused=refused)
+
+    return [
+        Step("doctor", [sys.executable, "-m", "fastdeit.doctor", "--slow"], 5.0),
+        Step("decoder probe", [sys.executable, "-m", "pytest", "-m", "gpu", "tests/pipelines/test_probe.py"], 3.0),
+        Step("tuning", [
+            sys.executable, "-m", "fastdeit.tune", "--recipe", "deit_small", "--data-path", "synthetic",
+            "--tune", "fresh", "--record", str(folder / "tuning.csv"),
+        ], 8.0),
+        run_of("run by default"),
+        run_of("run as one CUDA graph", "--cuda-graph", "on", refused="cannot be a CUDA graph"),
+        run_of("run as written", "--no-compile", "--tune", "off", "--cuda-graph", "off"),
+    ]  # fmt: skip
 
 
 def test_steps() -> list[Step]:
@@ -165,6 +197,8 @@ def check(minutes: float, only: list[str], benchmarks: list[str], log: Path) -> 
     deadline, console = time.monotonic() + 60 * minutes, Console(log)
     console.print(describe_machine())
     results = []
+    if "program" in only:
+        results += [run(step, deadline, console, stream=True) for step in program_steps()]
     with ThreadPoolExecutor(max_workers=8) as pool:
         for chosen, steps in (("tests", test_steps), ("sanitizer", sanitizer_steps)):
             if chosen in only:
@@ -182,8 +216,8 @@ def main() -> int:
     from fastdeit.cli import FoldedHelp
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=FoldedHelp)
-    kinds = ["tests", "sanitizer", "benchmarks"]
-    parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it")
+    kinds = ["program", "tests", "sanitizer", "benchmarks"]
+    parser.add_argument("--minutes", type=float, default=30.0, help="time for all of it")
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, metavar="KIND", help=", ".join(kinds))
     parser.add_argument(
         "--benchmarks", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS)[:4], metavar="NAME"

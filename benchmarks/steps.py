@@ -1,6 +1,6 @@
 """What the benchmarks of full training steps share: our trainer on noise, cached logits, steps in turn.
 
-Steps are called as training calls them, launches and all, with nothing captured and no cache flushed in between. A
+Steps are called as training calls them, launches and all, with no cache flushed in between. A
 sample is, on a GPU, the time between two events around a few steps in a row; on the CPU, the CPU time of a step, which
 other work on the machine disturbs less than the clock, on one thread, because threads that wait take CPU time too.
 """
@@ -9,7 +9,8 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ import torch
 from fastdeit.config import Config
 from fastdeit.data import loaders, open_images
 from fastdeit.distill import logit_cache
-from fastdeit.distill.cached_teacher import targets_of
+from fastdeit.distill.cached_teacher import BatchWithTargets, targets_of
 from fastdeit.distributed.world import World, pick_device
 from fastdeit.models.build import build_student
 from fastdeit.pipelines import Batch, Loader
+from fastdeit.training import student_tuning
 from fastdeit.training.loop import Loop
 from fastdeit.training.trainer import Trainer
+from fastdeit.tuning import of_run
 
 from .timing import Timing
 
@@ -52,12 +55,17 @@ def pick_world(device: str) -> World:
     return World(pick_device(device))
 
 
-def configuration(student: str, *, batch_size: int, pixels: int, compile: bool, attention: str = "sdpa") -> Config:
-    """The DeiT recipe with hard distillation, as the settings' defaults have it."""
+# Of the settings of speed, for contenders that show one thing at a time: nothing measured, nothing captured.
+AS_WRITTEN = {"attention": "sdpa", "tune": "off", "cuda_graph": "off"}
+
+
+def configuration(student: str, *, batch_size: int, pixels: int, **speed) -> Config:
+    """The DeiT recipe with hard distillation, as the settings' defaults have it: what a user gets who says nothing but
+    `speed`, settings of the group of that name."""
     config = Config()
     config.data.data_path, config.data.batch_size, config.data.input_size = Path("synthetic"), batch_size, pixels
     config.model.model, config.distillation.distillation_type = student, "hard"
-    config.speed.compile, config.speed.attention = compile, attention
+    config.speed = replace(config.speed, **speed)
     return config
 
 
@@ -68,18 +76,21 @@ def noise(config: Config, world: World) -> Loader:
 
 
 def loop_on(config: Config, world: World, loader) -> Loop:
-    """A run without a teacher yet, silent, writing nothing."""
-    trainer = Trainer(config, world, build_student(config, CLASSES)[0], None, steps_per_epoch=len(loader))
+    """A run without a teacher yet, silent, writing nothing. What it chooses by measurement is in its `choices`."""
+    model, tuner = build_student(config, CLASSES)[0], of_run(config, world, None)
+    arrangement = student_tuning.ask(tuner, model, config)
+    trainer = Trainer(config, world, model, None, steps_per_epoch=len(loader), arrangement=arrangement)
     trainer.model.train()
-    loop = Loop(trainer, (loader, None), [str(i) for i in range(CLASSES)], None)
+    both = loader, loader  # nothing is evaluated
+    loop = Loop(trainer, both, [str(i) for i in range(CLASSES)], None, choices=tuner.to_json())
     loop.log.close()
     loop.log.console.quiet = True
     return loop
 
 
-def our_step(loop: Loop, teacher, batches: list[Batch]) -> Step:
+def our_step(loop: Loop, teacher, batches: Iterable[Batch | BatchWithTargets]) -> Step:
     """Loop.step, and the look at earlier steps' losses that the loop takes after it. One that is not finite raises."""
-    endless = itertools.cycle(batches)
+    endless = itertools.cycle(batches) if isinstance(batches, list) else iter(batches)
 
     def step() -> torch.Tensor:
         loop.trainer.teacher = teacher
@@ -108,16 +119,17 @@ def random_cache(folder: Path, indices: np.ndarray, batch_size: int) -> logit_ca
     return logit_cache.LogitCache(folder)
 
 
-def cached_logits(folder: Path, batch_size: int, device: torch.device) -> Callable:
-    """In a teacher's place: its labels as a training run reads them, from a mapped file to the device."""
-    cache = random_cache(folder, np.zeros((1, CACHED_STEPS * batch_size), np.int64), batch_size)
-    starts = itertools.cycle(range(0, CACHED_STEPS * batch_size, batch_size))
+def with_cached_logits(folder: Path, batches: list[Batch]) -> Iterator[BatchWithTargets]:
+    """The batches again and again, with labels as a training run reads them, from a mapped file to the device. Their
+    teacher is `of_the_batch`."""
+    size = len(batches[0].labels)
+    cache = random_cache(folder, np.zeros((1, CACHED_STEPS * size), np.int64), size)
+    for start, batch in zip(itertools.cycle(range(0, CACHED_STEPS * size, size)), itertools.cycle(batches)):
+        yield BatchWithTargets(*batch, targets_of(cache.rows(0, slice(start, start + size)), batch.labels.device))
 
-    def labels(images, batch):
-        start = next(starts)
-        return targets_of(cache.rows(0, slice(start, start + batch_size)), device)
 
-    return labels
+def of_the_batch(images, batch: BatchWithTargets):
+    return batch.targets
 
 
 def built(build: Callable[[], Step], device: torch.device, warm_up: int) -> tuple[Step, int | None]:

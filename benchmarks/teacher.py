@@ -24,12 +24,12 @@ import timm
 import torch
 from torch import nn
 
-from fastdeit.distill.teacher import Teacher
+from fastdeit.distill.teacher import Teacher, speed_up
 from fastdeit.models.build import mean_std
 from fastdeit.models.loading import LoadedModel
 from fastdeit.training.loop import Loop
 from fastdeit.training.trainer import Trainer
-from fastdeit.tuning import Tuner
+from fastdeit.tuning import Tuner, of_run
 
 from . import charts, peers, steps
 from .record import Headline, Record, parser
@@ -61,8 +61,17 @@ def make_teacher(
     return teacher
 
 
+def default_teacher(network: nn.Module, trainer: Trainer) -> tuple[Teacher, list[dict]]:
+    """A timm model as load_teacher and speed_up make it of the run's settings; and what was chosen by measurement."""
+    world, config = trainer.world, trainer.config
+    tuner = of_run(config, world, None)
+    teacher = make_teacher(network, trainer, torch.float16 if world.device.type == "cuda" else torch.float32)
+    speed_up(teacher, config, tuner)
+    return teacher, tuner.to_json()
+
+
 def best_teacher(network: nn.Module, trainer: Trainer, *, compiled: bool) -> Teacher:
-    """As fastdeit.distill.teacher.load_teacher makes it by default."""
+    """Folded, laid out, compiled."""
     gpu = trainer.world.device.type == "cuda"
     return make_teacher(
         network, trainer, torch.float16 if gpu else torch.float32, laid_out=gpu, compiled=compiled
@@ -92,10 +101,12 @@ def compare_steps(arguments, network: nn.Module, loop: Loop) -> dict[str, Timing
     device, batches = trainer.world.device, list(islice(loop.train_loader, steps.RESIDENT))
     with tempfile.TemporaryDirectory() as folder:
         teachers = states(network, trainer, compiled=arguments.compile)
-        teachers["cached logits"] = steps.cached_logits(Path(folder), arguments.batch_size, device)
         ready = torch.zeros(arguments.batch_size, dtype=torch.int64, device=device)
         teachers[FLOOR] = lambda images, batch: ready
         calls = {name: steps.our_step(loop, teacher, batches) for name, teacher in teachers.items()}
+        calls["cached logits"] = steps.our_step(
+            loop, steps.of_the_batch, steps.with_cached_logits(Path(folder), batches)
+        )
         for step in calls.values():
             steps.built(lambda step=step: step, device, 1 if arguments.quick else 2)
         return steps.in_turn(calls, device, arguments.rounds)
@@ -168,8 +179,9 @@ def main() -> None:
     world = steps.pick_world(arguments.device)
     torch._dynamo.config.recompile_limit = 64  # of states that in training have a process each
     config = steps.configuration(
-        arguments.student, batch_size=arguments.batch_size, pixels=arguments.pixels, compile=arguments.compile
-    )
+        arguments.student, batch_size=arguments.batch_size, pixels=arguments.pixels, compile=arguments.compile,
+        **steps.AS_WRITTEN,
+    )  # fmt: skip
     loop = steps.loop_on(config, world, steps.noise(config, world))
     network = timm.create_model(arguments.teacher, num_classes=steps.CLASSES)
     by_state = compare_steps(arguments, network, loop)

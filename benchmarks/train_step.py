@@ -6,7 +6,9 @@
 From uint8 noise on the device to new weights and a new moving average: normalised, a quarter of it erased,
 mixed, smoothed labels, hard distillation, drop path 0.1, AdamW. bf16 AMP on a GPU, fp32 on the CPU. Contenders:
 
-    fastdeit              the trainer's own step (steps.py), with a live teacher, and with cached logits
+    fastdeit              the trainer's own step (steps.py), with a live teacher, and with cached logits: exactly what
+                          a run gets that says nothing of speed, tuned, compiled and captured where the program does so
+                          (on a GPU; --no-compile for all). The record has what was chosen
     timm                  as its train.py does it with token distillation (peers.py), with --torchcompile on a GPU,
                           there with and without --channels-last
     facebookresearch/deit  as its engine.py does it (peers.py), eager; its images come without being erased, which its
@@ -43,12 +45,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeit.models.deit import create_model
+from fastdeit.training.step_graph import WARM_UP, StepGraph
 
 from . import charts, peers, steps
 from .gpu_work import Work, work_of
 from .record import Headline, Record, parser
 from .steps import CLASSES, Step
-from .teacher import best_teacher, make_teacher
+from .teacher import best_teacher, default_teacher, make_teacher
 from .timing import measure_ceilings
 
 COLUMNS = (
@@ -68,7 +71,8 @@ ON_GPU = {
     "fastdeit, student compiled": "student compiled",
     "fastdeit, teacher folded": "teacher's BatchNorms folded, laid out",
     "fastdeit, teacher compiled": "teacher compiled",
-    LIVE: "fused attention",
+    "fastdeit, tuned": "attention and the rest as measured",
+    LIVE: "one CUDA graph",
     CACHED: "cached logits",
 }
 ON_CPU = {
@@ -90,14 +94,15 @@ class Case:
         self.network = timm.create_model(arguments.teacher, num_classes=CLASSES)
         self.noise = steps.noise(self._configuration(), self.world)
         self.batches = list(islice(self.noise, steps.RESIDENT))
+        self.chosen: dict[str, dict] = {}  # by contender: question: what was chosen
+        self.graphs: dict[str, StepGraph | None] = {}
 
     def contenders(self, waterfall: bool) -> dict[str, Callable[[], Step]]:
         """How to build each."""
         best = partial(best_teacher, compiled=self.arguments.compile)
-        attention = "fused" if self.gpu else "sdpa"
         found = {
-            CACHED: lambda: self.ours(None, attention=attention),
-            LIVE: lambda: self.ours(best, attention=attention),
+            CACHED: lambda: self.by_default(CACHED),
+            LIVE: lambda: self.by_default(LIVE),
             DEIT: lambda: self.deit(self.dtype),
         }
         if peers.timm_lacks() is None:
@@ -116,17 +121,36 @@ class Case:
             found["fastdeit, student compiled"] = lambda: self.ours(published)
             found["fastdeit, teacher folded"] = lambda: self.ours(partial(made, laid_out=True))
             found["fastdeit, teacher compiled"] = lambda: self.ours(best)
+        found["fastdeit, tuned"] = lambda: self.by_default("fastdeit, tuned", cuda_graph="off")
         return found
 
-    def ours(self, make: Callable | None, *, attention: str = "sdpa", compile: bool | None = None) -> Step:
-        """make: of the timm model and the trainer its teacher; None for cached logits."""
-        loop = steps.loop_on(self._configuration(attention, compile), self.world, self.noise)
-        if make is None:
+    def by_default(self, name: str, **speed) -> Step:
+        """As the program has it that is told nothing but `speed`."""
+        if self.arguments.compile != self.gpu:
+            speed["compile"] = self.arguments.compile
+        loop = steps.loop_on(self._configuration(**speed), self.world, self.noise)
+        choices = list(loop.choices)
+        if name == CACHED:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
-            teacher = steps.cached_logits(folder, self.arguments.batch_size, self.device)
+            step = steps.our_step(loop, steps.of_the_batch, steps.with_cached_logits(folder, self.batches))
         else:
-            teacher = make(self.network, loop.trainer)
-        return steps.our_step(loop, teacher, self.batches)
+            teacher, of_teacher = default_teacher(self.network, loop.trainer)
+            choices += of_teacher
+            step = steps.our_step(loop, teacher, self.batches)
+        self.chosen[name] = {choice["question"]: choice["chosen"] for choice in choices}
+        self.graphs[name] = loop.trainer.graph
+        return step
+
+    def ours(self, make: Callable, *, compile: bool | None = None) -> Step:
+        """One thing after another. make: of the timm model and the trainer its teacher."""
+        compile = self.arguments.compile if compile is None else compile
+        loop = steps.loop_on(self._configuration(**steps.AS_WRITTEN, compile=compile), self.world, self.noise)
+        return steps.our_step(loop, make(self.network, loop.trainer), self.batches)
+
+    def conditions(self) -> dict[str, dict]:
+        """By contender: what was chosen, and whether its step is a CUDA graph."""
+        captured = {name: graph is not None and graph.replay is not None for name, graph in self.graphs.items()}
+        return {name: {**chosen, "CUDA graph": captured[name]} for name, chosen in self.chosen.items()}
 
     def timm(self, *, channels_last: bool) -> Step:
         step = peers.Timm(
@@ -141,11 +165,9 @@ class Case:
         batches = self._batches_of_timm(erase=0.0)
         return lambda: step(*next(batches))
 
-    def _configuration(self, attention: str = "sdpa", compile: bool | None = None):
-        return steps.configuration(
-            self.student, batch_size=self.arguments.batch_size, pixels=self.arguments.pixels, attention=attention,
-            compile=self.arguments.compile if compile is None else compile,
-        )  # fmt: skip
+    def _configuration(self, **speed):
+        size, pixels = self.arguments.batch_size, self.arguments.pixels
+        return steps.configuration(self.student, batch_size=size, pixels=pixels, **speed)
 
     def _models_of_timm(self):
         student = peers.student_of_timm(self.student, classes=CLASSES, pixels=self.arguments.pixels, drop_path=0.1)
@@ -286,13 +308,16 @@ def main() -> None:
             show(result.rows(peaks))
         record.rows = [row for each in results for row in each.rows(peaks)]
         record.headlines = [headline for each in results for headline in each.headlines(peaks[1])]
+        record.conditions["what a run gets by default"] = {
+            each.case.student: each.case.conditions() for each in results
+        }
         record.conditions["not measured"] = [reason for each in results for reason in each.missing]
         record.write()
 
     with tempfile.TemporaryDirectory() as folder:
         for i, student in enumerate(arguments.students):
             result = Result(
-                Case(arguments, student, Path(folder)), waterfall=i == 0, warm_up=1 if arguments.quick else 3
+                Case(arguments, student, Path(folder)), waterfall=i == 0, warm_up=1 if arguments.quick else WARM_UP + 2
             )
             result.measure(arguments.rounds)
             results.append(result)

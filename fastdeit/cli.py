@@ -94,7 +94,8 @@ def parse_config(
     recipe: the one taken if --recipe is omitted. kind: Config, with further groups of a command's own perhaps.
     description: of the command; the recipe's if None.
     """
-    arguments = deit_flags.translate(sys.argv[1:] if arguments is None else arguments, kind)
+    arguments = _switches_with_values(sys.argv[1:] if arguments is None else arguments, kind)
+    arguments = deit_flags.translate(arguments, kind)
     given = {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
     if (file := _flag(arguments, "config")) is not None:
         arguments = [*settings_file.flags_of(Path(file), kind), *arguments]
@@ -126,6 +127,21 @@ def parse_config(
     if starts and default.run.recipe == "demo" and "--recipe" not in config.typed and given - {"--print-config"}:
         tell("without --data-path: the recipe demo, on scikit-learn's digits")
     return config
+
+
+def _switches_with_values(arguments: Sequence[str], kind: type) -> list[str]:
+    """--compile as --compile True, --no-compile as --compile False, as tyro takes a setting that may also be None."""
+    fields = [field for group in dataclasses.fields(kind) for field in dataclasses.fields(group.type)]
+    switches = {f"--{field.name.replace('_', '-')}" for field in fields if field.type == bool | None}
+    words: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        flag = word.replace("_", "-")
+        words.append(word)
+        if flag in switches and following not in ("True", "False", "None"):
+            words.append("True")
+        elif flag.startswith("--no-") and f"--{flag[5:]}" in switches:
+            words[-1:] = [f"--{flag[5:]}", "False"]
+    return words
 
 
 def _flag(arguments: list[str], name: str) -> str | None:

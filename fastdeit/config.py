@@ -263,7 +263,7 @@ class Speed:
     """Precision, kernels, sharding."""
 
     compile: bool | None = setting(None, resumable=True)
-    """torch.compile student and teacher. None: on a GPU, where a C compiler is installed."""
+    """torch.compile student and teacher (--compile, --no-compile). None: on a GPU, where a C compiler is installed."""
     cuda_graph: Literal["auto", "on", "off"] = setting("auto", resumable=True)
     """The whole step as one CUDA graph, for one process on a GPU. auto: where possible, once a replay has proved to be
     the step. on: refuse to start where it is not possible."""

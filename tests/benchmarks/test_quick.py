@@ -1,8 +1,10 @@
 """`python -m benchmarks NAME --quick` goes every way of a benchmark without a GPU; full runs say what they need."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import benchmarks.__main__ as command
 from benchmarks import gpu_checks, pipeline
 from benchmarks.__main__ import BENCHMARKS, KERNELS
 from benchmarks.record import NO_TIMING, RECORDS
+from fastdeit.config import Config
 from fastdeit.kernels.backend import interpreter_lacks
 
 ROOT = Path(__file__).parents[2]
@@ -80,8 +83,44 @@ def test_what_cannot_run_is_told_from_what_fails(names, codes, code, monkeypatch
 
 def test_the_gpu_checks_know_every_benchmark_and_test(monkeypatch):
     assert set(gpu_checks.BENCHMARKS) == set(BENCHMARKS) and list(gpu_checks.BENCHMARKS)[:4] == list(KERNELS)
-    steps = {step.name: step for step in [*gpu_checks.test_steps(), *gpu_checks.benchmark_steps(list(BENCHMARKS))]}
+    every = [*gpu_checks.program_steps(), *gpu_checks.test_steps(), *gpu_checks.benchmark_steps(list(BENCHMARKS))]
+    steps = {step.name: step for step in every}
     assert gpu_checks.NEEDS.keys() <= steps.keys() | {"pipelines"}
     monkeypatch.setitem(gpu_checks.NEEDS, "pipelines", ("torch", "nothing.like.this"))
     assert steps["pipelines/test_gpu_loader"].missing == ["nothing.like.this"]
     assert steps["kernels/test_attention_triton"].missing == [] == steps["fastdeit/test_teacher"].missing
+
+
+def test_a_step_of_the_gpu_checks_that_fails_costs_itself_only(tmp_path):
+    def python(code, minutes=1.0, **more):
+        return gpu_checks.Step("step", [sys.executable, "-c", code], minutes, **more)
+
+    console, deadline = gpu_checks.Console(tmp_path / "log"), time.monotonic() + 60
+    ends = [
+        gpu_checks.run(step, deadline, console, stream=False)[1]
+        for step in (
+            python("import os; os.kill(os.getpid(), 11)"), python("import time; time.sleep(60)", minutes=5 / 60),
+            python("print('a warning')", refused="a warning"), python("print('all is well')", refused="a warning"),
+        )
+    ]  # fmt: skip
+    assert ends == ["FAILED (exit -11)", "stopped after 5 s", "FAILED (a warning)", "passed"]
+
+
+def test_the_program_steps_of_the_gpu_checks_are_command_lines_that_exist():
+    pytest.importorskip("tyro")
+    from fastdeit import tune
+    from fastdeit.cli import parse_config
+
+    steps = {step.name: step for step in gpu_checks.program_steps()}
+    assert list(steps)[:3] == ["doctor", "decoder probe", "tuning"] and gpu_checks.NEEDS.keys() & steps.keys()
+    for name, step in steps.items():
+        _, flag, module, *arguments = step.command
+        assert flag == "-m" and (module == "pytest" or importlib.util.find_spec(module))
+        if module in ("fastdeit.train", "fastdeit.tune"):
+            config = parse_config(arguments, kind=tune._CommandLine if name == "tuning" else Config)
+            assert (config.speed.cuda_graph, config.speed.tune) == {
+                "tuning": ("auto", "fresh"), "run by default": ("auto", "auto"),
+                "run as one CUDA graph": ("on", "auto"), "run as written": ("off", "off"),
+            }[name]  # fmt: skip
+    assert parse_config(steps["run as written"].command[3:]).speed.compile is False
+    assert (Path(gpu_checks.ROOT) / steps["decoder probe"].command[-1]).is_file()

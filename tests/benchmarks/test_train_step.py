@@ -2,18 +2,20 @@
 
 import argparse
 import copy
-from itertools import repeat
+from itertools import islice, repeat
 
+import numpy as np
 import pytest
 import timm
 import torch
 from timm.data.mixup import mixup_target
 
-from benchmarks import peers, train_step
+from benchmarks import peers, steps, train_step
 from benchmarks.gpu_work import work_in
 from benchmarks.steps import configuration, loop_on, noise, our_step
 from benchmarks.teacher import best_teacher
 from benchmarks.timing import Timing
+from fastdeit.config import Config
 from fastdeit.distributed.world import World
 
 STUDENT, PIXELS, BATCH, CLASSES, LR = "deit_tiny_distilled_patch16_224", 32, 8, 1000, 1e-3
@@ -182,3 +184,36 @@ def test_a_contender_that_fails_is_named_and_the_others_are_measured(capsys):
     assert [reason.split(": ")[1:] for reason in result.missing] == [
         ["ZeroDivisionError", "division by zero"], ["ValueError", "the loss is nan"],
     ]  # fmt: skip
+
+
+def test_the_step_that_is_timed_is_the_one_that_a_user_gets(monkeypatch, tmp_path):
+    """Every setting of speed has its default, unless a flag of the benchmark says otherwise."""
+    arguments = argparse.Namespace(
+        device="cpu", teacher="test_byobnet", batch_size=BATCH, pixels=PIXELS, compile=False, quick=True
+    )
+    case, built = train_step.Case(arguments, STUDENT, tmp_path), []
+    loop_on = train_step.steps.loop_on
+    monkeypatch.setattr(
+        train_step.steps, "loop_on", lambda config, *rest: built.append(config) or loop_on(config, *rest)
+    )
+    contenders = case.contenders(waterfall=True)
+    for name in (train_step.LIVE, train_step.CACHED):
+        assert contenders[name]()().isfinite()
+        assert built[-1].speed == Config().speed, name
+        assert case.conditions()[name]["CUDA graph"] is False
+    contenders["fastdeit, teacher not folded"]()
+    assert built[-1].speed.cuda_graph == "off" == built[-1].speed.tune
+    arguments.compile = True
+    with pytest.raises(StopIteration):
+        monkeypatch.setattr(train_step.steps, "loop_on", lambda config, *rest: built.append(config) or next(iter(())))
+        contenders[train_step.LIVE]()
+    assert built[-1].speed.compile is True
+
+
+def test_cached_logits_come_with_the_batch_in_the_order_of_the_cache(loop, tmp_path):
+    batches = [next(iter(loop.train_loader))]
+    cache = steps.random_cache(tmp_path / "same", np.zeros((1, steps.CACHED_STEPS * BATCH), np.int64), BATCH)
+    labels = cache.rows(0, slice(0, 2 * BATCH))["labels"]
+    first, second = islice(steps.with_cached_logits(tmp_path / "cache", batches), 2)
+    assert torch.cat([first.targets, second.targets]).tolist() == labels.tolist()
+    assert steps.of_the_batch(None, first) is first.targets and first.labels is batches[0].labels

@@ -134,3 +134,17 @@ def test_what_is_said_may_be_read_in_part(arguments):
 def test_exit_code_of_main(capfd):
     assert stop(capfd, lambda: None)[0] in (0, None)
     assert stop(capfd, lambda: 3)[0] == 3
+
+
+@pytest.mark.parametrize(
+    "flags, value",
+    [
+        ([], None), (["--compile"], True), (["--no-compile"], False), (["--compile", "True"], True),
+        (["--compile", "False"], False), (["--compile=None"], None), (["--no_compile"], False),
+        (["--compile", "--no-compile"], False), (["--no-compile", "--seed", "1", "--compile"], True),
+    ],
+)  # fmt: skip
+def test_a_setting_that_may_be_none_is_switched_as_others_are(flags, value):
+    pytest.importorskip("tyro")
+    config = cli.parse_config(["--data-path", "x", *flags])
+    assert config.speed.compile is value and ("--compile" in config.typed) == bool(flags)
