@@ -149,7 +149,8 @@ def distillation_loss_kernel(
     z_max, z_norm, z_sum = lowest, 0.0, 0.0
     x_max, x_norm, x_sum = lowest, 0.0, 0.0
     t_max, t_norm, t_dot = lowest, 0.0, 0.0
-    z_exp, x_exp, t_exp = (tl.zeros((BLOCK,), tl.float32),) * 3
+    if ONE_BLOCK:
+        z_exp, x_exp, t_exp = (tl.zeros((BLOCK,), tl.float32),) * 3
     for start in range(0, C, BLOCK):
         j = start + tl.arange(0, BLOCK)
         if CLASS:
