@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from fastdeit.kernels.add_layer_norm import triton_kernels as add_layer_norm
-from fastdeit.kernels.attention import triton_backward, triton_forward
+from fastdeit.kernels.attention import triton_backward, triton_bias, triton_forward
 from fastdeit.kernels.attention.configs import FULL_GPU, BackwardConfig, ForwardConfig, backward_config, forward_config
 from fastdeit.kernels.attention_distillation_loss import triton_kernels as attention_distillation_loss
 from fastdeit.kernels.backend import padded_columns
@@ -21,8 +21,8 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 def all_cases() -> Iterator[tuple[str, CompileCase]]:
     """(operation, case)"""
     operations = (
-        add_layer_norm_cases, attention_cases, attention_distillation_loss_cases, bias_gelu_cases,
-        distillation_loss_cases, mix_normalize_cases,
+        add_layer_norm_cases, attention_cases, attention_bias_cases, attention_distillation_loss_cases,
+        bias_gelu_cases, distillation_loss_cases, mix_normalize_cases,
     )  # fmt: skip
     for cases in operations:
         for case in cases():
@@ -118,6 +118,33 @@ def _by_config(config_of, shape) -> Iterator[tuple]:
     configs = {arch: config_of(arch, *shape) for arch in ARCHITECTURES}
     for config in dict.fromkeys(configs.values()):
         yield config, tuple(arch for arch in ARCHITECTURES if configs[arch] == config)
+
+
+def attention_bias_cases() -> Iterator[CompileCase]:
+    """BEiT-B's, with a bias of as many keys as 16 bytes do not divide."""
+    dims = {"HEAD_DIM": 64, "COLS": 64, "BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}
+    half, single = "*bf16", "*fp32"
+    strides = tuple(f"{x}_{axis}" for x in "qkv" for axis in "bnh")
+    sizes = ("heads", "queries", "keys", "period")
+    inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "bias_ptr"), half) | {"scale": "fp32"}
+    inputs |= dict.fromkeys((*sizes, *strides, "bias_b", "bias_h", "bias_n"), "i32")
+    rows = {"grad_out_ptr": half, "lse_ptr": single, "delta_ptr": single}
+    for name, kernel, more in (
+        ("forward", triton_bias.bias_forward_kernel, {"out_ptr": half, "lse_ptr": single}),
+        (
+            "backward q",
+            triton_bias.bias_backward_q_kernel,
+            rows | {"out_ptr": half, "grad_lse_ptr": single, "dq_ptr": half},
+        ),
+        ("backward kv", triton_bias.bias_backward_kv_kernel, rows | {"dk_ptr": half, "dv_ptr": half}),
+        (
+            "gradient",
+            triton_bias.bias_gradient_kernel,
+            rows | {"partial_ptr": single, "batch": "i32", "bias_heads": "i32"},
+        ),
+    ):
+        name = f"attention bias {name} N=197 D=64 bf16"
+        yield CompileCase(name, kernel, inputs | more, dims, strides, num_stages=2, dots_on_wgmma=True)
 
 
 def attention_distillation_loss_cases() -> Iterator[CompileCase]:

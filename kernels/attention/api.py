@@ -1,4 +1,4 @@
-"""Exact softmax attention for vision transformers: no mask, no dropout; as many keys as queries, or others.
+"""Exact softmax attention for vision transformers: no dropout; as many keys as queries, or others; an additive bias.
 
 The kernels read q, k and v where they lie, which for the packed projection means no permute and no copy, and write
 the gradient in the same packed layout.
@@ -17,6 +17,7 @@ from fastdeit.kernels.autograd import differentiable, only_once
 from fastdeit.kernels.backend import full_precision, left_to_pytorch, use_triton
 
 from . import cpu
+from .bias import attend_with_bias, check_bias, pytorch_attention_with_bias
 
 HEAD_DIMS = tuple(range(16, 129, 8))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -24,21 +25,44 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: Literal[False] = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: Literal[True]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q kᵀ · scale) v for every batch entry and head (Vaswani et al. 2017, equation 1).
+    """softmax(q kᵀ · scale + bias) v for every batch entry and head (Vaswani et al. 2017, equation 1).
 
     q:          (batch, queries, heads, head_dim) in float16, bfloat16 or float32 (on the CPU float64 too), any strides;
                 head_dim a multiple of 8 from 16 to 128. Read in place when the last dimension is contiguous.
     k, v:       (batch, keys, heads, head_dim), as q; there may be more or fewer keys than queries (cross attention,
                 attention pooling, a class token that attends to all).
+    bias:       added to the scaled logits: (heads or 1, queries, keys), one for all of the batch (relative positions,
+                BEiT), or (period, heads or 1, queries, keys), of which entry b of the batch gets bias[b % period]: one
+                for each entry, or Swin's, one for each window of an image. Floating point, of any dtype. It has a
+                gradient if it asks for one. -inf masks a key; a row that has no other attends to nothing and returns
+                zeros.
     scale:      positive; head_dim**-0.5 when None.
     return_lse: also return the natural log of the sum of exp(logits), (batch, heads, queries), float32.
 
@@ -71,6 +95,12 @@ def attention(
     _check(q)
     _check(k)
     scale = _scale(scale, q)
+    if bias is not None:
+        bias = check_bias(bias, q, k)
+        if not return_lse and left_to_pytorch(q.device, q.dtype):
+            return pytorch_attention_with_bias(q, k, v, bias, scale)
+        out, lse = attend_with_bias(q, k, v, bias, scale)
+        return (out, lse) if return_lse else out
     if not return_lse and left_to_pytorch(q.device, q.dtype):
         return _pytorch_attention(q, k, v, scale)
     out, lse = _attend(q, k, v, scale)

@@ -11,6 +11,7 @@ from fastdeit import kernels
 from fastdeit.kernels.attention import configs
 from tests.kernels import attention_oracle
 from tests.kernels import test_add_layer_norm as add_layer_norm
+from tests.kernels import test_attention_bias as attention_bias
 from tests.kernels import test_attention_distillation_loss as attention_distillation_loss
 from tests.kernels import test_bias_gelu as bias_gelu
 from tests.kernels import test_distillation_loss as distillation_loss
@@ -71,6 +72,13 @@ def test_attention(arch, dtype, case, full_gpu, monkeypatch):
             attention_oracle.check(packed, q, k, v, head_dim**-0.5, through_lse=False)
     kinds = {launch.kernel.split("_")[0] for launch in launches}
     assert "backward" in kinds and kinds <= {"resident", "streaming", "backward"}
+
+
+@everywhere([(2, 17, 37, 1, 32, (1,))], soak=attention_bias.SHAPES)
+def test_attention_with_bias(arch, dtype, case):
+    with emulated(arch) as launches:
+        attention_bias.check(case, dtype)
+    assert [launch.kernel for launch in launches][-1] == "bias_gradient_kernel"
 
 
 @everywhere(
