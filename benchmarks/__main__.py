@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 KERNELS = ("attention", "loss", "attention-distillation", "norm")
-BENCHMARKS = (*KERNELS, "pipeline", "teacher", "train-step", "epoch")
+BENCHMARKS = (*KERNELS, "pipeline", "teacher", "train-step", "epoch", "inference")
 NOT_RUN = 2  # the exit code of a benchmark that cannot run here, or not with these flags, and has said why
 ROOT = Path(__file__).resolve().parent.parent
 

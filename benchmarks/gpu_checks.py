@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve()
 # Limits in minutes. The first four are the kernels'.
 BENCHMARKS = {
     "attention": 4.0, "loss": 2.0, "attention-distillation": 1.0, "norm": 2.0,
-    "teacher": 4.0, "train-step": 8.0, "pipeline": 8.0, "epoch": 8.0,
+    "teacher": 4.0, "train-step": 8.0, "pipeline": 8.0, "epoch": 8.0, "inference": 4.0,
 }  # fmt: skip
 NEEDS = {  # what a step cannot do without, or all of a folder's tests
     "fastdeit/test_resume": ("tyro", "nvidia.dali"), "fastdeit/test_logit_cache": ("tyro", "nvidia.dali"),

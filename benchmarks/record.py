@@ -31,6 +31,7 @@ PACKAGES = (
     "liger-kernel",
     "nvidia-dali-cuda130",
     "pillow",
+    "onnxruntime",
 )
 NO_TIMING = "quick run: every path at toy size, no timing"
 

@@ -64,7 +64,7 @@ def _write(output: Path, result: dict, tallies: dict, predictions: dict, index) 
 
 
 def _with_progress(loader, world):
-    console = Console(stderr=True, force_jupyter=False)
+    console = Console(stderr=True)
     return track(
         loader, "evaluating", console=console, transient=True, disable=not (console.is_terminal and world.is_main)
     )
