@@ -106,8 +106,9 @@ class Data:
     """Column of Parquet files that holds the labels. None: label, labels, ..., or the one with class names."""
     input_size: int = setting(224, at_least=1)
     """Height and width of the images in pixels."""
-    batch_size: int = setting(64, at_least=1, resumable=True)
-    """Images per process and forward pass; --accumulate multiplies what a step sees."""
+    batch_size: int | None = setting(None, at_least=1, resumable=True)
+    """Images per process and forward pass; --accumulate multiplies what a step sees. None: on a GPU as many images a
+    step as in the recipe's paper, accumulated where its memory needs that; on a CPU, or without a paper, 64."""
     num_workers: int | None = setting(None, at_least=0, resumable=True)
     """Threads that read and decode. None: the machine's cores, divided among its processes."""
     scale: tuple[float, float] = setting((0.08, 1.0), above=0, at_most=1)

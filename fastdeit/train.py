@@ -41,6 +41,7 @@ def train(config, world, on_micro_batch=None) -> dict:
 
 def evaluate_only(config, world) -> dict:
     """--eval: the accuracies of --resume or --finetune on the validation images, as a table. See fastdeit.evaluate."""
+    from fastdeit.batch import FEW
     from fastdeit.demo import with_digits
     from fastdeit.evaluation.evaluator import about, evaluate
     from fastdeit.evaluation.tables import accuracy_table
@@ -66,8 +67,9 @@ def evaluate_only(config, world) -> dict:
     config.distillation.distillation_type = "none"  # no teacher is needed
     data = with_digits(config, world).data
     loader = classifiers["model"].evaluation_loader(
-        data.data_path, data.batch_size, world, max_bad=data.max_bad, order=data.classes, label_column=data.label_column
-    )
+        data.data_path, data.batch_size or FEW, world, max_bad=data.max_bad, order=data.classes,
+        label_column=data.label_column,
+    )  # fmt: skip
     result = evaluate(classifiers, loader, world)
     if world.is_main:
         print(accuracy_table({weights: result[weights] for weights in sources}))

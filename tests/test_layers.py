@@ -17,6 +17,7 @@ MODULES = {
     "errors": "",
     "config": "errors",
     "data": "config, distributed, errors, kernels, pipelines",
+    "batch": "config, data, distributed, recipes",
     "config_check": "config, errors, recipes",
     "deit_flags": "errors",
     "demo": "recipes, training",

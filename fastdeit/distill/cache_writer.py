@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastdeit.batch import settle
 from fastdeit.checkpoint import atomic
 from fastdeit.config import Config
 from fastdeit.data import first_views, loaders, open_images, precision_of, prepare
@@ -32,7 +33,10 @@ def write_cache(config: Config, world: World, folder: Path, *, epochs: int, top:
     Raises UserError for a folder with other files, a cache started with other settings, a full disk.
     """
     indices = open_images(config, world)
+    config, told = settle(config, world, _student(config, indices[0].classes), len(indices[0]))
     targets = TeacherTargets(config, world, indices[0].classes, top)
+    for sentence in told:
+        _say(world, sentence)
     _claim(folder, world)
     loader, _ = loaders(config, indices, world, folder if world.is_main else None)
     # A teacher that is refused here must not leave a cache behind.
@@ -52,6 +56,13 @@ def write_cache(config: Config, world: World, folder: Path, *, epochs: int, top:
         f"the logit cache {folder} is complete: {epochs} epoch{'s' * (epochs != 1)} of {header['positions']:,} images, "
         f"{size / 1e6:,.2f} MB; train with the same flags and --teacher-store {folder}",
     )
+
+
+def _student(config: Config, classes: tuple[str, ...]) -> nn.Module:
+    """Only its normalisation and its size are needed."""
+    plain = Config.from_dict(config.to_dict())
+    plain.model.pretrained = False
+    return build_student(plain, len(classes))[0]
 
 
 def _claim(folder: Path, world: World) -> None:
@@ -114,9 +125,7 @@ class TeacherTargets:
     def __init__(self, config: Config, world: World, classes: tuple[str, ...], top: int):
         self.config, self.classes, self.top = config, classes, min(top, len(classes))
         self.hard = config.distillation.distillation_type == "hard"
-        plain = Config.from_dict(config.to_dict())  # only the student's normalisation is needed
-        plain.model.pretrained = False
-        self.mean, self.std = mean_std(build_student(plain, len(classes))[0])
+        self.mean, self.std = mean_std(_student(config, classes))
         self.precision = precision_of(config, world.device)
         self.teacher = load_teacher(config, classes, student_mean=self.mean, student_std=self.std, world=world)
         speed_up(self.teacher, config, of_run(config, world, None))

@@ -29,6 +29,11 @@ FROM_SCRATCH = (
     demo, deit_tiny, deit_small, deit_base, deit_tiny_distilled, deit_small_distilled, deit_base_distilled, deit3_small,
     deit3_base, deit3_large, teacher, teacher_digits,
 )  # fmt: skip
+PAPER_BATCHES = {
+    1024: (deit_tiny, deit_small, deit_base, deit_tiny_distilled, deit_small_distilled, deit_base_distilled),
+    2048: (deit3_small, deit3_base, deit3_large),
+    512: TO_ANOTHER_SIZE,
+}
 RECIPES = {recipe.__name__: recipe for recipe in (*FROM_SCRATCH, *FINE_TUNING)}
 
 
@@ -41,6 +46,11 @@ def load(name: str) -> Config:
     if name not in RECIPES:
         raise UserError(f"--recipe {name}: there is no such recipe; choose one of {', '.join(names())}")
     return RECIPES[name]()
+
+
+def paper_batch(name: str | None) -> int | None:
+    """Images a step, over all processes, in the paper or the original's README that the recipe is after."""
+    return next((batch for batch, those in PAPER_BATCHES.items() if RECIPES.get(name or "") in those), None)
 
 
 def describe(name: str) -> str:

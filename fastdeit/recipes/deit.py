@@ -8,8 +8,8 @@ def deit_tiny() -> Config:
 
         python -m fastdeit.train --recipe deit_tiny --data-path DIR
 
-    5.7 M parameters. The paper trains 300 epochs with 1,024 images a step over all processes (--batch-size is per
-    process: 128 on eight GPUs). Top-1 on ImageNet-1k that the paper reports, not measured here: 72.2 %.
+    5.7 M parameters. The paper trains 300 epochs with 1,024 images a step over all processes, which is the default
+    on GPUs (128 on each of eight). Top-1 on ImageNet-1k that the paper reports, not measured here: 72.2 %.
     """
     return Config(model=Model(model="deit_tiny_patch16_224"))
 
@@ -19,8 +19,8 @@ def deit_small() -> Config:
 
         python -m fastdeit.train --recipe deit_small --data-path DIR
 
-    22 M parameters. The paper trains 300 epochs with 1,024 images a step over all processes (--batch-size is per
-    process: 128 on eight GPUs). Top-1 on ImageNet-1k that the paper reports, not measured here: 79.8 %.
+    22 M parameters. The paper trains 300 epochs with 1,024 images a step over all processes, which is the default
+    on GPUs (128 on each of eight). Top-1 on ImageNet-1k that the paper reports, not measured here: 79.8 %.
     """
     return Config(model=Model(model="deit_small_patch16_224"))
 
@@ -30,9 +30,9 @@ def deit_base() -> Config:
 
         python -m fastdeit.train --recipe deit_base --data-path DIR
 
-    87 M parameters. The paper trains 300 epochs with 1,024 images a step over all processes (--batch-size is per
-    process: 128 on eight GPUs) and reports 53 hours on 8 V100 for DeiT-B. Top-1 on ImageNet-1k that the paper reports,
-    not measured here: 81.8 %.
+    87 M parameters. The paper trains 300 epochs with 1,024 images a step over all processes, which is the default
+    on GPUs (128 on each of eight), and reports 53 hours on 8 V100 for DeiT-B. Top-1 on ImageNet-1k that the paper
+    reports, not measured here: 81.8 %.
     """
     return Config(model=Model(model="deit_base_patch16_224"))
 
@@ -94,7 +94,7 @@ def deit_base_384() -> Config:
     Top-1 on ImageNet-1k that the paper reports, not measured here: 83.1 %.
     """
     return Config(
-        data=Data(input_size=384, batch_size=32, eval_crop_ratio=1.0),
+        data=Data(input_size=384, eval_crop_ratio=1.0),
         model=Model(model="deit_base_patch16_384", drop_path=0.0),
         optimization=Optimization(epochs=30, lr=5e-6, min_lr=5e-6, weight_decay=1e-8),
     )

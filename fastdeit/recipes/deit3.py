@@ -5,7 +5,7 @@ from fastdeit.config import Config, Data, Model, Optimization
 
 def _deit3(model: str, *, input_size: int, lr: float, drop_path: float) -> Config:
     return Config(
-        data=Data(batch_size=256, input_size=input_size, aa="3aug", color_jitter=0.3, reprob=0.0, eval_crop_ratio=1.0),
+        data=Data(input_size=input_size, aa="3aug", color_jitter=0.3, reprob=0.0, eval_crop_ratio=1.0),
         model=Model(model=model, drop_path=drop_path),
         optimization=Optimization(
             epochs=800, opt="lamb", lr=lr, unscale_lr=True, weight_decay=0.05, smoothing=0.0, bce_loss=True
@@ -58,7 +58,7 @@ def deit3_finetune() -> Config:
     here).
     """
     return Config(
-        data=Data(batch_size=64, input_size=224, reprob=0.0, repeated_aug=False, eval_crop_ratio=1.0),
+        data=Data(input_size=224, reprob=0.0, repeated_aug=False, eval_crop_ratio=1.0),
         model=Model(model="deit3_base_patch16_224", drop_path=0.2),
         optimization=Optimization(epochs=20, lr=1e-5, unscale_lr=True, weight_decay=0.1, smoothing=0.1),
     )

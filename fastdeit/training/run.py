@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fastdeit.batch import settle
 from fastdeit.checkpoint import atomic, resume, run_dir
 from fastdeit.config import Config
 from fastdeit.data import first_views, loaders, open_images, remarks
@@ -51,7 +52,7 @@ def run(config: Config, world: World, on_micro_batch: MicroBatchHook | None = No
     if trainer.teacher is not None and config.distillation.teacher_store is None:
         summary["teacher"] = loop.accuracy_of(lambda images: {"cls": trainer.teacher(images)})["cls"]["top1"]
     if config.distillation.compare_undistilled and config.distillation.distillation_type != "none":
-        summary["undistilled"] = run_undistilled(config, world, indices, built.folder, on_micro_batch)
+        summary["undistilled"] = run_undistilled(loop.config, world, indices, built.folder, on_micro_batch)
     _end(loop, summary, built.folder)
     return summary
 
@@ -74,6 +75,8 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
     model, notes = build_student(resume.without_start(config), len(classes), classes)
     if (saved_in := resume.checkpoint_to_come(config)) is not None:
         normalise(model, saved_in["mean"], saved_in["std"])
+    config, told = settle(config, world, model, len(indices[0]))
+    notes = [*notes, *told]
     mean, std = mean_std(model)
     teacher = cache = None
     if config.distillation.teacher_store is not None:
@@ -109,8 +112,10 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
 def tune(config: Config, world: World) -> list[dict]:
     """Ask what `run` would ask, on a CPU too, and print the table; what is asked again when the run begins is then
     remembered. Returns the choices in JSON types."""
-    classes = open_images(config, world)[0].classes
+    images = open_images(config, world)[0]
+    classes = images.classes
     model, _ = build_student(config, len(classes), classes)
+    config, _ = settle(config, world, model, len(images))
     tuner = replace(of_run(config, world, None), measures=True)
     distillation = config.distillation
     if distillation.distillation_type != "none" and distillation.teacher_store is None:

@@ -18,7 +18,7 @@ pytest.importorskip("tyro")
 
 # facebookresearch/deit main.py; those of its flags this project has must keep their names and defaults.
 ORIGINAL = {
-    "batch_size": 64, "epochs": 300, "input_size": 224, "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.99996,
+    "epochs": 300, "input_size": 224, "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.99996,
     "opt": "adamw", "opt_eps": 1e-8, "weight_decay": 0.05, "lr": 5e-4, "warmup_lr": 1e-6, "min_lr": 1e-5,
     "warmup_epochs": 5, "color_jitter": 0.3, "aa": "rand-m9-mstd0.5-inc1", "smoothing": 0.1, "repeated_aug": True,
     "reprob": 0.25, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch",

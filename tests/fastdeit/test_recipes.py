@@ -31,7 +31,6 @@ IMPLIED = {
 }
 
 DEIT3 = {  # README_revenge.md, "Training on ImageNet-1k", the command of ViT-S; B and L are alike but for what is below
-    "batch_size": 256,  # --batch 256 --nodes 1 --ngpus 8 (L: --batch 64 --nodes 4 --ngpus 8, also 2,048 a step)
     "epochs": 800,  # --epochs 800
     "opt": "lamb",  # --opt fusedlamb
     "weight_decay": 0.05,  # --weight-decay 0.05
@@ -55,7 +54,6 @@ HARD = {  # README_deit.md, "To train DeiT-base with hard distillation using a R
 }
 AT_384 = {  # README_deit.md, "To finetune a DeiT-base on 384 resolution images for 30 epochs"
     "model": "deit_base_patch16_384",  # --model deit_base_patch16_384
-    "batch_size": 32,  # --batch-size 32 --nodes 2, 512 a step
     "input_size": 384,  # --input-size 384
     "lr": 5e-6,  # --lr 5e-6, scaled by 512 / 512
     "min_lr": 5e-6,  # --min-lr 5e-6
@@ -101,7 +99,6 @@ PUBLISHED = {
     },
     "deit3_finetune": {  # README_revenge.md, "Finetuning on ImageNet-1k", the command of ViT-B at 224
         "model": "deit3_base_patch16_224",  # --model deit_base_patch16_LS
-        "batch_size": 64,  # --batch 64 --nodes 1 --ngpus 8
         "lr": 1e-5,  # --lr 1e-5
         "unscale_lr": True,  # --unscale-lr
         "epochs": 20,  # --epochs 20
@@ -116,6 +113,11 @@ PUBLISHED = {
         "cutmix": 1.0,  # --cutmix 1.0
     },
 }
+BATCHES = {  # images a step, over all processes
+    "deit3_small": 2048, "deit3_base": 2048, "deit3_large": 2048,  # --batch 256 --ngpus 8; L: 64 on 32
+    "deit_base_384": 512, "deit_base_distilled_384": 512,  # --batch-size 32 --nodes 2, of 8
+    "deit3_finetune": 512,  # --batch 64 --nodes 1 --ngpus 8
+}  # fmt: skip
 OWN = {"demo", "finetune", "teacher", "teacher_digits"}  # published by nobody
 
 
@@ -126,11 +128,13 @@ def flat(config: Config) -> dict:
 
 def test_every_recipe_is_pinned_or_our_own():
     assert set(recipes.names()) == set(PUBLISHED) | OWN
+    assert {recipes.paper_batch(name) for name in (*OWN, None)} == {None}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_values(name):
     got = flat(recipes.load(name))
     expected = {**ORIGINAL, **IMPLIED, **PUBLISHED[name]}
+    assert got["batch_size"] is None and recipes.paper_batch(name) == BATCHES.get(name, 1024)  # arXiv 2012.12877: 1,024
     assert {key: got[key] for key in expected if key in got} == {key: expected[key] for key in expected if key in got}
     assert expected.keys() - got.keys() == {"seed"}  # every name is a setting
