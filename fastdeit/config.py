@@ -99,6 +99,9 @@ class Data:
     data_path: Path | None = setting(None, resumable=True)
     """DIR/train/CLASS/* and DIR/val/CLASS/*, or shards (see the README); `synthetic`: noise in memory, for benchmarks.
     None: scikit-learn's digits, written to data/digits."""
+    val_share: float | None = setting(None, above=0, below=1)
+    """Validate on this share of each class's training images, held out by --seed: for data without val, which may then
+    be one folder of classes, DIR/CLASS/*. None: --data-path has val."""
     classes: Path | None = setting(None, resumable=True)
     """Text file, a class a line: their order in the model's outputs. None: class folders sorted as strings (10 before
     2), or classes.txt beside shards."""

@@ -93,6 +93,8 @@ def _without_use(config):
             yield of_teacher, "--teacher-store has the teacher's logits"
         elif distillation.teacher_path is not None and _says_its_model(distillation.teacher_path):
             yield "teacher_model", "the folder of --teacher-path says which model it holds"
+    if str(data.data_path) == "synthetic":
+        yield "val_share", "synthetic images have a validation set of their own"
     if data.mixup == 0 and data.cutmix == 0:
         yield "mixup_prob mixup_switch_prob mixup_mode", "--mixup and --cutmix are 0"
     if data.aa.startswith("rand"):

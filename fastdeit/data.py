@@ -22,7 +22,10 @@ from fastdeit.pipelines import (
     WithUnlabelled,
     eval_loader,
     expected_draws,
+    hold_out,
+    name_of_split,
     natural_order,
+    open_classes,
     open_folder,
     open_index,
     printable,
@@ -110,11 +113,19 @@ def open_images(config: Config, world: World):
     cache = None if config.run.dry_run else runs / "index-cache"
     if not world.is_main:
         world.barrier()  # rank 0 reads the headers and writes the cache, the others read that
-    path, classes = config.data.data_path, config.data.classes and read_class_names(config.data.classes)
+    path, classes = Path(config.data.data_path), config.data.classes and read_class_names(config.data.classes)
     shared = {"label_column": config.data.label_column, "cache_dir": cache}
-    training = open_index(path, "train", classes=classes, **shared)
-    _refuse_one_class(training, path)
-    validation = open_index(path, "val", classes=training.classes, **shared)
+    if config.data.val_share is None:
+        _refuse_without_val(path)
+        training = open_index(path, "train", classes=classes, **shared)
+        _refuse_one_class(training, path)
+        validation = open_index(path, "val", classes=training.classes, **shared)
+    else:
+        if (name := name_of_split(path, "val")) not in (None, "test"):
+            raise UserError(f"--val-share: {path} has validation images of its own ({name}): omit the flag")
+        images = _open_all(path, classes, **shared)
+        _refuse_one_class(images, path)
+        training, validation = hold_out(images, config.data.val_share, config.run.seed)
     if config.distillation.unlabelled_path is not None:
         training = WithUnlabelled(training, open_folder(config.distillation.unlabelled_path, cache_dir=cache))
     if world.is_main:
@@ -122,11 +133,46 @@ def open_images(config: Config, world: World):
     return training, validation
 
 
+def lines_of_names(index) -> str:
+    """The name of each image, a line each."""
+    return "".join(f"{printable(index.name(i))}\n" for i in range(len(index)))
+
+
+def _refuse_without_val(path: Path) -> None:
+    """Where --val-share would do."""
+    lacking = [split for split in ("train", "val") if name_of_split(path, split) is None]
+    folders = path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
+    if "val" in lacking and folders:
+        holds = "has no val" if lacking == ["val"] else "has neither train nor val"
+        raise UserError(
+            f"{path} {holds}: --val-share 0.1 validates on a tenth of the images of "
+            f"{'train' if lacking == ['val'] else 'its class folders'}, and trains on the others"
+        )
+
+
+def open_validation(path: Path, *, classes, settings: dict | None, label_column=None, cache_dir=None):
+    """The index of the validation images of --data-path; of a run that held some out and finds no others there, those.
+
+    settings: the run's, as a checkpoint has them; None without a run
+    """
+    share = (settings or {}).get("data", {}).get("val_share")
+    if settings is None or share is None or name_of_split(path, "val") is not None:
+        return open_index(path, "val", classes=classes, label_column=label_column, cache_dir=cache_dir)
+    return hold_out(_open_all(path, classes, label_column, cache_dir), share, settings["run"]["seed"])[1]
+
+
+def _open_all(path: Path, classes, label_column, cache_dir):
+    """What is to be split: train, or a folder of classes."""
+    if path.is_dir() and name_of_split(path, "train") is None:
+        return open_classes(path, classes=classes, cache_dir=cache_dir)
+    return open_index(path, "train", classes=classes, label_column=label_column, cache_dir=cache_dir)
+
+
 def _refuse_one_class(training, path: Path) -> None:
     if len(training.classes) > 1:
         return
     within = []
-    if training.path(0) is not None:  # split/CLASS/...
+    if training.path(0) is not None and training.split:  # split/CLASS/...
         folder = path.joinpath(*Path(training.records.names[0]).parts[:2])
         within = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     few = ", ".join(map(printable, within[:5])) + (", ..." if len(within) > 5 else "")
@@ -206,6 +252,10 @@ def remarks(config: Config, indices) -> list[str]:
     """What of the data a user should know before a run, in sentences."""
     training, validation = indices
     said = []
+    if (share := config.data.val_share) is not None:
+        without = len(set(range(len(validation.classes))) - set(validation.labels.tolist()))
+        more = f"; {without} classes have one image, which is trained on" if without else ""
+        said.append(f"--val-share {share}: {len(validation):,} images are held out, validation.txt lists them{more}")
     if getattr(validation, "split", "val") == "test":
         said.append(
             f"{config.data.data_path} has no val: the test images are the validation images, and the checkpoint best "

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from .augment.augmentation import Augmentation
 from .augment.balance import expected_draws
 from .bad_files import BadFiles, NoImages, TooManyBadFiles, printable
+from .held_out import hold_out
 from .index.folder import IMAGE_EXTENSIONS, list_files
-from .index.image_index import Index, WithUnlabelled, open_files, open_folder, open_index
+from .index.image_index import Index, WithUnlabelled, open_classes, open_files, open_folder, open_index
 from .index.labels import class_name, natural_order
-from .index.layout import read_class_names
+from .index.layout import name_of_split, read_class_names
 
 if TYPE_CHECKING:
     from .loader import Batch, Loader, Mix, SyntheticIndex, eval_loader, train_loader
@@ -37,8 +38,11 @@ __all__ = [
     "class_name",
     "eval_loader",
     "expected_draws",
+    "hold_out",
     "list_files",
+    "name_of_split",
     "natural_order",
+    "open_classes",
     "open_files",
     "open_folder",
     "open_index",

@@ -5,6 +5,7 @@ tuning.json       what was chosen by measurement when the run was started or res
 metrics.jsonl     one JSON object per line: training figures, and accuracies after each epoch
 summary.json      the closing table
 curves.png        losses, accuracies, learning rate, throughput
+validation.txt    the images that --val-share holds out
 first_batch.png   the first augmented batch with its labels
 .lock             held by the process that works on the run
 bad_files.txt     images that could not be read, with the cause

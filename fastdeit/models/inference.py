@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from fastdeit.data import PRECISIONS, order_of_numbers, trusted_decoding
+from fastdeit.data import PRECISIONS, open_validation, order_of_numbers, trusted_decoding
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.kernels import mix_normalize
-from fastdeit.pipelines import BadFiles, eval_loader, open_files, open_index, read_class_names
+from fastdeit.pipelines import BadFiles, eval_loader, open_files, read_class_names
 
 from .heads import logits_by_head
 from .loading import LoadedModel, load_model
@@ -68,7 +68,9 @@ class Classifier(LoadedModel):
             classes = read_class_names(order)
             if self.classes not in (None, classes):
                 raise UserError(f"--classes {order}: the checkpoint names its classes, in another order: omit the flag")
-        index = open_index(data_path, "val", classes=classes, label_column=label_column)
+        index = open_validation(
+            Path(data_path), classes=classes, settings=self.config.get("settings"), label_column=label_column
+        )
         if classes is None and world.is_main and (said := order_of_numbers(index.classes)):
             log.warning(said)
         if len(index.classes) != self.model.num_classes:

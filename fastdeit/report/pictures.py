@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from fastdeit.data import open_validation
 from fastdeit.models import attention_maps, inference
 from fastdeit.models.deit import DeiT, token_cosine_similarity
-from fastdeit.pipelines import BadFiles, Index, eval_loader, open_index
+from fastdeit.pipelines import BadFiles, Index, eval_loader
 
 SHOWN = 8  # validation images, evenly spaced over the split
 SIDE = 160  # pixels of a drawn image
@@ -60,9 +61,9 @@ def look(run: Path, settings: dict) -> Looks:
     if not isinstance(classifier.model, DeiT):
         raise NotDrawn(f"{settings['model']['model']} has no class token that fastdeit could follow")
     cache = run.parent / "index-cache"
-    index = open_index(
-        data_path, "val", classes=classifier.classes, label_column=settings["data"].get("label_column"),
-        cache_dir=cache if cache.is_dir() else None,
+    index = open_validation(
+        Path(data_path), classes=classifier.classes, settings=settings,
+        label_column=settings["data"].get("label_column"), cache_dir=cache if cache.is_dir() else None,
     )  # fmt: skip
     spread = np.unique(np.linspace(0, len(index) - 1, min(SHOWN, len(index))).round().astype(int))
     return Looks(

@@ -12,7 +12,7 @@ import torch
 from fastdeit.batch import settle
 from fastdeit.checkpoint import atomic, resume, run_dir
 from fastdeit.config import Config
-from fastdeit.data import first_views, loaders, open_images, remarks
+from fastdeit.data import first_views, lines_of_names, loaders, open_images, remarks
 from fastdeit.distill import cached_teacher
 from fastdeit.distill.logit_cache import LogitCache
 from fastdeit.distill.teacher import load_teacher, speed_up
@@ -186,6 +186,8 @@ def _begin(loop: Loop, indices, folder: Path) -> None:
         return
     trainer = loop.trainer
     (folder / "summary.json").unlink(missing_ok=True)  # of a run that had lost patience
+    if trainer.config.data.val_share is not None and not (folder / "validation.txt").exists():
+        atomic.replace(folder / "validation.txt", lines_of_names(indices[1]).encode())
     if not (folder / "first_batch.png").exists():
         plots.first_batch(
             loop.train_loader, trainer.prepare, trainer.mean, trainer.std, loop.classes, folder / "first_batch.png"

@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     ERASE_NOISE = 7
     MIX = 8
     REPLACE = 9
+    HELD_OUT = 10
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:

@@ -23,7 +23,7 @@ from fastdeit.pipelines.bad_files import BadFile, NoImages, printable
 
 from . import folder, parquet, webdataset
 from .labels import UNLABELLED, all_numbers, class_name
-from .layout import list_split
+from .layout import list_classes, list_split
 from .records import Listing, Records, load_records, save_records
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,13 @@ def open_index(
     """
     listing = replace(list_split(os.fspath(path), split), label_column=label_column)
     return _open(listing, f"the '{split}' split of {path}", classes, cache_dir)
+
+
+def open_classes(
+    path: str | os.PathLike, *, classes: Sequence[str] | None = None, cache_dir: str | os.PathLike | None = None
+) -> Index:
+    """Index a folder of classes without splits, path/CLASS/**. classes, cache_dir: as `open_index`."""
+    return _open(list_classes(os.fspath(path)), f"the classes of {path}", classes, cache_dir)
 
 
 def open_folder(path: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None) -> Index:

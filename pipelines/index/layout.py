@@ -43,12 +43,22 @@ def _where(listing: Listing, name: str) -> str:
     return f"the folder '{name}'" if listing.kind == "folder" else f"'{name}' ({listing.files[0]}, ...)"
 
 
-def splits(path: str) -> list[str]:
+def splits(path: str | os.PathLike) -> list[str]:
     """Which of the splits train and val exist; val under any of its names."""
+    return [split for split in ("train", "val") if name_of_split(path, split) is not None]
+
+
+def name_of_split(path: str | os.PathLike, split: str) -> str | None:
+    """The name under which the split would be opened, such as "test" for "val"; None if it is not there."""
+    names = (split, *_OTHER_NAMES.get(split, ()))
+    return next((name for name in names if os.path.isdir(path) and _holds(Path(path), name)), None)
+
+
+def list_classes(path: str) -> Listing:
+    """path/CLASS/**, no splits."""
     if not os.path.isdir(path):
-        return []
-    named = {split: (split, *_OTHER_NAMES.get(split, ())) for split in ("train", "val")}
-    return [split for split, names in named.items() if any(_holds(Path(path), name) for name in names)]
+        raise ValueError(f"there is no folder {path}: give the folder that holds the class folders")
+    return _list_class_folders(Path(path), "")
 
 
 def _holds(path: Path, split: str) -> bool:
@@ -125,8 +135,8 @@ def _list_class_folders(path: Path, split: str) -> Listing:
     listing = folder.list_class_folders(str(path), split)
     if not listing.classes:
         raise ValueError(
-            f"{path / split} has no class folders: expected {split}/CLASS/*.jpg, it holds {_contents(path / split)}; "
-            "open_folder reads images without labels"
+            f"{path / split} has no class folders: expected {Path(split) / 'CLASS'}/*.jpg, it holds "
+            f"{_contents(path / split)}; open_folder reads images without labels"
         )
     if not listing.files:
         raise ValueError(

@@ -138,6 +138,11 @@ CASES = {
         lambda b: set(data.open_images(b.config, PLACE)[0].classes) == {"blue", "green", "red"},
         {"data.data_path": "synthetic"},
     ),
+    "data.val_share": (
+        0.25,
+        lambda b: refusal(lambda: data.open_images(b.config, PLACE)) == "",
+        {"data.data_path": "FOLDER/train"},
+    ),
     "data.classes": (
         "FILES/order",
         lambda b: tuple(data.open_images(b.config, PLACE)[0].classes) == ("red", "blue", "green"),
