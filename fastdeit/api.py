@@ -61,7 +61,8 @@ def train(data_path: str | os.PathLike[str] | None = None, *, recipe: str | None
 
     data_path: DIR with DIR/train/CLASS/* and DIR/val/CLASS/*, or shards; None for scikit-learn's digits
     recipe: what --recipe takes
-    settings: every other flag of `python -m fastdeit.train --help`, as batch_size=64 for --batch-size 64
+    settings: every other flag of `python -m fastdeit.train --help`, as batch_size=64 for --batch-size 64; config=FILE
+        for a file of settings
 
     Raises UserError for what the command would refuse. Interrupting it (KeyboardInterrupt) keeps the last checkpoint:
     train(resume=FOLDER) goes on there. Under torchrun every process calls it.
@@ -85,7 +86,8 @@ def train(data_path: str | os.PathLike[str] | None = None, *, recipe: str | None
 def arguments(settings: Mapping[str, Any]) -> list[str]:
     """The command line that means these settings. Raises UserError for an unknown one, and for a value of another
     type."""
-    kinds = {name: kind for group in fields(Config) for name, kind in get_type_hints(group.type).items()}
+    kinds: dict[str, Any] = {"config": Path}
+    kinds |= {name: kind for group in fields(Config) for name, kind in get_type_hints(group.type).items()}
     line = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"

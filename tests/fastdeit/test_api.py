@@ -60,6 +60,12 @@ def test_every_kind_of_setting_becomes_the_flag_that_means_it():
     assert "--hflip" in config.typed and "--reprob" not in config.typed
 
 
+def test_settings_of_a_file(tmp_path):
+    (tmp_path / "settings.yaml").write_text("optimization: {epochs: 7, lr: 0.25}")
+    config = parse_config(api.arguments({"config": tmp_path / "settings.yaml", "lr": 0.5}))
+    assert (config.optimization.epochs, config.optimization.lr) == (7, 0.5)
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [

@@ -21,6 +21,7 @@ from fastdeit.models.architectures import ARCHITECTURES
 from fastdeit.models.build import build_student
 from fastdeit.models.deit import IMAGENET_MEAN, IMAGENET_STD, DeiT, create_model
 from fastdeit.models.loading import has_moving_average, load_model
+from fastdeit.training.run import undistilled
 
 from .conftest import SMALL, refused
 from .hub import Server, cached, publish
@@ -118,6 +119,12 @@ def test_what_weights_of_a_name_bring_with_them(cache):
     config = parse_flags("--no-pretrained", "--finetune", "x", "--model", "deit_base_patch16_384")
     assert (config.data.input_size, config.data.eval_crop_ratio) == (224, 0.875)
     assert parse_flags("--recipe", "deit_base_384", "--pretrained").model.model == "deit_base_patch16_384"
+
+
+def test_the_undistilled_student_starts_from_the_same_weights():
+    """Of a student from random weights it is the plain variant, of one from published ones the same model."""
+    assert undistilled(settings(TINY, 32)).model.model == "deit_tiny_patch16_224"
+    assert undistilled(settings(TINY, 32, pretrained=True)).model.model == TINY
 
 
 def test_all_of_our_models_that_timm_publishes_expect_imagenets_normalisation():
