@@ -277,9 +277,9 @@ class Speed:
     """auto: the fastest here (--tune), sdpa where nothing is measured. fused: fastdeit's Triton kernel. sdpa:
     PyTorch's. xformers: its memory-efficient attention (CUDA)."""
     tune: Literal["auto", "off", "fresh"] = setting("auto", resumable=True)
-    """Which of several ways to compute the same thing is taken. auto: the fastest, measured when a run starts on a GPU
-    and remembered; on a CPU, where that seldom pays in a short run, only what `python -m fastdeit.tune` has measured.
-    off: plain PyTorch's. fresh: measured again, on a CPU too."""
+    """Which of several ways to compute the same thing is taken. auto: the fastest, measured when a run of 1,000 steps
+    or more starts on a GPU, and remembered; otherwise, where measuring costs more than it gains, only what such a run
+    or `python -m fastdeit.tune` has measured before. off: plain PyTorch's. fresh: measured again, on a CPU too."""
     sharding: Literal["ddp", "fsdp"] = setting("ddp", resumable=True)
     """With several processes, ddp: full weights in each. fsdp: a shard of weights and optimizer state in each."""
     deterministic: bool = setting(False, resumable=True)

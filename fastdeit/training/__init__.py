@@ -1,4 +1,5 @@
 """A run: the step, the epochs around it, what is logged, when a checkpoint is written.
 
-May import: batch, checkpoint, config, data, distill, distributed, errors, evaluation, models, tuning.
+May import: batch, checkpoint, config, data, distill, distributed, errors, evaluation, kernels, models,
+tuning.
 """

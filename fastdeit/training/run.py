@@ -12,7 +12,7 @@ import torch
 from fastdeit.batch import settle
 from fastdeit.checkpoint import atomic, resume, run_dir
 from fastdeit.config import Config
-from fastdeit.data import first_views, lines_of_names, loaders, open_images, remarks
+from fastdeit.data import first_views, has_compiler, lines_of_names, loaders, open_images, remarks
 from fastdeit.distill import cached_teacher
 from fastdeit.distill.logit_cache import LogitCache
 from fastdeit.distill.teacher import load_teacher, speed_up
@@ -92,7 +92,8 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
     both_loaders = loaders(config, indices, world, own_folder)
     if cache is not None:
         teacher, both_loaders = cached_teacher.from_cache(cache, config, world, both_loaders, mean, std)
-    tuner = of_run(config, world, saved_in)
+    steps = len(both_loaders[0]) * config.optimization.epochs
+    tuner = of_run(config, world, saved_in, steps=steps)
     if teacher is not None and cache is None:
         speed_up(teacher, config, tuner)
     trainer = Trainer(
@@ -104,9 +105,15 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
     if teacher is not None:
         views = first_views(loop.train_loader, trainer.prepare, parts=config.optimization.accumulate)
         notes = [*notes, *teacher.check(views)]
-    for sentence in notes:
+    for sentence in [*notes, *_not_compiled(config, world)]:
         loop.log.say(sentence)
     return Built(loop, folder, saved, None if config.run.dry_run else extended)
+
+
+def _not_compiled(config: Config, world: World) -> list[str]:
+    if config.speed.compile is not None or world.device.type != "cuda" or has_compiler():
+        return []
+    return ["there is no C compiler here (gcc or clang), so nothing is compiled; with one, training is faster"]
 
 
 def tune(config: Config, world: World) -> list[dict]:
@@ -169,7 +176,8 @@ def run_undistilled(
     if saved is not None:
         normalise(model, saved["description"]["mean"], saved["description"]["std"])
     both_loaders = loaders(settings, indices, world, own_folder)
-    tuner = of_run(settings, world, saved and saved["description"])
+    steps = len(both_loaders[0]) * settings.optimization.epochs
+    tuner = of_run(settings, world, saved and saved["description"], steps=steps)
     trainer = Trainer(
         settings, world, model, None, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch,
         arrangement=student_tuning.ask(tuner, model, settings),

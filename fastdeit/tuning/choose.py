@@ -27,6 +27,8 @@ from .table import table
 
 MARGIN = 0.98  # of the default's time, which a challenger must stay below
 
+WORTH_IT = 1000  # steps of a run for which auto measures: compiling the candidates takes minutes
+
 Candidate = Callable[[], Callable[[], object]]
 Mode = Literal["auto", "off", "fresh"]
 
@@ -188,14 +190,20 @@ class Tuner:
         return _with(saved, origin="checkpoint", notes=()), ()
 
 
-def of_run(config: Config, world: World, description: dict | None) -> Tuner:
-    """The Tuner that a run's settings ask for. description: config.json of the checkpoint that it resumes from, whose
-    choices it takes unless the command line says --tune fresh; None for a run that begins."""
+def of_run(config: Config, world: World, description: dict | None, *, steps: int | None = None) -> Tuner:
+    """The Tuner that a run's settings ask for.
+
+    description: config.json of the checkpoint that it resumes from, whose choices it takes unless the command line says
+    --tune fresh; None for a run that begins. steps: of the run; auto measures for no short one.
+    """
     mode = config.speed.tune
     if description is not None and mode == "fresh" and "--tune" not in config.typed:
         mode = "auto"  # fresh when it was started
     earlier = description.get("tuning", ()) if description is not None and mode == "auto" else ()
-    return Tuner(world, mode=mode, deterministic=config.speed.deterministic, say=say, earlier=earlier)
+    measures = False if steps is not None and steps < WORTH_IT else None
+    return Tuner(
+        world, mode=mode, measures=measures, deterministic=config.speed.deterministic, say=say, earlier=earlier
+    )
 
 
 def say(sentence: str) -> None:

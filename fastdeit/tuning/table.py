@@ -36,6 +36,8 @@ def _said(name: str, value) -> str:
         return name
     if isinstance(value, list):
         return "x".join(map(str, value))
+    if isinstance(value, dict):
+        return f"{name} {' + '.join(key if one is True else str(one) for key, one in value.items() if one)}"
     return str(value) if isinstance(value, str) else f"{name} {value}"
 
 

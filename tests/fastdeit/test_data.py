@@ -11,7 +11,8 @@ pytest.importorskip("nvidia.dali")
 
 from fastdeit import evaluate, train
 from fastdeit.cli import parse_config
-from fastdeit.data import loaders, open_images, order_of_numbers, remarks, trusted_decoding
+from fastdeit.config import Config
+from fastdeit.data import compiles, loaders, open_images, order_of_numbers, remarks, trusted_decoding
 from fastdeit.distributed.world import World, join
 from fastdeit.evaluation import plots
 from fastdeit.pipelines import SyntheticIndex, eval_loader
@@ -20,6 +21,19 @@ from fastdeit.pipelines.decode import probe
 from .conftest import COLORS, refused, write_folder
 
 FLAGS = ["--recipe", "demo", "--device", "cpu", "--dry-run"]
+
+
+@pytest.mark.parametrize(
+    ("device", "compiler", "expected"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_a_gpu_compiles_unless_told_otherwise(monkeypatch, device, compiler, expected):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/clang" if compiler and name == "clang" else None)
+    config, device = Config(), torch.device(device)
+    assert compiles(config, device) == expected
+    for said in (True, False):
+        config.speed.compile = said
+        assert compiles(config, device) == said
 
 
 def opened(path, *flags):

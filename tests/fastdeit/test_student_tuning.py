@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from fastdeit.models.build import create_model
 from fastdeit.training import student_tuning
 from fastdeit.training.student_tuning import Arrangement
 from fastdeit.training.trainer import Trainer
-from fastdeit.tuning import Tuner, cache, timing
+from fastdeit.tuning import Tuner, cache, of_run, timing
 
 from .conftest import refused
 from .processes import start_ranks
@@ -188,6 +189,36 @@ def test_a_resumed_run_keeps_what_was_chosen_when_it_was_started(colors, tmp_pat
     said = capfd.readouterr().out
     assert "the checkpoint's choice, math, was made elsewhere (device CPU" in said and "here NVIDIA X)" in said
     assert "attention: sdpa (not measured" in said  # on a CPU
+
+
+@pytest.mark.parametrize(
+    ("tune", "typed", "resumed", "mode", "takes"),
+    [
+        ("auto", (), True, "auto", True), ("fresh", (), True, "auto", True),
+        ("fresh", ("--tune",), True, "fresh", False), ("off", (), True, "off", False),
+        ("fresh", (), False, "fresh", False),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_measures_again_only_where_it_is_told_to_now(tune, typed, resumed, mode, takes):
+    config = Config()
+    config.speed.tune, config.typed = tune, frozenset(typed)
+    saved = {"tuning": [{"question": "attention"}]} if resumed else None
+    tuner = of_run(config, CPU, saved)
+    assert tuner.mode == mode and bool(tuner.earlier) == takes
+    assert of_run(config, CPU, {"step": 3}).earlier == ()  # of an earlier version
+
+
+@pytest.mark.parametrize(("steps", "measures"), [(999, False), (1000, True), (None, True)])
+def test_a_short_run_on_a_gpu_measures_nothing(monkeypatch, tmp_path, steps, measures):
+    gpu = World(torch.device("cuda"))
+    monkeypatch.setattr(cache, "circumstances", lambda device: {"device": "X"})
+    monkeypatch.setattr(
+        "fastdeit.tuning.choose._Measurement.choose", lambda self, begun, *_: replace(begun, chosen="b")
+    )
+    candidates = {"a": lambda: None, "b": lambda: None}
+    tuner = of_run(Config(), gpu, None, steps=steps)
+    choice = tuner.choose("which", candidates, default="a", key={}, dtype=torch.float16)
+    assert choice.chosen == ("b" if measures else "a")
 
 
 def test_two_ranks_take_one_word(colors, tmp_path):

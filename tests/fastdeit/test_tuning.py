@@ -13,7 +13,7 @@ import torch
 
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
-from fastdeit.tuning import Tuner, cache, choose, timing
+from fastdeit.tuning import Choice, Row, Tuner, cache, choose, timing
 
 CPU = torch.device("cpu")
 RESULT = torch.arange(12.0).view(3, 4)
@@ -311,6 +311,21 @@ def test_only_what_is_remembered_counts_where_nothing_is_measured(tuner):
     assert (ask(silent, FAST).chosen, silent.table()) == ("plain", "")
     ask(tuner, FAST)
     assert ask(again(silent), SLOW).chosen == "other"
+
+
+def test_the_table(tuner):
+    """Every figure once, in its column."""
+    rows = (Row("plain", 4.0, 0.0), Row("quick", 1.0, 3e-6), Row("gone", excluded="out of memory"))
+    key = {"model": "m", "shape": [3, 4], "compiled": True, "frozen": None, "way": {"attention": "sdpa", "a": True}}
+    tuner.choices = [Choice("what", "quick", "plain", key, {}, "measured", rows, 1.25, ("a note",))]
+    assert tuner.table().splitlines() == [
+        "what: quick (measured in 1.2 s; m, 3x4, compiled, way sdpa + a)",
+        "  a note",
+        "  candidate     ms  ratio  difference",
+        "  plain      4.000   1.00       0e+00  default",
+        "  quick      1.000   0.25       3e-06  chosen",
+        "  gone           -      -           -  excluded: out of memory",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
