@@ -1,7 +1,8 @@
 """One model on several processes: a full replica in each (DDP), or a shard of every parameter in each (FSDP2).
 
-Blocks are compiled one by one and sharded one by one, so that the all-reduce of one block's gradients overlaps with the
-backward pass of the block before it. A single process gains from compiling the entire model.
+The model is compiled as a whole. Under DDP, Dynamo divides its graph where DDP's buckets of gradients end, so that the
+all-reduce of one overlaps with the backward pass before it (torch._dynamo.config.optimize_ddp): a few calls a pass
+instead of one for each block. For FSDP, blocks are compiled one by one, as they are sharded.
 """
 
 from contextlib import nullcontext
@@ -15,9 +16,10 @@ from fastdeit.errors import UserError
 from .world import World
 
 
-def compile_model(model: nn.Module, world: World, options: dict | None = None) -> None:
+def compile_model(model: nn.Module, world: World, sharding: str, options: dict | None = None) -> None:
     """options: of Inductor."""
-    for part in [model] if world.world_size == 1 else _blocks(model) or [model]:
+    by_block = world.world_size > 1 and sharding == "fsdp"
+    for part in (by_block and _blocks(model)) or [model]:
         part.compile(options=options or None)
 
 

@@ -270,7 +270,7 @@ def forward_backward(
     if compiles(config, device):
         # Each candidate is another specialisation of the same code, which Dynamo would soon leave uncompiled.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        parallel.compile_model(module, tuner.world, arrangement.inductor)
+        parallel.compile_model(module, tuner.world, config.speed.sharding, arrangement.inductor)
     inputs = [tensor.detach().to(device).requires_grad_(tensor.requires_grad) for tensor in inputs]
     wanted = [tensor for tensor in (*inputs, *module.parameters()) if tensor.requires_grad]
     gradients: list[Tensor] = []

@@ -104,7 +104,7 @@ class Trainer:
         self.evaluation = Evaluation(model, self.ema, config, world, arrangement.inductor)
         self.attention = AttentionDistillation.of(config, model, teacher)  # before anything is compiled
         if compiles(config, device):
-            parallel.compile_model(model, world, arrangement.inductor)
+            parallel.compile_model(model, world, config.speed.sharding, arrangement.inductor)
         self.forward = parallel.distribute(model, self.ema, config.speed.sharding, world)
         self.objective = Objective.from_config(config)
 

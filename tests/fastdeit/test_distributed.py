@@ -176,7 +176,7 @@ def test_a_signal_to_torchrun_reaches_all_ranks(data, tmp_path, number):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_compiled_blocks_on_several_processes(alone, data, tmp_path, sharding):
+def test_compiled_on_several_processes(alone, data, tmp_path, sharding):
     """Stopped and resumed in between; compiled code sums in another order, so to fp32 rounding."""
     folder = tmp_path / "run"
     command = [*COMMAND, "--data-path", data, "--output-dir", folder, "--batch-size", 6, "--compile"]

@@ -145,7 +145,7 @@ def test_combo_kernels_reach_inductor(monkeypatch):
     assert arrangement.inductor == {"combo_kernels": True} and arrangement.memory_format == torch.channels_last
     seen = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, options: seen.append(options))
-    parallel.compile_model(model, CPU, arrangement.inductor)
+    parallel.compile_model(model, CPU, "ddp", arrangement.inductor)
     assert seen == [{"combo_kernels": True}]
 
 
