@@ -99,7 +99,7 @@ class StepGraph:
         if self.replay is None and self.proof is not None:
             self._record(inputs)
             if self.failed:
-                torch.manual_seed(inputs.seed)  # of what was drawn meanwhile, the step must not notice
+                _seed(inputs)  # of what was drawn meanwhile, the step must not notice
                 return self.compute(inputs)
         self._fill(inputs)
         if self.replay is None:
@@ -148,6 +148,11 @@ class StepGraph:
         for given, new in zip(pytree.tree_leaves(self.given), pytree.tree_leaves(inputs)):
             if isinstance(new, Tensor):
                 given.copy_(new, non_blocking=True)
+        _seed(inputs)
+
+
+def _seed(inputs) -> None:
+    if inputs.seed is not None:
         torch.manual_seed(inputs.seed)
 
 
@@ -157,7 +162,8 @@ def _shapes(inputs) -> list:
 
 
 def _copied(state: State) -> State:
-    return {kind: [tensor.detach().clone() for tensor in tensors] for kind, tensors in state.items()}
+    """In the host's memory: the device's may be full."""
+    return {kind: [tensor.detach().to("cpu", copy=True) for tensor in tensors] for kind, tensors in state.items()}
 
 
 @torch.no_grad()
@@ -176,7 +182,7 @@ def _differences(state: State, proof: Proof) -> list[str]:
             continue
         error, move, size = torch.zeros(3, dtype=torch.float64, device=got[0].device).unbind()
         for one, before, after in zip(got, proof.before[kind], proof.after[kind], strict=True):
-            one, before, after = one.double(), before.double(), after.double()
+            one, before, after = (tensor.to(one.device).double() for tensor in (one, before, after))
             same = (one == after) | (one.isnan() & after.isnan())
             error += torch.where(same, 0, one - after).square().sum()
             move += (after - before).nan_to_num().square().sum()

@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     batch: Any  # Batch, or BatchWithTargets from a logit cache
     noise: Tensor | None  # (images, depth, 2) float32 in [0, 1): the model's drop_path_noise
     numbers: Tensor  # (3,) float64: the step's number, its learning rate, the decay of the moving average
-    seed: int  # of PyTorch's own generators, a function of (seed of the run, step)
+    seed: int | None  # of PyTorch's own generators, for a model that draws for itself
 
 
 @dataclass
@@ -162,15 +162,15 @@ class Trainer:
         """What is new in the step to come, on the device."""
         sequence = np.random.SeedSequence([self.config.run.seed, self.state.step])
         seed = int(sequence.generate_state(1, np.uint64)[0] >> 1)
-        noise = None
+        noise, of_model = None, None
         if not isinstance(self.model, DeiT):
-            seed += self.world.rank
-            torch.manual_seed(seed)  # a model of timm draws for itself
+            of_model = seed + self.world.rank
+            torch.manual_seed(of_model)
         elif self.model.drop_path > 0:
             noise = self._drop_path_noise(seed)
         decay = average_decay(self.state.step, self.config.model.model_ema_decay)
         numbers = torch.tensor([self.state.step, self.lr(), decay], dtype=torch.float64, pin_memory=self.on_cuda)
-        return Inputs(batch, noise, numbers.to(self.world.device, non_blocking=True), seed)
+        return Inputs(batch, noise, numbers.to(self.world.device, non_blocking=True), of_model)
 
     def compute(self, inputs: Inputs, average: Average) -> Tensor:
         """The step itself, a function of its inputs and of what `changed` lists: all of it is done by the device, and
