@@ -1,23 +1,37 @@
 """How many cycles of a Hopper multiprocessor the attention kernels take for one head, by the model of sass_cycles.
 
-python -m benchmarks.attention_cycles                       the table's tiles at DeiT's lengths, into the record
-python -m benchmarks.attention_cycles --tokens 198 --all    every candidate at one length, best first, printed only
+    python -m benchmarks.attention_cycles                           the table's tiles at DeiT's lengths, into the record
+    python -m benchmarks.attention_cycles --tokens 198 --all        every candidate of one length, printed only
+
+The floor is that of the bytes which must move, at the bandwidth the model has. Compiling and simulating takes a few
+seconds a kernel. records/compile/attention_cycles.csv keeps a row for each --label, so that versions can be compared.
 """
 
+import argparse
+import csv
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 
-from fastdeit.kernels.attention.configs import BackwardConfig, ForwardConfig
+from fastdeit.cli import FoldedHelp
+from fastdeit.kernels.attention import tiles
+from fastdeit.kernels.attention.configs import FULL_GPU, BackwardConfig, ForwardConfig
 
 from . import sass_cycles
 from .compile_case import CompileCase, compiled, measure
 from .compile_cases import backward_cases, forward_case
-from .sass_cycles import Instruction
+from .sass_cycles import Instruction, leaves
 
 ARCH = 90
+TOKENS, HEAD_DIMS = (50, 197, 198, 257, 577, 578, 1025), (64, 32)
+RECORD = Path(__file__).parent / "records" / "compile" / "attention_cycles.csv"
+COLUMNS = (
+    "direction", "tokens", "head_dim", "label", "tiles", "cycles", "floor", "programs", "registers", "spills", "issued",
+    "tensor", "triton",
+)  # fmt: skip
 
 
 class Cycles(NamedTuple):
@@ -100,13 +114,6 @@ def _one_launch(case: CompileCase, tokens: int, keys: int, queries: int) -> Cycl
     return _kernel(case, plan, 1, tokens / (blocks * keys), waves=6 if blocks * steps < 50 else 3)
 
 
-def leaves(code: list[Instruction], loop: tuple[int, int]) -> int:
-    """The branch that closes a loop, or where that has no condition the last exit inside."""
-    first, last = loop
-    inside = [i for i in code if first <= i.pc <= last]
-    return last if inside[-1].predicate else [i.pc for i in inside if i.kind == "EXIT" and i.predicate][-1]
-
-
 def _kernel(case: CompileCase, plan, programs: int, useful: float, waves: int = 6) -> Cycles:
     made = compiled(case, ARCH)
     resources = measure(made, ARCH, case.num_warps)
@@ -133,3 +140,55 @@ def _sum(kernels: list[Cycles]) -> Cycles:
         sum(k.spills for k in kernels), sum(k.issued * k.head for k in kernels) / head,
         sum(k.tensor * k.head for k in kernels) / head,
     )  # fmt: skip
+
+
+def row(label: str, direction: str, tokens: int, head_dim: int, config: ForwardConfig | BackwardConfig) -> dict:
+    """Of the record. programs, registers: of each kernel, joined by +."""
+    if isinstance(config, ForwardConfig):
+        cycles, tensors = forward_cycles(tokens, head_dim, config), 4
+    else:
+        cycles, tensors = backward_cycles(tokens, head_dim, config), 8
+    floor = round(tensors * tokens * head_dim * 2 / sass_cycles.DRAM_BYTES)
+    values = (
+        direction, tokens, head_dim, label, config.name, cycles.head, floor, "+".join(map(str, cycles.programs)),
+        "+".join(map(str, cycles.registers)), cycles.spills, f"{cycles.issued:.2f}", f"{cycles.tensor:.2f}",
+        triton.__version__,
+    )  # fmt: skip
+    return dict(zip(COLUMNS, map(str, values), strict=True))
+
+
+def update_record(made: list[dict]) -> None:
+    old = list(csv.DictReader(RECORD.open())) if RECORD.exists() else []
+    rows = {tuple(one[key] for key in COLUMNS[:4]): one for one in (*old, *made)}
+    with RECORD.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        order = sorted(
+            rows.values(), key=lambda one: (-int(one["head_dim"]), one["direction"], int(one["tokens"]), one["label"])
+        )
+        writer.writerows(order)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FoldedHelp)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
+    parser.add_argument("--all", action="store_true", help="every candidate, printed only")
+    parser.add_argument("--label", default="now", help="of the rows in the record")
+    arguments = parser.parse_args()
+    for head_dim in arguments.head_dim:
+        for tokens in arguments.tokens:
+            shape = tiles.Shape(ARCH, tokens, tokens, head_dim, torch.bfloat16)
+            for direction, candidates in (
+                ("forward", tiles.forward_candidates(shape)),
+                ("backward", tiles.backward_candidates(shape, FULL_GPU)),
+            ):
+                for config in list(candidates.values())[: None if arguments.all else 1]:
+                    made = row(arguments.label, direction, tokens, head_dim, config)
+                    print(", ".join(f"{key} {value}" for key, value in made.items() if key != "label"), flush=True)
+                    if not arguments.all:
+                        update_record([made])
+
+
+if __name__ == "__main__":
+    main()

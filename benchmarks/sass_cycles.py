@@ -93,6 +93,13 @@ def loops(code: list[Instruction]) -> list[tuple[int, int]]:
     return sorted(found, key=lambda loop: loop[1] - loop[0])
 
 
+def leaves(code: list[Instruction], loop: tuple[int, int]) -> int:
+    """The branch that closes a loop, or where that has no condition the last exit inside."""
+    first, last = loop
+    inside = [i for i in code if first <= i.pc <= last]
+    return last if inside[-1].predicate else [i.pc for i in inside if i.kind == "EXIT" and i.predicate][-1]
+
+
 @dataclass
 class Estimate:
     cycles: float  # of one program, once the multiprocessor is full
@@ -136,7 +143,9 @@ def estimate(
     how often the branch at an address is taken back, of every loop with a condition; or the exit in the midst of one
     without is passed. memory(instruction, n, m): where a load or store goes at its n-th execution by a warp of the m-th
     program: "dram", "l2", or "off" where its predicate is false. useful: the share of what is asked of DRAM that is not
-    masked."""
+    masked. Raises ValueError for a loop without its trips."""
+    if unknown := [hex(way_out) for loop in loops(code) if (way_out := leaves(code, loop)) not in trips]:
+        raise ValueError(f"how often the loops go round that are left at {', '.join(unknown)} is not said")
     return _Multiprocessor(code, warps, trips, memory, useful).run(resident, waves * resident)
 
 
@@ -159,7 +168,7 @@ class _Multiprocessor:
         while len(ends) < programs:
             now = min(self.sleeps)
             if now == float("inf"):
-                raise RuntimeError("the simulated program waits for ever: a trip count is missing")
+                raise RuntimeError("the simulated program waits for ever")
             for s in range(4):
                 if self.sleeps[s] > now:
                     continue

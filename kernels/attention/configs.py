@@ -89,7 +89,7 @@ def backward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype, it
 # (tokens up to, tiles), for columns up to 64 and for 128. What is missing would spill; beyond 1,024 tokens the scratch
 # for dQ would be large. On Hopper three small programs a multiprocessor hide each other's waits, which one large one,
 # whose keys fill the registers, cannot: two thirds of its cycles by the model of benchmarks/attention_cycles.py, which
-# knows no other architecture, and where two launches win from about 400 tokens on.
+# knows no other architecture, and by which two launches win somewhere between 257 and 578 tokens.
 ONE_LAUNCH = {
     80: (
         ((64, Tiles(64, 32, 4, 2)), (128, Tiles(128, 32, 8, 2)), (1024, Tiles(64, 32, 8, 2))),

@@ -121,9 +121,10 @@ def test_poison_outside_the_tensor_is_never_read(device):
 
 
 @DEVICES
-@pytest.mark.parametrize("tokens", [65, 300])
-def test_huge_logits(tokens, device):
+@pytest.mark.parametrize("tokens, full_gpu", [(65, False), (65, True), (300, False)])
+def test_huge_logits(tokens, full_gpu, device, monkeypatch):
     """Logits from -1e4 to 1e4: exp overflows unless the maximum is subtracted, also for the keys past the end."""
+    monkeypatch.setattr(configs, "FULL_GPU", 1 if full_gpu else 264)
     q, k, v = (make(1, tokens, 1, 64, device=device, dtype=torch.float16, seed=i) for i in range(3))
     largest = definition(q.double(), k.double(), v.double(), 1.0)[1].abs().max().item()
     scale = 1e4 / largest
