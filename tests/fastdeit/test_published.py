@@ -285,7 +285,10 @@ def test_a_name_whose_weights_are_not_here(cache):
     save_file(model.state_dict(), place / "model.safetensors")
     student, _ = build_student(settings(TINY, 224, pretrained=True), 3)
     assert torch.equal(student.norm.weight, model.norm.weight)
-    assert timm.create_model("test_vit") is not None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(f"timm/{TINY}.fb_in1k", "model.safetensors")
+    assert found == str(place / "model.safetensors"), "a place that other programs know, too"
     links, place = sentence(lambda: load_teacher(Distillation(teacher_model="test_vit"), HERE))
     assert links == ["https://huggingface.co/timm/test_vit.r160_in1k/resolve/main/model.safetensors"]
     place.mkdir(parents=True)
