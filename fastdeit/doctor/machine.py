@@ -15,6 +15,7 @@ PACKAGES = (
     "nvidia-nccl-cu13", "numpy", "pillow", "pyarrow", "transformers", "onnx", "onnxruntime", "tensorboard", "wandb",
     "trackio", "flash-attn", "flash-attn-3", "flash-attn-4",
 )  # fmt: skip
+DRIVER = Path("/proc/driver/nvidia")
 SMI = ("name", "driver_version", "memory.total", "compute_mode", "mig.mode.current")
 
 
@@ -49,9 +50,9 @@ def versions() -> dict[str, str]:
 
 
 def gpus() -> list[dict[str, str]]:
-    """What the driver knows of each GPU; [] where there is no driver."""
+    """What the driver knows of each GPU; [] where there is no driver. Some containers lack nvidia-smi."""
     if (tool := shutil.which("nvidia-smi")) is None:
-        return []
+        return _named_by_the_driver()
     try:
         command = [tool, f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
         said = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -60,6 +61,18 @@ def gpus() -> list[dict[str, str]]:
     if said.returncode != 0:
         return []
     return [dict(zip(SMI, map(str.strip, line.split(",")))) for line in said.stdout.splitlines() if line.strip()]
+
+
+def _named_by_the_driver() -> list[dict[str, str]]:
+    version = "unknown"
+    with suppress(OSError):
+        version = (DRIVER / "version").read_text().partition("Module")[2].split()[0]
+    found = []
+    for file in sorted(DRIVER.glob("gpus/*/information")):
+        lines = [line.partition(":") for line in file.read_text().splitlines()]
+        name = next((value.strip() for key, _, value in lines if key == "Model"), "unknown")
+        found.append({"name": name, "driver_version": version})
+    return found
 
 
 def processor() -> str:

@@ -147,6 +147,16 @@ def test_a_report_of_a_bug_begins_with_it():
     assert "python -m fastdeit.doctor" in first["attributes"]["description"] and first["validations"]["required"]
 
 
+def test_without_nvidia_smi_the_driver_names_the_gpus(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(machine, "DRIVER", tmp_path)
+    assert machine.gpus() == []
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Tue Aug 26\n")
+    (tmp_path / "gpus" / "0000:18:00.0").mkdir(parents=True)
+    (tmp_path / "gpus" / "0000:18:00.0" / "information").write_text("Model: \t\t NVIDIA H100\nIRQ: 1\n")
+    assert machine.gpus() == [{"name": "NVIDIA H100", "driver_version": "580.82.07"}]
+
+
 @pytest.mark.gpu
 def test_every_kernel_runs_in_triton_on_a_gpu():
     for name in checks.OPERATIONS:
