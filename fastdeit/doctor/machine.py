@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -64,10 +65,10 @@ def gpus() -> list[dict[str, str]]:
 
 
 def _named_by_the_driver() -> list[dict[str, str]]:
-    version = "unknown"
+    said, found = "", []
     with suppress(OSError):
-        version = (DRIVER / "version").read_text().partition("Module")[2].split()[0]
-    found = []
+        said = (DRIVER / "version").read_text()
+    version = next(iter(re.findall(r"\b\d+\.\d+[\d.]*", said)), "unknown")
     for file in sorted(DRIVER.glob("gpus/*/information")):
         lines = [line.partition(":") for line in file.read_text().splitlines()]
         name = next((value.strip() for key, _, value in lines if key == "Model"), "unknown")

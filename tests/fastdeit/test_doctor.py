@@ -151,7 +151,9 @@ def test_without_nvidia_smi_the_driver_names_the_gpus(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(machine, "DRIVER", tmp_path)
     assert machine.gpus() == []
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Tue Aug 26\n")
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Open Kernel Module for x86_64  580.82.07  Release Build\n"
+    )
     (tmp_path / "gpus" / "0000:18:00.0").mkdir(parents=True)
     (tmp_path / "gpus" / "0000:18:00.0" / "information").write_text("Model: \t\t NVIDIA H100\nIRQ: 1\n")
     assert machine.gpus() == [{"name": "NVIDIA H100", "driver_version": "580.82.07"}]
