@@ -152,6 +152,8 @@ def test_every_optimizer_holds_still(name):
             value.clone() for value in flat([model.state_dict(), ema.state_dict(), optimizer.state_dict()]).values()
         ]
 
+    assert step(NAN) == 1  # the very first, which makes the optimizer's state
+    assert all(not value.any() for value in flat(optimizer.state_dict()["state"]).values())
     assert step(1.0) == 0
     before = state()
     assert step(NAN) == 1

@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 
 from fastdeit.distill.cached_teacher import BatchWithTargets
 from fastdeit.distributed.world import World
+from fastdeit.errors import UserError
+from fastdeit.training import run
 from fastdeit.training.step_graph import WARM_UP
 from fastdeit.training.trainer import Trainer
 
@@ -211,6 +213,15 @@ def test_a_batch_of_another_shape_is_a_step_as_it_is():
         assert torch.equal(plain.step(batch), graphed.step(batch))
     compare(plain, graphed, "after all")
     assert capture.replays == 1 + 4
+
+
+def test_where_there_is_no_graph():
+    trainer = trainer_of("sgd, labels")
+    assert trainer.graph is None  # on a CPU
+    trainer.config.speed.cuda_graph = "on"
+    for world in (World(torch.device("cpu")), World(torch.device("cuda", 0), world_size=2)):
+        with pytest.raises(UserError, match="one process on a GPU"):
+            run.set_up(trainer.config, world)
 
 
 @pytest.mark.parametrize("case", CASES)
