@@ -40,6 +40,8 @@ def forward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype) -> 
         return ForwardConfig(64, 32, "loop", 8, 1)
     if columns == 128:
         return ForwardConfig(128, 64 if _data_center(arch) else 32, "tail", 8, 2)
+    if _hopper(arch) and tokens <= 64:  # so few need no limit, with which ptxas takes more than without
+        return ForwardConfig(64, 64, "resident", 4, 1)
     if _hopper(arch):
         return ForwardConfig(64, 64, *(("resident", 4, 1, 168) if tokens <= 256 else ("tail", 4, 3, 128)))
     return ForwardConfig(64, 128, "resident", 4, 1) if tokens <= 256 else ForwardConfig(128, 64, "tail", 8, 3)
