@@ -72,7 +72,8 @@ def why_not_layer(head_dim: int | None, dropout: float = 0.0) -> str:
 
 
 def why_not_call(masked: bool, dropout: float, causal: bool) -> str:
-    """The reason a call has to go to PyTorch's attention; empty when the kernels can take it."""
+    """The reason a call has to go to PyTorch's attention; empty when the kernels can take it. `masked`: by a mask that
+    is no bias of attention's."""
     if masked:
         return "a mask, or a bias added to the logits"
     if causal:

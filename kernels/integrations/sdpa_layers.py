@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdeit.kernels.attention.api import attention
 
+from .masks import as_bias, fits
 from .report import note_call, why_not_call, why_not_tensors
 
 
@@ -29,11 +30,13 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """PyTorch's function, by the kernels where they can: (..., heads, tokens, head_dim)."""
     q, k, v = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) if x.ndim > 2 else x for x in (query, key, value))
-    if note_call(why_not_call(attn_mask is not None, dropout_p, is_causal) or why_not_tensors(q, k, v)):
+    masked = (query.ndim > 4 and attn_mask is not None) or not fits(attn_mask, q, k)
+    if note_call(why_not_call(masked, dropout_p, is_causal) or why_not_tensors(q, k, v)):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    return attention(q, k, v, scale=scale).transpose(1, 2).reshape(query.shape)
+    out = attention(q, k, v, bias=as_bias(attn_mask, q, k), scale=scale)
+    return out.transpose(1, 2).reshape(query.shape)
 
 
 functional = types.ModuleType("functional", F.__doc__)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdeit.kernels.attention.api import attention
 
+from .masks import as_bias, fits
 from .report import SwapReport, note_call, why_not_call, why_not_layer, why_not_tensors
 
 logger = logging.getLogger("fastdeit.kernels")
@@ -27,7 +28,7 @@ FOREIGN_ARGUMENTS = ("position_bias", "softcap", "cache", "output_attentions")  
 def register_with_transformers() -> None:
     """Makes `attn_implementation="fastdeit"` known to transformers, with masks in the form SDPA takes.
 
-    Calls that the kernels cannot serve (a mask, dropout in training, causal or grouped heads, an unsupported head_dim)
+    Calls that the kernels cannot serve (dropout in training, causal or grouped heads, an unsupported head_dim)
     go to transformers' SDPA function. Raises ImportError where transformers is not installed or older than 4.56.
     """
     try:
@@ -53,9 +54,9 @@ def register_with_transformers() -> None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         foreign = [name for name in FOREIGN_ARGUMENTS if kwargs.get(name) is not None and kwargs[name] is not False]
         q, k, v = (x.transpose(1, 2) for x in (query_BHND, key_BHND, value_BHND))
-        reason = why_not_call(attention_mask is not None, dropout, causal) or ", ".join(foreign)
+        reason = why_not_call(not fits(attention_mask, q, k), dropout, causal) or ", ".join(foreign)
         if not note_call(reason or why_not_tensors(q, k, v)):
-            return attention(q, k, v, scale=scaling), None
+            return attention(q, k, v, bias=as_bias(attention_mask, q, k), scale=scaling), None
         return sdpa_attention_forward(
             module,
             query_BHND,
@@ -76,7 +77,7 @@ def apply_to_transformers(model: nn.Module) -> SwapReport:
     """Sets `attn_implementation="fastdeit"` on a transformers model (ViT, DeiT, DINOv2, DINOv3 and their kin).
 
     In place; the state dict stays as it is. Layers that the kernels cannot serve are named in the report and run
-    transformers' SDPA function, as do single calls that pass a mask or ask for causality (a text model's). A layer with
+    transformers' SDPA function, as do single calls that ask for causality (a text model's). A layer with
     attention dropout runs the kernels in evaluation and SDPA in training. Models whose attention does not go through
     transformers' attention interface are left alone.
 
@@ -97,8 +98,6 @@ def apply_to_transformers(model: nn.Module) -> SwapReport:
     report = SwapReport()
     for name, layer in layers.items():
         reason = _why_not_layer(layer)
-        if not reason and _has_position_bias(model, name):
-            reason = f"{type(layer).__name__} gets a relative position bias: SDPA"
         if reason:
             report.kept[name] = reason
         else:
@@ -137,13 +136,6 @@ def _why_not_layer(layer: nn.Module) -> str:
     if dropout := _dropout(layer):
         return f"{why_not_layer(head_dim, dropout)}: SDPA in training, the kernels in evaluation"
     return ""
-
-
-def _has_position_bias(model: nn.Module, name: str) -> bool:
-    """Whether the layer or a module around it makes a bias, which reaches the attention as a mask (BEiT, Swin)."""
-    parts = name.split(".")
-    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
-    return any("position_bias" in child for module in around for child, _ in module.named_children())
 
 
 def _dropout(layer: nn.Module) -> float:

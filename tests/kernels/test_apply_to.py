@@ -157,7 +157,10 @@ class Plain(nn.Module):
     [
         ([(2, 2, 5, 32)] * 3, {"scale": 0.5}, "fused"),
         ([(2, 2, 5, 32)] * 3, {"is_causal": True}, "causal"),
-        ([(2, 2, 5, 32)] * 3, {"attn_mask": torch.rand(5, 5, dtype=torch.float64)}, MASKED),
+        ([(2, 2, 5, 32)] * 3, {"attn_mask": torch.rand(5, 5, dtype=torch.float64)}, "fused"),
+        ([(2, 2, 5, 32)] * 3, {"attn_mask": torch.rand(2, 1, 1, 5) < 0.7}, "fused"),
+        ([(2, 5, 32)] * 3, {"attn_mask": torch.rand(2, 5, 5, dtype=torch.float64)}, "fused"),
+        ([(2, 3, 2, 5, 32)] * 3, {"attn_mask": torch.rand(3, 1, 5, 5, dtype=torch.float64)}, MASKED),
         ([(2, 3, 2, 5, 32), *2 * [(2, 3, 2, 7, 32)]], {}, "fused"),
         ([(2, 5, 32)] * 3, {}, "fused"),
         ([(5, 32)] * 3, {}, "shapes"),
@@ -176,6 +179,15 @@ def test_each_call_is_decided_by_what_it_is_given(shapes, options, reason):
         torch.testing.assert_close(layer(*inputs, **options), expected)
     ((counted, times),) = calls.items()
     assert counted.startswith(reason) and times == 1
+
+
+def test_a_bias_that_is_trained_gets_its_gradient():
+    layer, inputs = Plain(), tensors(*[(4, 2, 5, 32)] * 3)
+    bias = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(*inputs, attn_mask=bias).square().sum(), bias)
+    apply_to(layer)
+    (grad,) = torch.autograd.grad(layer(*inputs, attn_mask=bias).square().sum(), bias)
+    torch.testing.assert_close(grad, expected)
 
 
 def test_calls_outside_are_not_counted():

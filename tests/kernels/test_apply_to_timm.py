@@ -98,7 +98,7 @@ def test_compiles_without_a_graph_break():
 
 
 @pytest.mark.parametrize("masked", [dict(is_causal=True), dict(attn_mask=True)])
-def test_masks_take_timm_path(masked):
+def test_masks_are_biases_and_causality_takes_timm_path(masked):
     model, images = tiny().eval(), torch.randn(2, 3, 32, 32)
     if "attn_mask" in masked:
         masked = dict(attn_mask=torch.rand(17, 17) < 0.7 + torch.eye(17))
@@ -107,7 +107,8 @@ def test_masks_take_timm_path(masked):
         assert not torch.allclose(before, model.forward_features(images))
         apply_to_timm(model)
         torch.testing.assert_close(model.forward_features(images, **masked), before)
-        assert not attention_ops(lambda: model.forward_features(images, **masked))
+        served = attention_ops(lambda: model.forward_features(images, **masked))
+        assert served == ["fastdeit::attention_bias"] * (2 if "attn_mask" in masked else 0)
 
 
 def test_dropout_turned_on_later_is_not_lost():

@@ -105,17 +105,40 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(compiled[key], eager[key], rtol=1e-9, atol=1e-11, msg=key)
 
 
-def test_masks_go_to_sdpa():
+def test_masks_are_biases():
     model, hidden = tiny("vit"), torch.randn(2, 17, 64)
     layer = next(module for module in model.modules() if type(module).__name__.endswith("Attention"))
     mask = torch.zeros(2, 1, 17, 17).masked_fill(torch.rand(2, 1, 17, 17) < 0.3, -1e4)
     with torch.no_grad():
         before, unmasked = layer(hidden, attention_mask=mask)[0], layer(hidden)[0]
         apply_to_transformers(model)
-        torch.testing.assert_close(layer(hidden, attention_mask=mask)[0], before)
+        torch.testing.assert_close(layer(hidden, attention_mask=mask)[0], before, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(layer(hidden)[0], unmasked, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, unmasked)
-    assert fused_calls(lambda: layer(hidden, attention_mask=mask)) == 0 and fused_calls(lambda: layer(hidden)) == 1
+    with attention_calls() as calls:
+        layer(hidden, attention_mask=mask)
+    assert calls == {"fused": 1} and fused_calls(lambda: layer(hidden)) == 1
+
+
+def test_relative_positions():
+    config = transformers.BeitConfig(**TINY, intermediate_size=64, use_relative_position_bias=True)
+    model = transformers.BeitModel(config).double().eval()
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    tables = [p for name, p in parameters.items() if name.endswith("relative_position_bias_table")]
+    for table in tables:
+        torch.nn.init.normal_(table)
+
+    def run():
+        out = model(images).last_hidden_state
+        return [out, *torch.autograd.grad(out.square().sum(), tables)]
+
+    before = run()
+    assert len(apply_to_transformers(model).replaced) == 2 and len(before) == 3
+    with attention_calls() as calls:
+        after = run()
+    assert calls == {"fused": 2}
+    torch.testing.assert_close(after, before)
 
 
 def test_dropout_in_training_goes_to_sdpa():
@@ -131,9 +154,6 @@ def test_dropout_in_training_goes_to_sdpa():
 
 LEFT_ALONE = {
     "head_dim 8": lambda: tiny("vit", num_attention_heads=8),
-    "relative position bias": lambda: transformers.BeitModel(
-        transformers.BeitConfig(**TINY, intermediate_size=64, use_relative_position_bias=True)
-    ),
     "causal": lambda: transformers.GPT2Model(transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=8)),
 }
 
