@@ -69,6 +69,7 @@ def models() -> Iterator[tuple[str, str, Callable[[], nn.Module], int]]:
     if importlib.util.find_spec("timm"):
         import timm
 
+        timm.layers.set_fused_attn(experimental=True)  # Swin asks for this
         for family, (name, changes, size) in TIMM.items():
             yield "timm", family, lambda n=name, c=changes: timm.create_model(n, **c), size
     if importlib.util.find_spec("torchvision"):

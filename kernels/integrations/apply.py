@@ -22,11 +22,12 @@ def apply_to(model: nn.Module) -> SwapReport:
     timm.layers.Attention and nn.MultiheadAttention (torchvision, open_clip) read q, k and v where the projection left
     them. Any other layer whose forward calls `F.scaled_dot_product_attention` (timm's EvaAttention and AttentionRope
     with their rotary embeddings, attention pooling, your own) has that call served, and computes everything else as
-    before. Models of transformers get `attn_implementation="fastdeit"`.
+    before; a mask or a bias (relative positions, windows) goes with it, and has its gradient. Models of transformers
+    get `attn_implementation="fastdeit"`.
 
-    Parameters, their names and hooks stay as they are. A call the kernels cannot serve (a mask, causality, dropout in
-    training, grouped heads) runs as it did before; `attention_calls` counts both kinds. Layers that never could be
-    served are left alone and named in the report: attention dropout in timm's, relative positions, a head_dim that is
+    Parameters, their names and hooks stay as they are. A call the kernels cannot serve (causality, dropout in training,
+    grouped heads, a mask of nn.MultiheadAttention) runs as it did before; `attention_calls` counts both kinds. Layers
+    that never could be served are left alone and named in the report: attention dropout in timm's, a head_dim that is
     no multiple of 8 from 16 to 128, attention that is not softmax(q kᵀ) v by PyTorch's function.
 
     Call it before torch.compile and before the model is wrapped for several devices. Returns what was replaced and what
@@ -79,23 +80,15 @@ def _why_not(layer: nn.Module, replacement: type[nn.Module] | None) -> str:
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
     if "forward" in vars(layer):
         return "its forward was replaced by somebody else"
-    if any("rel_pos" in name or "relative" in name for name in _parts(layer)):
-        return f"{kind} adds a relative position bias to the logits"
     if replacement is None:
         return f"{kind} does not call F.scaled_dot_product_attention"
     if not getattr(layer, "fused_attn", True):
-        return f"{kind} has fused_attn turned off"
+        return f"{kind} has fused_attn turned off (timm.layers.set_fused_attn(experimental=True) before it is made)"
     if kind == "timm.layers.attention.Attention" and not (hasattr(layer, "attn_dim") and hasattr(layer, "gate")):
         return "this version of timm is too old: pip install 'timm>=1.0.31'"
     dropout = getattr(getattr(layer, "attn_drop", None), "p", 0.0)
     head_dim = getattr(layer, "head_dim", None)
     return why_not_layer(16 if head_dim is None else head_dim, dropout)
-
-
-def _parts(layer: nn.Module) -> list[str]:
-    return [
-        name for kinds in (layer.named_parameters, layer.named_buffers, layer.named_children) for name, _ in kinds()
-    ]
 
 
 PROJECTIONS = {"qkv", "q", "k", "qk", "kv", "to_qkv", "to_q", "in_proj", "q_proj"}

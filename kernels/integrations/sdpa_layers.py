@@ -1,7 +1,8 @@
-"""Any layer whose forward calls `F.scaled_dot_product_attention`, with that call served by the kernels.
+"""Any layer whose forward calls `F.scaled_dot_product_attention`, or that of `torch.nn.functional` by its full name,
+with that call served by the kernels.
 
-A subclass holds the layer's own forward, its code unchanged, in which the name F stands for a torch.nn.functional that
-has another scaled_dot_product_attention. So rotary embeddings, norms, gates and pooling are computed by whoever wrote
+A subclass holds the layer's own forward, its code unchanged, in which the name F (or torch) stands for a module with
+another scaled_dot_product_attention. So rotary embeddings, norms, gates and pooling are computed by whoever wrote
 them, and a new version of the library needs nothing new here.
 """
 
@@ -9,6 +10,7 @@ import sys
 import types
 from functools import cache
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,15 +41,36 @@ def scaled_dot_product_attention(
     return out.transpose(1, 2).reshape(query.shape)
 
 
-functional = types.ModuleType("functional", F.__doc__)
-functional.__dict__.update({**vars(F), "scaled_dot_product_attention": scaled_dot_product_attention})
+def _copy(module: types.ModuleType, **changes) -> types.ModuleType:
+    copied = types.ModuleType(module.__name__, module.__doc__)
+    copied.__dict__.update(vars(module) | changes)
+    return copied
+
+
+functional = _copy(F, scaled_dot_product_attention=scaled_dot_product_attention)
+# What a layer's forward calls the function by: the module that stands in for its global, and the names on the way.
+STAND_INS = {
+    "F": (F, functional, {"F"}),
+    "torch": (torch, _copy(torch, nn=_copy(nn, functional=functional)), {"torch", "nn", "functional"}),
+}
+
+
+def _stand_ins(kind: type[nn.Module]) -> dict[str, types.ModuleType]:
+    forward = kind.forward
+    if not isinstance(forward, types.FunctionType):
+        return {}
+    names = set(forward.__code__.co_names)
+    if "scaled_dot_product_attention" not in names:
+        return {}
+    return {
+        name: stand_in
+        for name, (module, stand_in, way) in STAND_INS.items()
+        if forward.__globals__.get(name) is module and way <= names
+    }
 
 
 def calls_sdpa(kind: type[nn.Module]) -> bool:
-    forward = kind.forward
-    if not isinstance(forward, types.FunctionType) or forward.__globals__.get("F") is not F:
-        return False
-    return {"F", "scaled_dot_product_attention"} <= set(forward.__code__.co_names)
+    return bool(_stand_ins(kind))
 
 
 @cache
@@ -57,7 +80,7 @@ def with_fused_sdpa(kind: type[nn.Module]) -> type[nn.Module]:
     # Without __name__, by which older versions of Dynamo would find the globals of the module instead of these.
     names = {name: value for name, value in original.__globals__.items() if name != "__name__"}
     forward = types.FunctionType(
-        original.__code__, names | {"F": functional}, original.__name__, original.__defaults__, original.__closure__
+        original.__code__, names | _stand_ins(kind), original.__name__, original.__defaults__, original.__closure__
     )
     forward.__kwdefaults__ = original.__kwdefaults__
     reduce = lambda layer: (_remake, (kind,), layer.__dict__)  # noqa: E731

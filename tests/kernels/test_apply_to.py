@@ -190,6 +190,41 @@ def test_a_bias_that_is_trained_gets_its_gradient():
     torch.testing.assert_close(grad, expected)
 
 
+class RelativePositions(nn.Module):
+    """As timm's Swin and SAM call it: by its full name, with a bias of the layer's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.relative_position_bias = nn.Linear(64, 192), nn.Parameter(torch.randn(2, 5, 5))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 32)).transpose(1, 3).unbind(2)
+        q = torch.cat([q[..., :16], q[..., 16:]], -1)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.relative_position_bias)
+
+
+def test_a_layer_that_calls_the_function_by_its_full_name():
+    layer, inputs = RelativePositions().double(), tensors((3, 5, 64))
+    before = run(layer, *inputs)
+    assert apply_to(layer).replaced == [""]
+    with attention_calls() as calls:
+        torch.testing.assert_close(run(layer, *inputs), before, rtol=1e-9, atol=1e-11)
+    assert calls == {"fused": 1}
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs), layer(*inputs))
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "samvit_base_patch16"])
+def test_timm_s_relative_positions(name):
+    timm = pytest.importorskip("timm", minversion="1.0.31")
+    model = timm.create_model(name, img_size=32, embed_dim=64, num_heads=2, depth=1, num_classes=3).double().eval()
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    before = model(images)
+    assert len(apply_to(model).replaced) == 1
+    with attention_calls() as calls:
+        torch.testing.assert_close(model(images), before, rtol=1e-9, atol=1e-11)
+    assert calls == {"fused": 1}
+
+
 def test_calls_outside_are_not_counted():
     layer, inputs = Plain(), tensors(*[(1, 1, 2, 16)] * 3)
     apply_to(layer)
@@ -213,4 +248,4 @@ def test_what_attends_in_another_way_is_named(kind):
     timm = pytest.importorskip("timm")
     report = apply_to(timm.create_model(kind))
     assert report.kept and not report.replaced
-    assert all("relative position" in why or "does not call" in why for why in report.kept.values())
+    assert all("fused_attn turned off" in why or "does not call" in why for why in report.kept.values())

@@ -158,7 +158,6 @@ LEFT_ALONE = {
     "attention dropout 0.1": lambda: tiny(attn_drop_rate=0.1),
     "head_dim 8": lambda: tiny(num_heads=8),
     "head_dim 136": lambda: tiny(embed_dim=272),
-    "relative position bias": lambda: timm.create_model("beit_base_patch16_224", embed_dim=64, depth=2, num_heads=2),
     "GPSA does not call": lambda: timm.create_model("convit_tiny", depth=2, local_up_to_layer=2),
     "fused_attn turned off": lambda: unfused(timm.create_model("eva02_tiny_patch14_224", depth=2)),
 }
