@@ -331,6 +331,7 @@ def _free(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()  # compiled modules hold themselves
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # the run's peak is its own
 
 
 def _on_gpu(world: World) -> bool:
