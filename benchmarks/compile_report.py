@@ -41,13 +41,13 @@ def compile_one(index: int, arch: int) -> tuple[dict, list[str]]:
 
 def print_table(results: list[tuple[dict, list[str]]]):
     width = max(len(row["case"]) for row, _ in results)
-    print(f"{'case':{width}}  arch  regs  spill st/ld  shared   instr  wgmma  mma  tcgen05")
+    print(f"{'case':{width}}  arch  regs  spill st/ld  shared   instr  wgmma  mma  tcgen05  programs")
     for row, wrong in results:
         line = f"{row['case']:{width}}  sm_{row['arch']:<4}"
         if "registers" in row:
             spills = f"{row['spill_stores']}/{row['spill_loads']}"
             line += f"{row['registers']:>3}  {spills:>11}  {row['shared_bytes']:>6}  {row['instructions']:>6}"
-            line += f"  {row['wgmma']:>5}  {row['mma']:>3}  {row['tcgen05']:>7}"
+            line += f"  {row['wgmma']:>5}  {row['mma']:>3}  {row['tcgen05']:>7}  {row['programs']:>8}"
         print(line + "".join(f"  !! {problem}" for problem in wrong))
 
 
