@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastdeit.checkpoint import metrics_log, run_dir
 from fastdeit.cli import parse_config
-from fastdeit.config import Config
+from fastdeit.config import Config, Size, in_pixels
 from fastdeit.distributed.world import World, join, pick_device
 from fastdeit.errors import UserError
 from fastdeit.models import inference
@@ -133,7 +133,7 @@ def load(
     *,
     weights: Literal["model", "ema"] = "model",
     model: str | None = None,
-    input_size: int | None = None,
+    input_size: Size | None = None,
     crop_pct: float | None = None,
     precision: Literal["fp32", "bf16", "fp16"] | None = None,
     device: str | None = None,
@@ -169,7 +169,7 @@ class Classifier:
         self._loaded, self._world = loaded, world
 
     def __repr__(self) -> str:
-        return f"<fastdeit.Classifier {self.name}: {len(self.classes):,} classes, {self.input_size} pixels>"
+        return f"<fastdeit.Classifier {self.name}: {len(self.classes):,} classes, {in_pixels(self.input_size)} pixels>"
 
     @property
     def name(self) -> str:
@@ -181,8 +181,8 @@ class Classifier:
         return self._loaded.class_names
 
     @property
-    def input_size(self) -> int:
-        """Height and width of what the network sees, in pixels."""
+    def input_size(self) -> Size:
+        """Height and width of what the network sees, in pixels; one number for a square."""
         return self._loaded.input_size
 
     @property
@@ -257,7 +257,7 @@ class Classifier:
         return torch.cat([function(batch).float().cpu() for batch in self._batches(_listed(images), batch_size)])
 
     def _batches(self, images: list, batch_size: int) -> Iterator[Tensor]:
-        """(batch, 3, input_size, input_size), normalised, on the device."""
+        """(batch, 3, height, width), normalised, on the device."""
         if (files := _files(images)) is not None:
             yield from self._batches_of_files(files, batch_size)
             return

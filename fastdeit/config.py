@@ -10,11 +10,30 @@ import json
 import math
 import operator
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fastdeit.errors import UserError
+
+Size = int | tuple[int, int]  # of images, in pixels: a square's side, or height and width
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_of(height_and_width: Sequence[int]) -> Size:
+    """As the settings have it: one number for a square."""
+    height, width = height_and_width
+    return height if height == width else (height, width)
+
+
+def in_pixels(size: Size) -> str:
+    """224 or 192 x 256"""
+    return str(size) if isinstance(size, int) else f"{size[0]} x {size[1]}"
+
 
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
@@ -107,8 +126,8 @@ class Data:
     2), or classes.txt beside shards."""
     label_column: str | None = setting(None, resumable=True)
     """Column of Parquet files that holds the labels. None: label, labels, ..., or the one with class names."""
-    input_size: int = setting(224, at_least=1)
-    """Height and width of the images in pixels."""
+    input_size: Size = setting(224, at_least=1)
+    """Height and width of the images in pixels; one number for squares."""
     batch_size: int | None = setting(None, at_least=1, resumable=True)
     """Images per process and forward pass; --accumulate multiplies what a step sees. None: on a GPU as many images a
     step as in the recipe's paper, accumulated where its memory needs that; on a CPU, or without a paper, 64."""
@@ -198,8 +217,9 @@ class Distillation:
     teacher_classes: str | None = setting(None, resumable=True)
     """File that says which of the teacher's classes stand for the data's, by name or index: JSON {"cat": 281, ...}, or
     a line for each of the data's classes. None: both have the same classes."""
-    teacher_input_size: int | None = setting(None, at_least=1)
-    """Height and width of the teacher's images in pixels. None: the size it was trained with."""
+    teacher_input_size: Size | None = setting(None, at_least=1)
+    """Height and width of the teacher's images in pixels; one number for squares. None: the size it was trained
+    with."""
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Type of the teacher's weights and activations. None: fp16 on CUDA, fp32 on the CPU."""
     teacher_store: str | None = setting(None, resumable=True)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from fastdeit import recipes
+from fastdeit.config import in_pixels
 from fastdeit.training import run
 
 VAL_FRACTION = 0.2
@@ -57,7 +58,9 @@ def _teacher(config, world) -> Path:
     settings.model.model = config.distillation.teacher_model
     settings.data.data_path, settings.data.input_size = config.data.data_path, config.data.input_size
     settings.run.device, settings.run.tracker = config.run.device, config.run.tracker
-    target = Path("runs") / f"digits-teacher-{settings.model.model}-{settings.data.input_size}px"
+    target = (
+        Path("runs") / f"digits-teacher-{settings.model.model}-{in_pixels(settings.data.input_size).replace(' ', '')}px"
+    )
     if not world.broadcast(target.is_dir()):
         # Trained under another name, so that a folder of this name is always a finished run.
         settings.run.output_dir = target.with_name(target.name + ".unfinished")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastdeit.cli import parse
-from fastdeit.config import setting
+from fastdeit.config import Size, setting
 from fastdeit.errors import UserError, run
 
 
@@ -42,8 +42,9 @@ def main() -> None:
         """Folder for results by class, confusion matrix and calibration."""
         batch_size: int = setting(64, at_least=1)
         """Images per process and step."""
-        input_size: int | None = setting(None, at_least=1)
-        """Height and width of the images in pixels; position embeddings are interpolated. None: the checkpoint's."""
+        input_size: Size | None = setting(None, at_least=1)
+        """Height and width of the images in pixels, one number for squares; position embeddings are interpolated. None:
+        the checkpoint's."""
         eval_crop_ratio: float | None = setting(None, above=0, at_most=1)
         """Side of the centre crop over that of the resized image (crop_pct in timm). None: the checkpoint's."""
         precision: Literal["fp32", "bf16", "fp16"] | None = None

@@ -162,7 +162,9 @@ def _check_grids(student: nn.Module, teacher: nn.Module, teacher_name: str) -> N
     own, other = _grid(student), _grid(teacher)
     if own == other:
         return
-    size = own[0] * teacher.patch_embed.proj.weight.shape[-1]
+    patch = teacher.patch_embed.proj.weight.shape[-2:]
+    sides = list(dict.fromkeys(rows * side for rows, side in zip(own, patch)))  # one of a square
+    size = " ".join(map(str, sides))
     raise UserError(
         f"--attention-distillation-weight: the student has {own[0]} x {own[1]} patches, the teacher {teacher_name} "
         f"{other[0]} x {other[1]}: give --teacher-input-size {size}, or a teacher with the same grid"

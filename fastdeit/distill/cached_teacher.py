@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeit.config import Config
+from fastdeit.config import Config, size_of
 from fastdeit.data import precision_of, prepare
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
@@ -132,7 +132,7 @@ def describe(config: Config, loader: Loader, *, mean, std, precision: torch.dtyp
     recipe = {
         **dataclasses.asdict(augmentation),
         "seed": config.run.seed,
-        "input_size": plans.size,
+        "input_size": size_of(plans.size),
         # None: any batch will do. Only repeated augmentation and one lambda per batch depend on it.
         "global_batch": plans.batch_size * plans.world_size if order_depends else None,
         "mean": mean,

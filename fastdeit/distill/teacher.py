@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdeit.config import Config, Distillation
+from fastdeit.config import Config, Distillation, Size, height_width, in_pixels
 from fastdeit.data import PRECISIONS, compiles, precision_of
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
@@ -43,12 +43,12 @@ class Teacher:
         self.notes = [f"the teacher {loaded.name}: {note}" for note in loaded.notes]
         self.device, self.fingerprint = torch.device(device), _fingerprint(loaded, groups)
         plain = loaded.model.eval().requires_grad_(False)
-        example = torch.randn(2, 3, loaded.input_size, loaded.input_size, generator=torch.Generator().manual_seed(0))
+        example = _noise(loaded.input_size)
         try:
             folded, self.folded = fold_batchnorm(plain, example)
         except (RuntimeError, AssertionError) as error:
             raise UserError(
-                f"the teacher {self.name} does not accept images of {loaded.input_size} pixels ({error}): "
+                f"the teacher {self.name} does not accept images of {in_pixels(loaded.input_size)} pixels ({error}): "
                 "change --teacher-input-size"
             ) from error
 
@@ -105,7 +105,7 @@ class Teacher:
 
     def _laid_out(self, layout: str) -> "_Network":
         network = copy.deepcopy(self.network)
-        example = torch.randn(2, 3, self.input_size, self.input_size, generator=torch.Generator().manual_seed(0))
+        example = _noise(self.input_size)
         network.model = layouts.laid_out(network.model, layout, example.to(self.device, self.dtype))
         network.memory_format = layouts.FORMATS[layout]
         return network
@@ -118,7 +118,8 @@ class Teacher:
         training images is compared with that in float32. Raises UserError if its logits are not finite."""
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
-        text = f"teacher {self.name}: {parameters / 1e6:.2f} M parameters, {precision}, {self.input_size} pixels"
+        size = in_pixels(self.input_size)
+        text = f"teacher {self.name}: {parameters / 1e6:.2f} M parameters, {precision}, {size} pixels"
         text += f", {self.folded} BatchNorms folded" if self.folded else ""
         if self.plain is None:
             return [text, *self.notes]
@@ -156,12 +157,18 @@ def _fingerprint(loaded: LoadedModel, groups) -> str:
     return digest.hexdigest()
 
 
+def _noise(size: Size) -> Tensor:
+    """(2, 3, height, width) float32, always the same."""
+    return torch.randn(2, 3, *height_width(size), generator=torch.Generator().manual_seed(0))
+
+
 class _Network(nn.Module):
     """The student's images -> the teacher's own input -> its logits -> the data's classes; one graph to compile."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, loaded: LoadedModel, student_mean, student_std, select):
         super().__init__()
-        self.model, self.dtype, self.input_size, self.select = model, dtype, loaded.input_size, select
+        self.model, self.dtype, self.select = model, dtype, select
+        self.size = height_width(loaded.input_size)
         self.memory_format = torch.preserve_format
         # x_t = (x_s * std_s + mean_s - mean_t) / std_t as one scale and shift; None where the two agree. Decided once,
         # here: a comparison on the device would synchronise at every step.
@@ -174,9 +181,8 @@ class _Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.scale is not None:
             images = torch.addcmul(self.shift, images.float(), self.scale)
-        if images.shape[-1] != self.input_size:
-            size = (self.input_size, self.input_size)
-            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True)
         logits = self.model(images.to(self.dtype, memory_format=self.memory_format))
         return logits if self.select is None else self.select(logits)
 
@@ -237,8 +243,8 @@ def load_teacher(config: Config, classes: Sequence[str], *, student_mean, studen
 
 def speed_up(teacher: Teacher, config: Config, tuner: Tuner) -> None:
     """Lay it out and compile it as the settings say, for images as the student of the run sees them."""
-    device, side = tuner.world.device, config.data.input_size
+    device, sides = tuner.world.device, height_width(config.data.input_size)
     compiled = compiles(config, device)
-    teacher.tune(tuner, (config.data.batch_size, 3, side, side), precision_of(config, device), compiled=compiled)
+    teacher.tune(tuner, (config.data.batch_size, 3, *sides), precision_of(config, device), compiled=compiled)
     if compiled:
         teacher.compile()

@@ -1,4 +1,4 @@
 """What a model is worth: accuracy and calibration by head, confusion, and the tables and charts that show them.
 
-May import: checkpoint, distributed, errors, models.
+May import: checkpoint, config, distributed, errors, models.
 """

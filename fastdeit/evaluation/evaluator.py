@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fastdeit.checkpoint.atomic import replace_json
+from fastdeit.config import height_width
 from fastdeit.models.heads import HEADS
 
 from .calibration import draw_calibration
@@ -72,9 +73,9 @@ def _with_progress(loader, world):
 
 def about(classifier, data: dict) -> str:
     """What stands below the table: the images, how they were prepared, and what was done to the weights."""
-    size = data["input_size"]
+    height, width = height_width(data["input_size"])
     sentences = [
-        f"{data['images']:,} images of {data['classes']:,} classes at {size} x {size} pixels, crop_pct "
+        f"{data['images']:,} images of {data['classes']:,} classes at {height} x {width} pixels, crop_pct "
         f"{classifier.crop_pct:g}",
         *classifier.notes,
     ]

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastdeit.cli import parse
-from fastdeit.config import setting
+from fastdeit.config import Size, setting
 from fastdeit.errors import UserError, run
 
 
@@ -47,8 +47,9 @@ def main() -> None:
         """Export the moving average of the weights."""
         model: str | None = None
         """The model a file of weights is of: deit_*, deit3_*, or any other timm model name."""
-        input_size: int | None = setting(None, at_least=1)
-        """Height and width of the images in pixels; position embeddings are interpolated. None: the checkpoint's."""
+        input_size: Size | None = setting(None, at_least=1)
+        """Height and width of the images in pixels, one number for squares; position embeddings are interpolated. None:
+        the checkpoint's."""
         opset: int = setting(23, at_least=1)
         """ONNX operator set: 23 has attention as one operator; older runtimes read 20."""
         device: str | None = None

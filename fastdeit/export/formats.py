@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.checkpoint import files
+from fastdeit.config import height_width
 from fastdeit.errors import UserError
 from fastdeit.models.architectures import own_name
 from fastdeit.models.deit import DeiT
@@ -26,7 +27,7 @@ FORMATS = ("timm", "transformers", "onnx", "torch-export", "aotinductor")
 
 def image_size(trained: LoadedModel) -> tuple[int, int]:
     """Height and width of what it takes."""
-    return trained.model.img_size if isinstance(trained.model, DeiT) else (trained.input_size, trained.input_size)
+    return trained.model.img_size if isinstance(trained.model, DeiT) else height_width(trained.input_size)
 
 
 def example_images(trained: LoadedModel, batch: int = 2) -> Tensor:
@@ -41,7 +42,7 @@ def preprocessing(trained: LoadedModel) -> dict:
         "input": "images: (batch, 3, height, width), RGB, values in [0, 1] normalised by (value - mean) / std",
         "output": "logits: (batch, classes)",
         "input_size": list(image_size(trained)),
-        "resize": "shorter side to input_size / crop_pct, then a crop of input_size from the centre",
+        "resize": "proportions kept, to the least that covers input_size / crop_pct, then a crop from the centre",
         "crop_pct": trained.crop_pct,
         "interpolation": "bicubic",
         "mean": list(trained.mean),
@@ -171,6 +172,12 @@ def write_transformers(trained: LoadedModel, folder: Path) -> Callable[[Tensor],
     if not isinstance(trained.model, DeiT) or trained.model.arch.deit3:
         name = trained.architecture or trained.name
         raise UserError(f"transformers has no counterpart of {name}; export it with --format timm or onnx")
+    height, width = trained.model.img_size
+    if height != width:
+        raise UserError(
+            f"transformers resizes the shorter side, which does not prepare images of {height} x {width} pixels as "
+            "this model wants them; export it with --format timm or onnx"
+        )
     config, processor = transformers_config(trained)
     save_file(transformers_weights(trained.model), folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", config)

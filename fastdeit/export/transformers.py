@@ -26,7 +26,7 @@ def transformers_config(trained: LoadedModel) -> tuple[dict, dict]:
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
         "qkv_bias": True,
-        "image_size": size[0] if size[0] == size[1] else list(size),
+        "image_size": size[0],
         "patch_size": arch.patch_size,
         "num_channels": 3,
         "id2label": {str(number): name for number, name in enumerate(trained.class_names)},

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastdeit.config import Config
+from fastdeit.config import Config, Size, height_width, in_pixels, size_of
 from fastdeit.errors import UserError
 
 from . import deit as ours
@@ -62,7 +62,7 @@ def create_model(
     name: str,
     *,
     num_classes: int | None = None,
-    input_size: int | None = None,
+    input_size: Size | None = None,
     patch_size: int | None = None,
     drop_path: float = 0.0,
     attention: str = "sdpa",
@@ -104,7 +104,7 @@ def create_model(
     return model
 
 
-def _made(name: str, input_size: int | None, options: dict) -> nn.Module:
+def _made(name: str, input_size: Size | None, options: dict) -> nn.Module:
     try:
         return _timm_model(name, input_size, **options)
     except Exception as error:  # each of timm's files refuses in its own way
@@ -117,7 +117,7 @@ def _made(name: str, input_size: int | None, options: dict) -> nn.Module:
         raise UserError(_refused(name, input_size, error)) from error
 
 
-def _published(name: str, input_size: int | None, options: dict) -> nn.Module:
+def _published(name: str, input_size: Size | None, options: dict) -> nn.Module:
     """With the weights that timm publishes, which have their names and shapes changed as timm does for this model."""
     weights = published.of_model(name).weights
     if weights.suffix == ".safetensors":
@@ -141,7 +141,7 @@ def is_known(name: str) -> bool:
     return is_ours(name) or timm.is_model(name)
 
 
-def _timm_model(name: str, input_size: int | None, **options) -> nn.Module:
+def _timm_model(name: str, input_size: Size | None, **options) -> nn.Module:
     """A transformer is made for images of `input_size` pixels (None: its own), and timm interpolates its positions; a
     convolutional network takes any."""
     import timm
@@ -156,7 +156,7 @@ def _timm_model(name: str, input_size: int | None, **options) -> nn.Module:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, name: str, input_size: int) -> None:
+def probe(model: nn.Module, name: str, input_size: Size) -> None:
     """Refuse, in words, an image size that the model does not take, or whose border it would ignore.
 
     One forward pass of a copy without data (on the meta device: no arithmetic); of the model itself where it has
@@ -166,13 +166,13 @@ def probe(model: nn.Module, name: str, input_size: int) -> None:
     if patch and not getattr(model.patch_embed, "dynamic_img_pad", False):
         refuse_remainder(f"--model {name}", input_size, *patch)
     was_training, lost = model.training, []
-    images = torch.zeros(1, 3, input_size, input_size)
+    images = torch.zeros(1, 3, *height_width(input_size))
     try:
         try:
             twin = _without_data(model).eval()
             for module in twin.modules():
                 if _cuts_patches(module):
-                    module.register_forward_pre_hook(lambda module, inputs: lost.append((module, inputs[0].shape[-1])))
+                    module.register_forward_pre_hook(lambda module, inputs: lost.append((module, inputs[0].shape[-2:])))
             logits = twin(images.to("meta"))
         except Exception:  # a tensor that is no buffer, a shape that depends on values; or truly a refusal
             logits = model.eval()(images)
@@ -180,9 +180,9 @@ def probe(model: nn.Module, name: str, input_size: int) -> None:
         raise UserError(_refused(name, input_size, error)) from error
     finally:
         model.train(was_training)
-    for module, side in lost:
-        if side % module.stride[0]:
-            refuse_remainder(f"--model {name}", input_size, module.stride[0])
+    for module, sides in lost:
+        if any(side % stride for side, stride in zip(sides, module.stride)):
+            refuse_remainder(f"--model {name}", input_size, *module.stride)
     if not isinstance(logits, Tensor) or logits.ndim != 2:  # some return tokens, or one tensor per stage
         raise UserError(f"--model {name}: its output is not (batch, classes) logits; choose a classifier")
 
@@ -210,18 +210,25 @@ def patch_and_grid(model: nn.Module) -> tuple[tuple[int, int] | None, tuple[int,
     return projection.kernel_size, tuple(grid) if grid else None
 
 
-def refuse_remainder(who: object, input_size: int, *patch: int) -> None:
-    for side in patch:
-        if input_size % side:
-            near = max(side, input_size // side * side)
-            raise UserError(
-                f"{who}: images of {input_size} pixels do not divide into patches of {side}, the rest would be lost; "
-                f"choose --input-size {near} or {near + side}"
-            )
+def refuse_remainder(who: object, input_size: Size, *patch: int) -> None:
+    """patch: its height and width."""
+    sides = height_width(input_size)
+    if all(side % of_patch == 0 for side, of_patch in zip(sides, patch)):
+        return
+    less = [max(of_patch, side // of_patch * of_patch) for side, of_patch in zip(sides, patch)]
+    more = [near + (of_patch if side % of_patch else 0) for near, side, of_patch in zip(less, sides, patch)]
+    remedies = [" ".join(map(str, near[:1] if isinstance(input_size, int) else near)) for near in (less, more)]
+    raise UserError(
+        f"{who}: images of {in_pixels(input_size)} pixels do not divide into patches of {in_pixels(size_of(patch))}, "
+        f"the rest would be lost; choose --input-size {' or '.join(remedies)}"
+    )
 
 
-def _refused(name: str, input_size: int, error: Exception) -> str:
-    return f"--model {name}: timm's cannot take images of {input_size} pixels ({one_line(error)}); change --input-size"
+def _refused(name: str, input_size: Size, error: Exception) -> str:
+    return (
+        f"--model {name}: timm's cannot take images of {in_pixels(input_size)} pixels ({one_line(error)}); change "
+        "--input-size"
+    )
 
 
 def one_line(error: Exception) -> str:

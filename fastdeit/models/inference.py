@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastdeit.config import Size, height_width, in_pixels
 from fastdeit.data import PRECISIONS, open_validation, order_of_numbers, trusted_decoding
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
@@ -32,7 +33,7 @@ class Classifier(LoadedModel):
     dtype: torch.dtype = torch.float32
 
     def prepare(self, batch) -> torch.Tensor:
-        """The batch's images, normalised: (batch, 3, input_size, input_size) float32."""
+        """The batch's images, normalised: (batch, 3, height, width) float32."""
         return mix_normalize(batch.images, self.mean, self.std)
 
     @torch.inference_mode()
@@ -100,7 +101,7 @@ def load(
     *,
     device,
     weights: str = "model",
-    input_size: int | None = None,
+    input_size: Size | None = None,
     name: str | None = None,
     default_name: str | None = None,
     pretrained: bool = False,
@@ -116,8 +117,8 @@ def load(
 
     Raises UserError, or ValueError for weights that do not fit.
     """
-    if input_size is not None and input_size < 1:
-        raise UserError(f"--input-size {input_size}: must be at least 1")
+    if input_size is not None and min(height_width(input_size)) < 1:
+        raise UserError(f"--input-size {in_pixels(input_size)}: must be at least 1")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UserError(f"--eval-crop-ratio {crop_pct}: must lie above 0 and up to 1")
     device = torch.device(device)

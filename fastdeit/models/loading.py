@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdeit.checkpoint import state_dict
 from fastdeit.checkpoint.state_dict import StateDict
+from fastdeit.config import Size, height_width, in_pixels, size_of
 from fastdeit.errors import UserError
 
 from . import deit as ours
@@ -32,15 +33,15 @@ from .sources import Source
 class LoadedModel:
     """A model as it was trained, on the CPU in float32, its input and its classes.
 
-    name: for people. architecture: what it is made by. input_size: pixels on a side. mean, std: in [0, 1] units.
-    classes: None where the weights come without names. crop_pct: share of the resized image's side that the centre crop
-    keeps. precision: arithmetic it was trained in, if one was chosen. notes: what was not simply copied. config: what
-    config.json beside the weights says. average: these are a moving average of the weights.
+    name: for people. architecture: what it is made by. input_size: pixels, one number for a square. mean, std: in
+    [0, 1] units. classes: None where the weights come without names. crop_pct: share of the resized image's side that
+    the centre crop keeps. precision: arithmetic it was trained in, if one was chosen. notes: what was not simply
+    copied. config: what config.json beside the weights says. average: these are a moving average of the weights.
     """
 
     name: str
     model: nn.Module
-    input_size: int
+    input_size: Size
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...] | None = None
@@ -77,7 +78,7 @@ def load_model(
     default_name: str | None = None,
     pretrained: bool = False,
     weights: Literal["model", "ema"] = "model",
-    input_size: int | None = None,
+    input_size: Size | None = None,
     device: torch.device | str = "cpu",
 ) -> LoadedModel:
     """The model that `source` means.
@@ -87,7 +88,7 @@ def load_model(
     pretrained: the name of a model means these weights even where there is a file of that name
     name: the model that a file of weights is of. default_name: the same, where the file itself does not say
     weights: "ema" for the moving average
-    input_size: pixels on a side, if another than in training; the position embedding is interpolated
+    input_size: pixels, if others than in training; the position embedding is interpolated
     device: where it is going to be used; it is returned on the CPU
 
     Raises UserError, or ValueError for weights that cannot be read or do not fit.
@@ -116,65 +117,66 @@ def has_moving_average(source: str | Path, *, pretrained: bool = False) -> bool:
 # The kinds of source
 
 
-def _ours(found: Source, input_size: int | None, device: torch.device) -> LoadedModel:
+def _ours(found: Source, input_size: Size | None, device: torch.device) -> LoadedModel:
     settings = found.config["settings"].get("speed", {})
     attention = settings.get("attention", "auto")
     if attention == "auto" or device.type != "cuda" or not installed(attention):
         attention = "sdpa"  # the weights do not care, and the others need a GPU to be fast or to run
     assert found.model is not None, "a checkpoint of ours names its model"
     model = create_model(
-        found.model, num_classes=found.num_classes, input_size=_side(found, input_size), patch_size=found.patch_size,
+        found.model, num_classes=found.num_classes, input_size=_size(found, input_size), patch_size=found.patch_size,
         attention=attention,
     )  # fmt: skip
     return _loaded(found, model, input_size, precision=settings.get("precision"))
 
 
-def _timm(found: Source, input_size: int | None, device: torch.device) -> LoadedModel:
+def _timm(found: Source, input_size: Size | None, device: torch.device) -> LoadedModel:
     folder = found.weights.parent
-    model = create_model(f"local-dir:{folder}", input_size=_side(found, input_size))
+    model = create_model(f"local-dir:{folder}", input_size=_size(found, input_size))
     architecture = found.config["architecture"]
     if is_ours(architecture):
         model = _in_our_code(model, ARCHITECTURES[architecture])
     return _loaded(found, model, input_size, architecture=architecture)
 
 
-def _transformers(found: Source, input_size: int | None, device: torch.device) -> LoadedModel:
-    config, size = found.config, _side(found, input_size)
+def _transformers(found: Source, input_size: Size | None, device: torch.device) -> LoadedModel:
+    config, size = found.config, _size(found, input_size)
     if not sources.is_plain_transformer(config):
         return _by_transformers(found, size)
     size = 224 if size is None else size  # transformers' own default
     assert found.patch_size is not None and found.num_classes is not None  # by is_plain_transformer, and by default
     arch = Architecture(
-        config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"], found.patch_size, size,
-        distilled=config["model_type"] == "deit",
+        config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"], found.patch_size,
+        max(height_width(size)), distilled=config["model_type"] == "deit",
     )  # fmt: skip
-    refuse_remainder(found.path, size, arch.patch_size)
-    model = ours.DeiT(arch, num_classes=found.num_classes, img_size=(size, size), drop_path=0.0, attention="sdpa")
+    refuse_remainder(found.path, size, arch.patch_size, arch.patch_size)
+    model = ours.DeiT(arch, num_classes=found.num_classes, img_size=height_width(size), drop_path=0.0, attention="sdpa")
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = config.get("layer_norm_eps", 1e-12)
     return _loaded(found, model, size, architecture=found.model or "")
 
 
-def _loaded(found: Source, model: nn.Module, input_size: int | None, **more) -> LoadedModel:
+def _loaded(found: Source, model: nn.Module, input_size: Size | None, **more) -> LoadedModel:
     """`model` filled with the weights, and what the folder says of it."""
     notes = weights.load_weights(model, found, ema=found.weights.name == "ema.safetensors")
     return _as_configured(found, model, input_size, (*found.notes, *notes), **more)
 
 
-def _as_configured(found: Source, model: nn.Module, input_size: int | None, notes, **more) -> LoadedModel:
+def _as_configured(found: Source, model: nn.Module, input_size: Size | None, notes, **more) -> LoadedModel:
     mean, std = mean_std(model)
     settings = getattr(model, "pretrained_cfg", None) or {}
     return LoadedModel(**{
         "name": found.name or str(found.path), "model": model, "kind": found.kind, "classes": found.classes,
-        "architecture": found.model or "", "input_size": _side(found, input_size) or settings["input_size"][-1],
+        "architecture": found.model or "",
+        "input_size": _size(found, input_size) or size_of(settings["input_size"][1:]),
         "mean": found.mean or mean, "std": found.std or std,
         "crop_pct": found.crop_pct or settings.get("crop_pct") or 0.875, "notes": tuple(notes),
         "config": found.config, "average": found.weights.name == "ema.safetensors", **more,
     })  # fmt: skip
 
 
-def _file(found: Source, ema: bool, input_size: int | None, name: str | None, default: str | None) -> LoadedModel:
+def _file(found: Source, ema: bool, input_size: Size | None, name: str | None, default: str | None) -> LoadedModel:
     """Weights alone. Classes, patch size and, unless asked for, image size are read off the tensors."""
     contents = state_dict.read(found.weights, ema=ema)
     name = name or (contents.model if contents.model and is_known(contents.model) else None) or default
@@ -215,20 +217,20 @@ def _side_of(model: nn.Module, state: StateDict) -> int | None:
     return rows * (kernel.shape[-1] if kernel is not None else patch[0]) if rows and rows * rows == patches else None
 
 
-def _published(name: str, input_size: int | None) -> LoadedModel:
+def _published(name: str, input_size: Size | None) -> LoadedModel:
     """timm's model with the weights timm publishes; in our code where we have it, which gives logits by head."""
     if published.config_of_model(name) is None and not is_known(name):
         raise UserError(_nothing_at(name))
     found = sources.of_model(name)
     notes: tuple[str, ...] = ()
     if is_ours(name):
-        model = create_model(name, num_classes=found.num_classes, input_size=_side(found, input_size))
+        model = create_model(name, num_classes=found.num_classes, input_size=_size(found, input_size))
         notes = tuple(weights.load_weights(model, found))
     else:
         model = create_model(name, input_size=input_size, pretrained=True)
-        own_size = cast(dict[str, Any], model.pretrained_cfg)["input_size"][-1]
+        own_size = size_of(cast(dict[str, Any], model.pretrained_cfg)["input_size"][1:])
         if input_size not in (None, own_size) and getattr(model, "pos_embed", None) is not None:
-            notes = (f"positions interpolated by timm from {own_size} to {input_size} pixels",)
+            notes = (f"positions interpolated by timm from {in_pixels(own_size)} to {in_pixels(input_size)} pixels",)
     return _as_configured(found, model, input_size, notes, architecture=own_name(name))
 
 
@@ -244,7 +246,7 @@ def _in_our_code(model: Any, arch: Architecture) -> ours.DeiT:
     return twin
 
 
-def _by_transformers(found: Source, size: int | None) -> LoadedModel:
+def _by_transformers(found: Source, size: Size | None) -> LoadedModel:
     """A network that is neither timm's nor ours, in the code of transformers."""
     if importlib.util.find_spec("transformers") is None:
         raise UserError(
@@ -254,8 +256,10 @@ def _by_transformers(found: Source, size: int | None) -> LoadedModel:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    if found.input_size and size != found.input_size[0]:
-        raise UserError(f"--input-size {size}: {found.path} takes {found.input_size[0]} pixels, and no others here")
+    if found.input_size and size is not None and size != (own := size_of(found.input_size)):
+        raise UserError(
+            f"--input-size {in_pixels(size)}: {found.path} takes {in_pixels(own)} pixels, and no others here"
+        )
     try:
         network, report = transformers.AutoModelForImageClassification.from_pretrained(
             found.weights.parent, output_loading_info=True
@@ -280,17 +284,11 @@ class InTransformers(nn.Module):
         return self.network(images).logits
 
 
-def _side(found: Source, input_size: int | None) -> int | None:
-    """Pixels on a side at which the model is used."""
+def _size(found: Source, input_size: Size | None) -> Size | None:
+    """At which the model is used."""
     if input_size is not None or found.input_size is None:
         return input_size
-    height, width = found.input_size
-    if height != width:
-        raise UserError(
-            f"{found.path} takes images of {height} x {width} pixels, and squares only are made here: give "
-            "--input-size, the position embedding is interpolated"
-        )
-    return height
+    return size_of(found.input_size)
 
 
 def _nothing_at(source: str) -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from fastdeit.config import size_of
+
 from . import published
 from .architectures import ARCHITECTURES
 
@@ -269,7 +271,7 @@ def adopt(config, typed: frozenset[str], *, keep_size: bool = False) -> None:
     if keep_size:
         return
     if source.input_size is not None and "--input-size" not in typed:
-        config.data.input_size = source.input_size[0]
+        config.data.input_size = size_of(source.input_size)
     if source.crop_pct is not None and "--eval-crop-ratio" not in typed:
         config.data.eval_crop_ratio = source.crop_pct
 

@@ -16,7 +16,7 @@ from fastdeit.models.deit import DeiT, token_cosine_similarity
 from fastdeit.pipelines import BadFiles, Index, eval_loader
 
 SHOWN = 8  # validation images, evenly spaced over the split
-SIDE = 160  # pixels of a drawn image
+SIDE = 160  # pixels of the longer side of a drawn image
 LARGE = 300_000  # bytes of a PNG above which it is stored as JPEG
 
 
@@ -102,8 +102,10 @@ def _looks(classifier: inference.Classifier, index: Index) -> list[Look]:
         0, 1
     )
     # Pixels that can be counted stay square; photographs are only made smaller.
-    mode = {"mode": "nearest"} if images.shape[-1] < SIDE else {"mode": "area"}
-    pixels = F.interpolate(pixels, (SIDE, SIDE), **mode).permute(0, 2, 3, 1).numpy()
+    longer = max(images.shape[-2:])
+    mode = {"mode": "nearest"} if longer < SIDE else {"mode": "area"}
+    size = [round(SIDE * side / longer) for side in images.shape[-2:]]
+    pixels = F.interpolate(pixels, size, **mode).permute(0, 2, 3, 1).numpy()
     return [
         Look(
             name=Path(index.name(position)).name,

@@ -1,7 +1,7 @@
 """Images that are in memory already, as evaluation sees files: the same crop and resize, on the CPU.
 
 in    Pillow images; NumPy arrays (height, width[, channels]); PyTorch tensors ([channels,] height, width)
-out   (size, size, 3) uint8
+out   (height, width, 3) uint8
 """
 
 import numpy as np
@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdeit.pipelines.augment.crop import evaluation_crop
+from fastdeit.pipelines.augment.crop import Size, evaluation_crop
 
 from .cpu import resized_view
 
 
-def evaluation_view(image: object, size: int, crop_pct: float) -> Tensor:
-    """The view of `image` that eval_loader gives of a file with these pixels, bit by bit what it gives on a CPU: the
-    shorter side resized to size / crop_pct, then a centre crop. (size, size, 3) uint8.
+def evaluation_view(image: object, size: Size, crop_pct: float) -> Tensor:
+    """The view of `image` that eval_loader gives of a file with these pixels, bit by bit what it gives on a CPU:
+    resized to cover size / crop_pct, then a centre crop. (height, width, 3) uint8.
 
     Raises ValueError for what is no image.
     """
