@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fastdeit.config import height_width
 from fastdeit.models import published
 from fastdeit.models.deit import DeiT
 from fastdeit.models.heads import HEADS
@@ -70,7 +71,7 @@ def model_card(trained: LoadedModel, kind: str, name: str, quantised: dict | Non
 def accuracies_of(trained: LoadedModel) -> dict[str, Any]:
     """By head, on the run's validation images after its last epoch; nothing where the weights are used at another size
     than they were evaluated at, or come from elsewhere."""
-    if trained.kind != "ours" or trained.input_size != trained.config["input_size"]:
+    if trained.kind != "ours" or [*height_width(trained.input_size)] != [*height_width(trained.config["input_size"])]:
         return {}
     return trained.config.get("accuracy", {}).get("ema" if trained.average else "model", {})
 
@@ -90,7 +91,7 @@ def _summary(trained: LoadedModel) -> str:
     what = trained.architecture or type(trained.model).__name__
     return (
         f"An image classifier: {what}, {parameters / 1e6:.2f} M parameters, {trained.num_classes:,} classes, images of "
-        f"{trained.input_size} x {trained.input_size} pixels"
+        f"{_by(*height_width(trained.input_size))} pixels"
         + (", the moving average of the weights" if trained.average else "")
         + (". It returns the average of its two heads' logits." if _distilled(trained) else ".")
     )
@@ -149,13 +150,19 @@ def _short(source: str) -> str:
 
 def _input(trained: LoadedModel) -> str:
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (trained.mean, trained.std))
-    size = trained.input_size
+    height, width = height_width(trained.input_size)
+    target = [int(side / trained.crop_pct) for side in (height, width)]
+    resized = f"The shorter side is resized (bicubic, antialiased) to {target[0]} pixels"
+    if height != width:
+        resized = f"The image is resized (bicubic, antialiased, proportions kept) to cover {_by(*target)} pixels"
     return (
-        "## Input\n\nRGB. The shorter side is resized (bicubic, antialiased) to "
-        f"{int(size / trained.crop_pct)} pixels, "
-        f"the centre of {size} x {size} is cropped, and pixels in [0, 1] are normalised by mean {mean} and standard "
-        f"deviation {std}."
+        f"## Input\n\nRGB. {resized}, the centre of {_by(height, width)} is cropped, and pixels in [0, 1] are normalised "
+        f"by mean {mean} and standard deviation {std}."
     )
+
+
+def _by(height: int, width: int) -> str:
+    return f"{height} x {width}"
 
 
 def _classes(trained: LoadedModel) -> str:
