@@ -257,17 +257,17 @@ class Classifier:
         return torch.cat([function(batch).float().cpu() for batch in self._batches(_listed(images), batch_size)])
 
     def _batches(self, images: list, batch_size: int) -> Iterator[Tensor]:
-        """(batch, 3, height, width), normalised, on the device."""
+        """(batch, channels, height, width), normalised, on the device."""
         if (files := _files(images)) is not None:
             yield from self._batches_of_files(files, batch_size)
             return
-        from fastdeit.kernels import mix_normalize
+        from fastdeit.data import as_input
         from fastdeit.pipelines.decode.in_memory import evaluation_view
 
         size, crop = self._loaded.input_size, self._loaded.crop_pct
         for first in range(0, len(images), batch_size):
             views = [evaluation_view(image, size, crop) for image in images[first : first + batch_size]]
-            yield mix_normalize(torch.stack(views).to(self._world.device), self._loaded.mean, self._loaded.std)
+            yield as_input(torch.stack(views).to(self._world.device), self._loaded.mean, self._loaded.std)
 
     def _batches_of_files(self, files: list[str], batch_size: int) -> Iterator[Tensor]:
         loader = self._loaded.files_loader(list(files), batch_size, self._world)

@@ -128,6 +128,8 @@ class Data:
     """Column of Parquet files that holds the labels. None: label, labels, ..., or the one with class names."""
     input_size: Size = setting(224, at_least=1)
     """Height and width of the images in pixels; one number for squares."""
+    in_chans: int = setting(3, at_least=1)
+    """Channels of the images as models see them: 3, or 1 for grey."""
     batch_size: int | None = setting(None, at_least=1, resumable=True)
     """Images per process and forward pass; --accumulate multiplies what a step sees. None: on a GPU as many images a
     step as in the recipe's paper, accumulated where its memory needs that; on a CPU, or without a paper, 64."""

@@ -38,6 +38,8 @@ def _check_together(config) -> None:
     if (model.freeze is not None or model.attn_only) and not (model.finetune or model.pretrained):
         flag = "--attn-only" if model.attn_only else f"--freeze {model.freeze}"
         raise UserError(f"{flag}: random weights would stay random: give --finetune CHECKPOINT, or --pretrained")
+    if data.in_chans not in (1, 3):
+        raise UserError(f"--in-chans {data.in_chans}: images are decoded to red, green and blue: give 3, or 1 for grey")
     if (data.batch_size or 0) % 2 and (data.mixup > 0 or data.cutmix > 0):
         raise UserError(
             f"--batch-size {data.batch_size}: mixup and cutmix pair the samples of a batch; use an even size"

@@ -58,9 +58,25 @@ def has_compiler() -> bool:
 
 
 def prepare(batch, mean, std, dtype: torch.dtype) -> Tensor:
-    """The batch's images normalised, erased, mixed: (batch, 3, height, width)."""
-    mix = {} if batch.mix is None else batch.mix._asdict()
-    return mix_normalize(batch.images, mean, std, dtype=dtype, **mix)
+    """The batch's images normalised, erased, mixed: (batch, channels, height, width), see `as_input`."""
+    return as_input(batch.images, mean, std, dtype, **({} if batch.mix is None else batch.mix._asdict()))
+
+
+def as_input(images: Tensor, mean, std, dtype: torch.dtype = torch.float32, **mix) -> Tensor:
+    """kernels.mix_normalize of (batch, height, width, 3) uint8 pixels; with a mean and std of one channel, of their
+    grey values: (batch, 1, height, width)."""
+    if len(mean) == 3:
+        return mix_normalize(images, mean, std, dtype=dtype, **mix)
+    mixed = mix_normalize(grey(images), [*mean] * 3, [*std] * 3, dtype=dtype, **mix)
+    return mixed[:, :1].contiguous()
+
+
+def grey(images: Tensor) -> Tensor:
+    """The grey value of each pixel in all three channels, as Pillow's convert("L") has it (ITU-R BT.601, in 16 bits).
+    images: (..., 3) uint8."""
+    red, green, blue = images.int().unbind(-1)
+    value = (19595 * red + 38470 * green + 7471 * blue + (1 << 15)) >> 16
+    return value.to(torch.uint8)[..., None].expand_as(images).contiguous()
 
 
 def first_views(loader, prepare: Callable, *, parts: int = 1) -> Iterator[Tensor]:

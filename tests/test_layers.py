@@ -20,7 +20,7 @@ MODULES = {
     "batch": "config, data, distributed, recipes",
     "config_check": "config, errors, recipes",
     "deit_flags": "errors",
-    "demo": "recipes, training",
+    "demo": "config, recipes, training",
     "settings_file": "errors",
     "cli": "checkpoint, config, config_check, deit_flags, errors, models, recipes, settings_file",
 }

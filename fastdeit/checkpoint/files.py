@@ -34,6 +34,7 @@ def describe(model, config: Config, classes: tuple[str, ...], mean, std) -> dict
         "model": config.model.model,
         "num_classes": len(classes),
         "input_size": config.data.input_size,
+        "in_chans": config.data.in_chans,
         "patch_size": patch_size,
         "distilled": hasattr(model, "head_dist"),
         "classes": list(classes),

@@ -56,8 +56,8 @@ def extended_settings(run: str) -> Config:
 
 
 EXTENDED = (  # what the state of a run is made for
-    "data.input_size", "model.model", "model.patch_size", "model.freeze", "model.attn_only", "model.model_ema",
-    "optimization.opt", "optimization.layer_decay",
+    "data.input_size", "data.in_chans", "model.model", "model.patch_size", "model.freeze", "model.attn_only",
+    "model.model_ema", "optimization.opt", "optimization.layer_decay",
 )  # fmt: skip
 
 

@@ -43,7 +43,13 @@ class Teacher:
         self.notes = [f"the teacher {loaded.name}: {note}" for note in loaded.notes]
         self.device, self.fingerprint = torch.device(device), _fingerprint(loaded, groups)
         plain = loaded.model.eval().requires_grad_(False)
-        example = _noise(loaded.input_size)
+        self.in_chans = loaded.in_chans
+        if self.in_chans == 1 and len(student_mean) == 3:
+            raise UserError(
+                f"the teacher {self.name} is for grey images, of one channel, and the student's have 3: give "
+                "--in-chans 1, or another teacher"
+            )
+        example = _noise(self.in_chans, loaded.input_size)
         try:
             folded, self.folded = fold_batchnorm(plain, example)
         except (RuntimeError, AssertionError) as error:
@@ -105,7 +111,7 @@ class Teacher:
 
     def _laid_out(self, layout: str) -> "_Network":
         network = copy.deepcopy(self.network)
-        example = _noise(self.input_size)
+        example = _noise(self.in_chans, self.input_size)
         network.model = layouts.laid_out(network.model, layout, example.to(self.device, self.dtype))
         network.memory_format = layouts.FORMATS[layout]
         return network
@@ -157,9 +163,9 @@ def _fingerprint(loaded: LoadedModel, groups) -> str:
     return digest.hexdigest()
 
 
-def _noise(size: Size) -> Tensor:
-    """(2, 3, height, width) float32, always the same."""
-    return torch.randn(2, 3, *height_width(size), generator=torch.Generator().manual_seed(0))
+def _noise(channels: int, size: Size) -> Tensor:
+    """(2, channels, height, width) float32, always the same."""
+    return torch.randn(2, channels, *height_width(size), generator=torch.Generator().manual_seed(0))
 
 
 class _Network(nn.Module):
@@ -171,9 +177,9 @@ class _Network(nn.Module):
         self.size = height_width(loaded.input_size)
         self.memory_format = torch.preserve_format
         # x_t = (x_s * std_s + mean_s - mean_t) / std_t as one scale and shift; None where the two agree. Decided once,
-        # here: a comparison on the device would synchronise at every step.
+        # here: a comparison on the device would synchronise at every step. It makes three channels of a grey one.
         values = (student_mean, student_std, loaded.mean, loaded.std)
-        mean_s, std_s, mean_t, std_t = (torch.tensor(value).view(1, 3, 1, 1) for value in values)
+        mean_s, std_s, mean_t, std_t = (torch.tensor(value).view(1, -1, 1, 1) for value in values)
         same = torch.equal(mean_s, mean_t) and torch.equal(std_s, std_t)
         self.register_buffer("scale", None if same else std_s / std_t)
         self.register_buffer("shift", None if same else (mean_s - mean_t) / std_t)
@@ -245,6 +251,8 @@ def speed_up(teacher: Teacher, config: Config, tuner: Tuner) -> None:
     """Lay it out and compile it as the settings say, for images as the student of the run sees them."""
     device, sides = tuner.world.device, height_width(config.data.input_size)
     compiled = compiles(config, device)
-    teacher.tune(tuner, (config.data.batch_size, 3, *sides), precision_of(config, device), compiled=compiled)
+    teacher.tune(
+        tuner, (config.data.batch_size, config.data.in_chans, *sides), precision_of(config, device), compiled=compiled
+    )
     if compiled:
         teacher.compile()

@@ -156,8 +156,8 @@ def _input(trained: LoadedModel) -> str:
     if height != width:
         resized = f"The image is resized (bicubic, antialiased, proportions kept) to cover {_by(*target)} pixels"
     return (
-        f"## Input\n\nRGB. {resized}, the centre of {_by(height, width)} is cropped, and pixels in [0, 1] are normalised "
-        f"by mean {mean} and standard deviation {std}."
+        f"## Input\n\n{'RGB' if trained.in_chans == 3 else 'Grey'}. {resized}, the centre of {_by(height, width)} is "
+        f"cropped, and pixels in [0, 1] are normalised by mean {mean} and standard deviation {std}."
     )
 
 

@@ -32,14 +32,16 @@ def image_size(trained: LoadedModel) -> tuple[int, int]:
 
 def example_images(trained: LoadedModel, batch: int = 2) -> Tensor:
     """Noise that the model takes, on its device."""
-    images = torch.randn(batch, 3, *image_size(trained), generator=torch.Generator().manual_seed(batch))
+    images = torch.randn(batch, trained.in_chans, *image_size(trained), generator=torch.Generator().manual_seed(batch))
     return images.to(next(trained.model.parameters()).device)
 
 
 def preprocessing(trained: LoadedModel) -> dict:
     """How images become the input of an exported graph, and what its output means."""
+    colours = "RGB" if trained.in_chans == 3 else "grey (0.299 R + 0.587 G + 0.114 B)"
     return {
-        "input": "images: (batch, 3, height, width), RGB, values in [0, 1] normalised by (value - mean) / std",
+        "input": f"images: (batch, {trained.in_chans}, height, width), {colours}, values in [0, 1] normalised by "
+        "(value - mean) / std",
         "output": "logits: (batch, classes)",
         "input_size": list(image_size(trained)),
         "resize": "proportions kept, to the least that covers input_size / crop_pct, then a crop from the centre",
@@ -139,6 +141,7 @@ def write_timm(trained: LoadedModel, folder: Path) -> Callable[[Tensor], Tensor]
             "embed_dim": model.arch.width,
             "depth": model.arch.depth,
             "num_heads": model.arch.heads,
+            **({} if model.in_chans == 3 else {"in_chans": model.in_chans}),
         }
     else:  # what timm made it with, beside the name
         made_with = getattr(model, "_model_args", {})
@@ -151,7 +154,7 @@ def write_timm(trained: LoadedModel, folder: Path) -> Callable[[Tensor], Tensor]
         "model_args": arguments,
         "pretrained_cfg": {
             **{key: model.pretrained_cfg[key] for key in ("first_conv", "classifier") if key in model.pretrained_cfg},
-            "input_size": [3, *image_size(trained)],
+            "input_size": [trained.in_chans, *image_size(trained)],
             "fixed_input_size": isinstance(model, DeiT),
             "interpolation": "bicubic",
             "crop_pct": trained.crop_pct,
@@ -172,6 +175,10 @@ def write_transformers(trained: LoadedModel, folder: Path) -> Callable[[Tensor],
     if not isinstance(trained.model, DeiT) or trained.model.arch.deit3:
         name = trained.architecture or trained.name
         raise UserError(f"transformers has no counterpart of {name}; export it with --format timm or onnx")
+    if trained.in_chans != 3:
+        raise UserError(
+            "transformers' image processors for it make three channels; export it with --format timm or onnx"
+        )
     height, width = trained.model.img_size
     if height != width:
         raise UserError(

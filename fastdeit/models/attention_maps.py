@@ -97,8 +97,8 @@ def draw_attention(
     from matplotlib.figure import Figure
 
     maps_BTRC = looks(model, images)
-    shift, scale = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (mean, std))
-    pixels = (images.float() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    shift, scale = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
+    pixels = (images.float() * scale + shift).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
     for maps_TRC, picture, caption, path in zip(maps_BTRC, pixels, captions or ["image"] * len(paths), paths):
         figure = Figure(figsize=(2.4 * (1 + len(maps_TRC)), 3), layout="constrained")
         axes = figure.subplots(1, 1 + len(maps_TRC))

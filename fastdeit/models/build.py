@@ -16,7 +16,7 @@ from . import deit as ours
 from . import published, sources
 from .architectures import ARCHITECTURES, own_name, unknown_model_message
 from .trainable import freeze
-from .weights import load_weights
+from .weights import first_convolution, load_weights
 
 
 def build_student(
@@ -35,7 +35,7 @@ def build_student(
     attention = "sdpa" if config.speed.attention == "auto" else config.speed.attention  # until something is measured
     model = create_model(
         settings.model, num_classes=num_classes, input_size=config.data.input_size, patch_size=settings.patch_size,
-        drop_path=settings.drop_path, attention=attention,
+        drop_path=settings.drop_path, attention=attention, in_chans=config.data.in_chans,
         pretrained=pretrained and not is_ours(settings.model),
     )  # fmt: skip
     if settings.grad_checkpointing:
@@ -66,6 +66,7 @@ def create_model(
     patch_size: int | None = None,
     drop_path: float = 0.0,
     attention: str = "sdpa",
+    in_chans: int = 3,
     pretrained: bool = False,
 ) -> nn.Module:
     """A model of ours or timm's by name, on the CPU, with fresh weights or those that timm publishes (`pretrained`).
@@ -77,7 +78,7 @@ def create_model(
     options = {key: value for key, value in options.items() if value is not None}
     if is_ours(name):
         model = ours.create_model(
-            own_name(name), img_size=input_size, drop_path=drop_path, attention=attention, **options
+            own_name(name), img_size=input_size, drop_path=drop_path, attention=attention, in_chans=in_chans, **options
         )
         if pretrained:
             load_weights(model, sources.of_model(name), new_head=True)
@@ -93,6 +94,8 @@ def create_model(
         raise UserError(unknown_model_message(name, timm.list_models()))
     if drop_path:
         options["drop_path_rate"] = drop_path
+    if in_chans != 3:
+        options["in_chans"] = in_chans
     if pretrained:
         with torch.device("meta"):  # what can be refused is refused before anything is downloaded
             _made(name, input_size, options)
@@ -100,7 +103,7 @@ def create_model(
     else:
         model = _made(name, input_size, options)
     if input_size is not None:
-        probe(model, name, input_size)
+        probe(model, name, input_size, in_chans)
     return model
 
 
@@ -156,7 +159,7 @@ def _timm_model(name: str, input_size: Size | None, **options) -> nn.Module:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, name: str, input_size: Size) -> None:
+def probe(model: nn.Module, name: str, input_size: Size, in_chans: int = 3) -> None:
     """Refuse, in words, an image size that the model does not take, or whose border it would ignore.
 
     One forward pass of a copy without data (on the meta device: no arithmetic); of the model itself where it has
@@ -166,12 +169,12 @@ def probe(model: nn.Module, name: str, input_size: Size) -> None:
     if patch and not getattr(model.patch_embed, "dynamic_img_pad", False):
         refuse_remainder(f"--model {name}", input_size, *patch)
     was_training, lost = model.training, []
-    images = torch.zeros(1, 3, *height_width(input_size))
+    images = torch.zeros(1, in_chans, *height_width(input_size))
     try:
         try:
             twin = _without_data(model).eval()
             for module in twin.modules():
-                if _cuts_patches(module):
+                if _cuts_patches(module, in_chans):
                     module.register_forward_pre_hook(lambda module, inputs: lost.append((module, inputs[0].shape[-2:])))
             logits = twin(images.to("meta"))
         except Exception:  # a tensor that is no buffer, a shape that depends on values; or truly a refusal
@@ -187,9 +190,9 @@ def probe(model: nn.Module, name: str, input_size: Size) -> None:
         raise UserError(f"--model {name}: its output is not (batch, classes) logits; choose a classifier")
 
 
-def _cuts_patches(module: nn.Module) -> bool:
+def _cuts_patches(module: nn.Module, in_chans: int) -> bool:
     """Whether it is a convolution of the image itself that drops what is left of a row behind its last window."""
-    if not isinstance(module, nn.Conv2d) or module.in_channels != 3:
+    if not isinstance(module, nn.Conv2d) or module.in_channels != in_chans:
         return False
     return module.kernel_size == module.stride != (1, 1) and module.padding in ((0, 0), "valid")
 
@@ -246,8 +249,17 @@ def normalise(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def mean_std(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The normalisation the model's weights expect, in [0, 1] units; ImageNet's where the model does not say."""
-    if (chosen := getattr(model, "normalisation", None)) is not None:
-        return chosen
+    """The normalisation the model's weights expect, in [0, 1] units, a number for each channel; ImageNet's where the
+    model does not say. What is known of three channels is averaged for one."""
     settings = getattr(model, "pretrained_cfg", None) or {}
-    return tuple(settings.get("mean") or ours.IMAGENET_MEAN), tuple(settings.get("std") or ours.IMAGENET_STD)
+    known = settings.get("mean") or ours.IMAGENET_MEAN, settings.get("std") or ours.IMAGENET_STD
+    mean, std = getattr(model, "normalisation", None) or known
+    if len(mean) == 3 and is_grey(model):
+        return (sum(mean) / 3,), (sum(std) / 3,)
+    return tuple(mean), tuple(std)
+
+
+def is_grey(model: nn.Module) -> bool:
+    """Whether it takes images of one channel."""
+    layer = first_convolution(model)
+    return layer is not None and layer.weight.ndim == 4 and layer.weight.shape[1] == 1

@@ -79,9 +79,9 @@ class PatchEmbed(nn.Module):
     one is faster all the same, tuning sets as_convolution.
     """
 
-    def __init__(self, patch_size: int, width: int):
+    def __init__(self, patch_size: int, width: int, in_chans: int):
         super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
+        self.proj = nn.Conv2d(in_chans, width, patch_size, patch_size)
         self.as_convolution = False
 
     def forward(self, images: Tensor) -> Tensor:
@@ -154,14 +154,16 @@ class DeiT(nn.Module):
     """
 
     def __init__(
-        self, arch: Architecture, *, num_classes: int, img_size: tuple[int, int], drop_path: float, attention: str
-    ):
+        self, arch: Architecture, *, num_classes: int, img_size: tuple[int, int], drop_path: float, attention: str,
+        in_chans: int = 3,
+    ):  # fmt: skip
         super().__init__()
         self.arch = arch
         self.num_classes = num_classes
         self.num_features = self.embed_dim = arch.width
         self.num_prefix_tokens = 2 if arch.distilled else 1
         self.img_size = img_size
+        self.in_chans = in_chans
         self.grid_size = (img_size[0] // arch.patch_size, img_size[1] // arch.patch_size)
         self.drop_path = drop_path
         self.distilled_training = arch.distilled
@@ -173,7 +175,7 @@ class DeiT(nn.Module):
         if arch.distilled:
             self.dist_token = nn.Parameter(torch.empty(1, 1, arch.width))
         self.pos_embed = nn.Parameter(torch.empty(1, positions, arch.width))
-        self.patch_embed = PatchEmbed(arch.patch_size, arch.width)
+        self.patch_embed = PatchEmbed(arch.patch_size, arch.width, in_chans)
         self.blocks = nn.ModuleList(Block(arch.width, arch.heads, arch.deit3) for _ in range(arch.depth))
         self.set_attention(attention)
         self.norm = nn.LayerNorm(arch.width, eps=1e-6)
@@ -290,9 +292,9 @@ class DeiT(nn.Module):
         """What timm's resolve_data_config reads: input size, normalisation, crop."""
         return {
             "num_classes": self.num_classes,
-            "input_size": (3, *self.img_size),
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
+            "input_size": (self.in_chans, *self.img_size),
+            "mean": IMAGENET_MEAN if self.in_chans == 3 else (sum(IMAGENET_MEAN) / 3,) * self.in_chans,
+            "std": IMAGENET_STD if self.in_chans == 3 else (sum(IMAGENET_STD) / 3,) * self.in_chans,
             "interpolation": "bicubic",
             "crop_pct": 1.0 if self.arch.img_size == 384 else 0.9,
             "fixed_input_size": True,
@@ -325,6 +327,7 @@ def create_model(
     patch_size: int | None = None,
     drop_path: float = 0.0,
     attention: str = "sdpa",
+    in_chans: int = 3,
 ) -> DeiT:
     """A freshly initialised model; `fastdeit.models.weights.load_weights` fills it.
 
@@ -350,7 +353,12 @@ def create_model(
         raise ValueError(f"num_classes must be at least 1 (or 0 for a model without heads), got {num_classes}")
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
-    return DeiT(arch, num_classes=num_classes, img_size=(height, width), drop_path=drop_path, attention=attention)
+    if in_chans < 1:
+        raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+    return DeiT(
+        arch, num_classes=num_classes, img_size=(height, width), drop_path=drop_path, attention=attention,
+        in_chans=in_chans,
+    )  # fmt: skip
 
 
 @torch.no_grad()

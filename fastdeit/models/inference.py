@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 
 from fastdeit.config import Size, height_width, in_pixels
-from fastdeit.data import PRECISIONS, open_validation, order_of_numbers, trusted_decoding
+from fastdeit.data import PRECISIONS, as_input, open_validation, order_of_numbers, trusted_decoding
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
-from fastdeit.kernels import mix_normalize
 from fastdeit.pipelines import BadFiles, eval_loader, open_files, read_class_names
 
 from .heads import logits_by_head
@@ -33,8 +32,8 @@ class Classifier(LoadedModel):
     dtype: torch.dtype = torch.float32
 
     def prepare(self, batch) -> torch.Tensor:
-        """The batch's images, normalised: (batch, 3, height, width) float32."""
-        return mix_normalize(batch.images, self.mean, self.std)
+        """The batch's images, normalised: (batch, channels, height, width) float32."""
+        return as_input(batch.images, self.mean, self.std)
 
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -58,6 +58,11 @@ class LoadedModel:
         return cast(int, self.model.num_classes)
 
     @property
+    def in_chans(self) -> int:
+        """Channels of its images: 3, or 1 for grey."""
+        return len(self.mean)
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Names to show: `classes`, ImageNet's where their number is one of ImageNet's, else numbers."""
         if self.classes is not None:
@@ -125,14 +130,14 @@ def _ours(found: Source, input_size: Size | None, device: torch.device) -> Loade
     assert found.model is not None, "a checkpoint of ours names its model"
     model = create_model(
         found.model, num_classes=found.num_classes, input_size=_size(found, input_size), patch_size=found.patch_size,
-        attention=attention,
+        attention=attention, in_chans=found.in_chans,
     )  # fmt: skip
     return _loaded(found, model, input_size, precision=settings.get("precision"))
 
 
 def _timm(found: Source, input_size: Size | None, device: torch.device) -> LoadedModel:
     folder = found.weights.parent
-    model = create_model(f"local-dir:{folder}", input_size=_size(found, input_size))
+    model = create_model(f"local-dir:{folder}", input_size=_size(found, input_size), in_chans=found.in_chans)
     architecture = found.config["architecture"]
     if is_ours(architecture):
         model = _in_our_code(model, ARCHITECTURES[architecture])
@@ -194,7 +199,10 @@ def _file(found: Source, ema: bool, input_size: Size | None, name: str | None, d
     if kernel is not None and kernel.ndim == 4 and own not in (None, kernel.shape[-1]):
         patch = kernel.shape[-1]
     side = input_size or contents.input_size or _side_of(probe, state)
-    model = create_model(name, num_classes=None if head is None else len(head), input_size=side, patch_size=patch)
+    model = create_model(
+        name, num_classes=None if head is None else len(head), input_size=side, patch_size=patch,
+        in_chans=1 if kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 1 else 3,
+    )  # fmt: skip
     state, more = weights.fit(model, state, found)
     model.load_state_dict(state)
     return _as_configured(
@@ -241,7 +249,10 @@ def _in_our_code(model: Any, arch: Architecture) -> ours.DeiT:
         patch_size=model.patch_embed.patch_size[0],
     )  # fmt: skip
     size = model.patch_embed.img_size
-    twin = ours.DeiT(arch, num_classes=model.num_classes, img_size=size, drop_path=0.0, attention="sdpa")
+    twin = ours.DeiT(
+        arch, num_classes=model.num_classes, img_size=size, drop_path=0.0, attention="sdpa",
+        in_chans=model.patch_embed.proj.in_channels,
+    )  # fmt: skip
     twin.load_state_dict(model.state_dict())
     return twin
 

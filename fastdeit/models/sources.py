@@ -38,6 +38,7 @@ class Source:
     classes: tuple[str, ...] | None = None
     input_size: Size | None = None
     patch_size: int | None = None
+    in_chans: int = 3
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
@@ -154,7 +155,7 @@ def _ours(config: dict) -> dict:
     return {
         "model": config["model"], "num_classes": config["num_classes"], "classes": tuple(config["classes"]),
         "input_size": size, "patch_size": config["patch_size"], "mean": tuple(config["mean"]),
-        "std": tuple(config["std"]), "crop_pct": config["eval_crop_ratio"],
+        "std": tuple(config["std"]), "crop_pct": config["eval_crop_ratio"], "in_chans": config.get("in_chans", 3),
     }  # fmt: skip
 
 
@@ -170,8 +171,10 @@ def _timm(config: dict) -> dict:
         name = our_name(width, depth, heads, patch, arch.distilled, arch.deit3)
     classes = config.get("label_names") or said.get("label_names") or said.get("labels")
     count = config.get("num_classes", said.get("num_classes"))
-    size = arguments.get("img_size") or (said.get("input_size") or [None])[1:]
+    channels, *size = said.get("input_size") or [3]
+    size = arguments.get("img_size") or size
     return {
+        "in_chans": arguments.get("in_chans", channels),
         "model": name, "num_classes": count, "patch_size": patch if isinstance(patch, int) else None,
         "classes": tuple(classes) if classes and len(classes) == count else None,
         "input_size": _size(size) if size else None, "crop_pct": said.get("crop_pct"), **_normalisation(said),
@@ -272,6 +275,8 @@ def adopt(config, typed: frozenset[str], *, keep_size: bool = False) -> None:
         return
     if source.input_size is not None and "--input-size" not in typed:
         config.data.input_size = size_of(source.input_size)
+    if source.in_chans == 1 and "--in-chans" not in typed:
+        config.data.in_chans = 1
     if source.crop_pct is not None and "--eval-crop-ratio" not in typed:
         config.data.eval_crop_ratio = source.crop_pct
 

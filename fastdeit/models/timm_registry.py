@@ -21,9 +21,7 @@ def _entrypoint(name: str, create_model):
         in_chans=3,
         **kwargs,
     ):
-        if in_chans != 3:
-            raise ValueError(f"fastdeit_{name} takes images of 3 channels, got in_chans={in_chans}")
-        model = create_model(name, drop_path=drop_path_rate, **kwargs)
+        model = create_model(name, drop_path=drop_path_rate, in_chans=in_chans, **kwargs)
         if pretrained:
             from . import sources, weights
 

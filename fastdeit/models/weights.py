@@ -66,6 +66,7 @@ def fit(
     fresh, notes = model.state_dict(), []
     state = weight_names.match(source.path, state, fresh, head_names(model), notes)
     _check_kind(source.path, state, fresh)
+    _fit_channels(model, state, fresh, notes)
     _fit_heads(source, state, fresh, head_names(model), classes if new_head else None, new_head, notes)
     _fit_position_embedding(source.path, model, state, old_grid, notes)
     if complaints := _complaints(state, fresh):
@@ -121,6 +122,26 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     return (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
 
+def first_convolution(model: nn.Module) -> nn.Module | None:
+    """The layer that reads the images, as the model's (timm's) configuration names it."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
+    name = names[0] if isinstance(names, (tuple, list)) and names else names
+    modules = dict(model.named_modules()) if name else {}
+    layer = modules.get(name)
+    return layer if hasattr(layer, "weight") else None
+
+
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """(out, in, rows, columns) -> (out, channels, rows, columns), for images of another number of channels: to one
+    their sum, to more repeated in turn and scaled such that grey images give what they gave (timm's
+    adapt_input_conv)."""
+    own, exact = weight.shape[1], weight.float()
+    if channels == 1:
+        return exact.sum(1, keepdim=True).to(weight.dtype)
+    repeated = exact.repeat(1, -(-channels // own), 1, 1)[:, :channels]
+    return (repeated * (own / channels)).to(weight.dtype)
+
+
 # Fitting: each step either makes `state` agree with the model or raises
 
 
@@ -140,6 +161,16 @@ def _check_kind(path: Path, state: StateDict, fresh: StateDict) -> None:
     theirs, ours = (kernel.shape[-1] for kernel in kernels)
     if theirs != ours:
         raise ValueError(f"{path} has patches of {theirs} pixels, the model of {ours}: make the model with {theirs}")
+
+
+def _fit_channels(model: nn.Module, state: StateDict, fresh: StateDict, notes: list[str]) -> None:
+    layer = first_convolution(model)
+    for name in (name for name, module in model.named_modules() if module is layer is not None):
+        weight = state.get(f"{name}.weight")
+        if weight is None or weight.ndim != 4 or weight.shape[1] == layer.weight.shape[1]:
+            continue
+        state[f"{name}.weight"] = adapt_channels(weight, layer.weight.shape[1])
+        notes.append(f"{name} adapted from {weight.shape[1]} to {layer.weight.shape[1]} channels of the images")
 
 
 def _fit_heads(source: Source, state: StateDict, fresh: StateDict, heads, classes, new_head: bool, notes) -> None:

@@ -98,9 +98,8 @@ def _looks(classifier: inference.Classifier, index: Index) -> list[Look]:
     probabilities, classes = classifier.probabilities(images).max(1)
     names = classifier.class_names
     maps_BTRC = attention_maps.looks(model, images)
-    pixels = (images * torch.tensor(classifier.std).view(3, 1, 1) + torch.tensor(classifier.mean).view(3, 1, 1)).clamp(
-        0, 1
-    )
+    shift, scale = (torch.tensor(value).view(-1, 1, 1) for value in (classifier.mean, classifier.std))
+    pixels = (images * scale + shift).clamp(0, 1).expand(-1, 3, -1, -1)
     # Pixels that can be counted stay square; photographs are only made smaller.
     longer = max(images.shape[-2:])
     mode = {"mode": "nearest"} if longer < SIDE else {"mode": "area"}

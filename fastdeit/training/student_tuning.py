@@ -293,7 +293,7 @@ def _tokens(model: DeiT, config: Config) -> tuple[int, int, int]:
 
 def _images(config: Config) -> Tensor:
     """As `prepare` makes them."""
-    images = torch.randn(config.data.batch_size, 3, *height_width(config.data.input_size))
+    images = torch.randn(config.data.batch_size, config.data.in_chans, *height_width(config.data.input_size))
     return images.to(memory_format=torch.channels_last)
 
 
@@ -307,7 +307,7 @@ def _short(model: nn.Module) -> nn.Module:
 
 
 def _key(tuner: Tuner, model: nn.Module, config: Config) -> dict:
-    images = [config.data.batch_size, 3, *height_width(config.data.input_size)]
+    images = [config.data.batch_size, config.data.in_chans, *height_width(config.data.input_size)]
     compiled = compiles(config, tuner.world.device)
     frozen = sum(not parameter.requires_grad for parameter in model.parameters())
     return {

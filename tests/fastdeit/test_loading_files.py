@@ -138,8 +138,8 @@ def test_a_folder_says_its_grid(tmp_path):
     expected = weights.interpolate_position_embedding(run.pos_embed, (4, 16), prefix_tokens=1, old_grid=(8, 8))
     assert torch.equal(wide.pos_embed, expected)
     export(loaded_from(wide, PLAIN), "timm", tmp_path / "wide")
-    with pytest.raises(UserError, match="16 x 64 pixels, and squares only are made here: give --input-size"):
-        load_model(tmp_path / "wide")
+    again = load_model(tmp_path / "wide")
+    assert again.input_size == (16, 64) and torch.equal(again.model.pos_embed, wide.pos_embed)
     squared = load_model(tmp_path / "wide", input_size=32)
     expected = weights.interpolate_position_embedding(wide.pos_embed, (8, 8), prefix_tokens=1, old_grid=(4, 16))
     assert torch.equal(squared.model.pos_embed, expected) and "interpolated from 64 patches" in squared.notes[0]

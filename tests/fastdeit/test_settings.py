@@ -154,6 +154,7 @@ CASES = {
         {"data.data_path": "FILES/tables"},
     ),
     "data.input_size": (32, lambda b: b.plans[0].views.geometry.resized[0].tolist() == [32, 32], {}),
+    "data.in_chans": (1, lambda b: b.trainer.prepare(next(iter(b.loaders[0]))).shape == (10, 1, 16, 16), {}),
     "data.batch_size": (6, lambda b: len(b.plans[0].indices) == 6 == len(b.loaders[1].plans[0].indices), {}),
     "data.num_workers": (3, lambda b: data.threads(b.config) == 3, {}),
     "data.scale": ((0.25, 0.25), lambda b: near(b.windows.prod(0), np.full(240, 0.25 * 256**2)), {}),
