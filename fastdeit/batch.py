@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastdeit import recipes
-from fastdeit.config import Config
+from fastdeit.config import Config, height_width
 from fastdeit.data import precision_of
 from fastdeit.distributed.world import World
 
@@ -85,13 +85,14 @@ def micro_batches(own: int, accumulate: int, *, limit: int) -> tuple[int, int]:
 
 def fitting(config: Config, world: World, model: nn.Module, memory: int) -> int:
     """How many images at once a training step can have in so many bytes, by estimate; FEW where it cannot be made."""
-    size, precision = config.data.input_size, precision_of(config, world.device)
+    size, precision = (config.data.in_chans, *height_width(config.data.input_size)), precision_of(config, world.device)
     try:
         each = kept_bytes(model, size, precision)
     except Exception:  # a model that does not run on fake tensors; whatever it raises, the run itself may still work
         return FEW
-    pixels = 3 * size * size
-    each = BACKWARD * each + pixels * (4 + precision.itemsize)  # bytes, of the batches decoded ahead too; floats
+    channels, height, width = size
+    # Three bytes a pixel, of the batches decoded ahead too; floats.
+    each = BACKWARD * each + height * width * (3 * 4 + channels * precision.itemsize)
     return int(((memory - RESERVED) * USABLE - fixed_bytes(config, model)) / each)
 
 
@@ -101,17 +102,18 @@ def fixed_bytes(config: Config, model: nn.Module) -> int:
     return each * sum(parameter.numel() for parameter in model.parameters())
 
 
-def kept_bytes(model: nn.Module, size: int, precision: torch.dtype) -> float:
+def kept_bytes(model: nn.Module, size: int | tuple[int, int, int], precision: torch.dtype) -> float:
     """Bytes for each image that autograd keeps of a forward pass in train(), under autocast to `precision`.
 
-    size: height and width of the images in pixels. Weights and their copies, which do not grow with the batch, are no
-    part of it.
+    size: channels, height and width of the images, or the side of coloured squares. Weights and their copies, which do
+    not grow with the batch, are no part of it.
     """
+    size = (3, size, size) if isinstance(size, int) else size
     few, more = (sum(_kept(model, batch, size, precision)) for batch in (2, 4))
     return (more - few) / 2
 
 
-def _kept(model: nn.Module, batch: int, size: int, precision: torch.dtype) -> Iterator[int]:
+def _kept(model: nn.Module, batch: int, size: tuple[int, int, int], precision: torch.dtype) -> Iterator[int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     kept: dict[int, Tensor] = {}
@@ -128,7 +130,7 @@ def _kept(model: nn.Module, batch: int, size: int, precision: torch.dtype) -> It
             name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
-        images = torch.empty(batch, 3, size, size, dtype=precision)
+        images = torch.empty(batch, *size, dtype=precision)
         half = nullcontext() if precision == torch.float32 else torch.autocast("cpu", precision)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
             result = functional_call(model, weights, (images,))

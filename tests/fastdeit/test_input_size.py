@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastdeit import evaluate, predict, report, teach, train
+from fastdeit.batch import kept_bytes
 from fastdeit.config import Config
 from fastdeit.export.__main__ import main as export_command
 from fastdeit.models.build import create_model
@@ -99,6 +100,12 @@ def test_a_logit_cache_has_the_losses_of_the_live_teacher(run, colors, tmp_path)
     runs.run(*runs.RANDOM, *flags, "--output-dir", cached)
     for one, other in zip(runs.lines(live), runs.lines(cached), strict=True):
         assert one == other
+
+
+def test_the_estimate_of_memory_counts_pixels():
+    """A DeiT keeps as much of 8 x 32 pixels as of 16 x 16: 16 tokens and the prefix."""
+    model = our_model(NANO, img_size=(8, 32))
+    assert kept_bytes(model, (3, 8, 32), torch.float32) == kept_bytes(our_model(NANO), 16, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_resnet"])
