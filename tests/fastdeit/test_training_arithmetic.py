@@ -2,6 +2,7 @@
 rate and losses after every step."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ class Loader(list):
     """Batches that are in memory."""
 
     index = SyntheticIndex(images=100, classes=CLASSES)
+    plans = SimpleNamespace(batch_size=BATCH)
 
     def set_epoch(self, epoch): ...
 
