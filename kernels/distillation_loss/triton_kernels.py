@@ -9,8 +9,9 @@ first sweep gathers maxima, sums and dot products (the online softmax), the seco
 own loss: not divided by the batch, which in float16 would underflow. Softmax is exp(z - max) / sum, so that logits of
 any size keep their digits. Nothing is accumulated between programs, so every run gives the same bits.
 
-Bytes that must move: each logit read once (the second sweep finds it in the cache), each gradient written once, which
-is 5 B C elements for two heads and a live teacher. B = 1024, C = 1000 in bfloat16: 10.2 MB, 2.1 us on an H200.
+Bytes that must move: each logit read once (the second sweep finds the exponentials of up to 4,096 classes in registers,
+and more classes in the cache), each gradient written once, which is 5 B C elements for two heads and a live teacher.
+B = 1024, C = 1000 in bfloat16: 10.2 MB, 2.1 us on an H200.
 
 The number of classes and the row strides are constexpr: only then does the compiler see that rows of 1,000 are aligned,
 and moves 16 bytes at a time.
