@@ -338,7 +338,7 @@ def test_a_setting_reaches_what_it_is_for(setting, files, request):
 
 def test_repeated_augmentation_shows_each_image_three_times(files):
     """As facebookresearch/deit samplers.py (num_repeats=3): a third of the images an epoch, three times each."""
-    shown = Built(Config(), files).all(lambda plan: plan.indices)
+    shown = Built(settings({}, {}), files).all(lambda plan: plan.indices)
     assert np.unique(shown, return_counts=True)[1].max() == 3
 
 
