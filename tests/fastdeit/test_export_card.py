@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from fastdeit.checkpoint import files
@@ -125,3 +126,21 @@ def test_int8_beside_float32(run, colors, cli, tmp_path):
     assert 0 < abs(logits - exact).max() < 0.25 * abs(exact).max()
     code, _, err = cli(main, run, "--format", "onnx", "--data-path", colors, "--output", tmp_path / "x")
     assert code == 2 and "the others take none" in err
+
+
+def test_what_is_measured_of_int8(run, colors):
+    """12 images, four of each class in order: one answers 0 always, the other 0 and 1 in turn."""
+    from types import SimpleNamespace
+
+    import fastdeit
+    from fastdeit.export.quantise import measure
+
+    def always(*pattern):
+        def answer(_, inputs):
+            return [np.eye(3)[[pattern[i % len(pattern)] for i in range(len(inputs["images"]))]]]
+
+        return SimpleNamespace(run=answer)
+
+    model = fastdeit.load(run, device="cpu")
+    figures = measure(model._loaded, {"fp32": always(0), "int8": always(0, 1)}, colors, model._world)
+    assert figures == {"images": 12, "agreement": 0.5, "top1_fp32": 4 / 12, "top1_int8": 4 / 12}
