@@ -3,8 +3,8 @@
 #   docker build -t fastdeit .
 #   docker run --rm --gpus all --ipc=host --user "$(id -u):$(id -g)" -v "$PWD:/data" fastdeit train --data-path photos
 #
-# Without a GPU, smaller by the CUDA libraries of PyTorch:
-#   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t fastdeit:cpu .
+# Without a GPU, smaller by the CUDA libraries of PyTorch, with the address of PyTorch's CPU wheels as INDEX:
+#   docker build --build-arg TORCH_INDEX=INDEX -t fastdeit:cpu .
 FROM python:3.12-slim
 
 # Inductor and Triton compile C++ and C when a model is compiled; Python's headers are in this image.
