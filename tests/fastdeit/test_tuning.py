@@ -78,6 +78,23 @@ def test_a_challenger_must_win_by_two_percent(monkeypatch, tuner, times, winner)
     assert ask(tuner, {"plain": taking(0), "other": taking(0)}).chosen == winner
 
 
+@pytest.mark.parametrize(("again", "winner"), [((100, 97), "other"), ((100, 99), "plain"), ((100, None), "plain")])
+def test_who_wins_once_must_win_again(monkeypatch, tuner, again, winner):
+    measurements = [(100, 90, 95), again]
+    asked = []
+
+    def in_turns(calls, *_, **__):
+        asked.append(list(calls))
+        times = measurements[len(asked) - 1]
+        return {n: RuntimeError("late") if ms is None else float(ms) for n, ms in zip(calls, times)}
+
+    monkeypatch.setattr(timing, "in_turns", in_turns)
+    choice = ask(tuner, {name: taking(0) for name in ("plain", "other", "third")})
+    assert choice.chosen == winner and asked == [["plain", "other", "third"], ["plain", "other"]]
+    assert choice.notes == (() if winner == "other" else ("other won the first of two measurements only",))
+    assert [row.ms for row in choice.rows] == [100, 90, 95]
+
+
 def test_what_disagrees_is_excluded_however_fast(tuner):
     off = RESULT.clone()
     off[1, 2] += 0.01 * RESULT.norm()
