@@ -110,3 +110,22 @@ def bars(columns: Mapping[str, Mapping[str, float]], path: Path) -> None:
     many[0][0].invert_yaxis()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def accuracy_over_images(lines: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> None:
+    """A line a method: mean top-1 in per cent over the number of training images, with a mark for each seed."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for k, (method, values) in enumerate(lines.items()):
+        means = {size: sum(tops) / len(tops) for size, tops in values.items() if tops}
+        axes.plot(means.keys(), means.values(), color=f"C{k}", label=method)
+        for size in means:
+            axes.plot([size] * len(values[size]), values[size], ".", color=f"C{k}", alpha=0.6)
+    sizes = sorted({size for values in lines.values() for size in values})
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.set(xlabel="training images", ylabel="top-1 %, test images")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
