@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from fastdeit.kernels.add_layer_norm import triton_kernels as add_layer_norm
-from fastdeit.kernels.attention import triton_backward, triton_bias, triton_forward
+from fastdeit.kernels.attention import triton_backward, triton_bias, triton_forward, triton_varlen
 from fastdeit.kernels.attention.configs import FULL_GPU, BackwardConfig, ForwardConfig, backward_config, forward_config
 from fastdeit.kernels.attention_distillation_loss import triton_kernels as attention_distillation_loss
 from fastdeit.kernels.backend import padded_columns
@@ -22,7 +22,7 @@ def all_cases() -> Iterator[tuple[str, CompileCase]]:
     """(operation, case)"""
     operations = (
         add_layer_norm_cases, attention_cases, attention_bias_cases, attention_distillation_loss_cases,
-        bias_gelu_cases, distillation_loss_cases, mix_normalize_cases,
+        attention_varlen_cases, bias_gelu_cases, distillation_loss_cases, mix_normalize_cases,
     )  # fmt: skip
     for cases in operations:
         for case in cases():
@@ -167,6 +167,29 @@ def attention_distillation_loss_cases() -> Iterator[CompileCase]:
         "gradient of keys", kernels.gradient_kernel, gradient,
         ("sx", "sy", "tx", "ty"), ("H", "X", "Y"), ("BLOCK_X", "BLOCK_Y"),
     )  # fmt: skip
+
+
+def attention_varlen_cases() -> Iterator[CompileCase]:
+    """By head_dim padded to 64 columns and to 128, whose warps differ."""
+    half, single = "*bf16", "*fp32"
+    strides = tuple(f"{x}_{axis}" for x in "qkv" for axis in "nh")
+    inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), half) | {"cu_ptr": "*i32", "scale": "fp32", "lse_ptr": single}
+    inputs |= dict.fromkeys(("heads", "total", "blocks", *strides), "i32")
+    rows = inputs | {"grad_out_ptr": half, "delta_ptr": single}
+    for head_dim, num_warps in ((64, 4), (128, 8)):
+        dims = {"HEAD_DIM": head_dim, "COLS": head_dim, "BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}
+        for name, kernel, signature in (
+            ("forward", triton_varlen.varlen_forward_kernel, inputs | {"out_ptr": half}),
+            (
+                "backward q",
+                triton_varlen.varlen_backward_q_kernel,
+                rows | {"out_ptr": half, "grad_lse_ptr": single, "dq_ptr": half},
+            ),
+            ("backward kv", triton_varlen.varlen_backward_kv_kernel, rows | {"dk_ptr": half, "dv_ptr": half}),
+        ):
+            tiles = dims | ({"BLOCK_M": 32} if name == "backward kv" else {})
+            name = f"attention varlen {name} D={head_dim} bf16"
+            yield CompileCase(name, kernel, signature, tiles, strides, num_warps, num_stages=2, dots_on_wgmma=True)
 
 
 def bias_gelu_cases() -> Iterator[CompileCase]:

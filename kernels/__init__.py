@@ -13,6 +13,7 @@ Each operation is a folder, which imports neither another operation nor `integra
 if __name__ == "fastdeit.kernels":
     from .add_layer_norm.api import add_layer_norm
     from .attention.api import attention, attention_qkvpacked
+    from .attention.varlen import attention_varlen
     from .attention_distillation_loss.api import attention_distillation_loss
     from .bias_gelu.api import bias_gelu
     from .distillation_loss.api import distillation_loss
@@ -30,6 +31,7 @@ if __name__ == "fastdeit.kernels":
         "attention_calls",
         "attention_distillation_loss",
         "attention_qkvpacked",
+        "attention_varlen",
         "bias_gelu",
         "distillation_loss",
         "mix_normalize",

@@ -16,6 +16,7 @@ from fastdeit.kernels import (
     attention_calls,
     attention_distillation_loss,
     attention_qkvpacked,
+    attention_varlen,
     bias_gelu,
     distillation_loss,
     mix_normalize,
@@ -28,6 +29,7 @@ def operations(q: Tensor, qkv: Tensor, logits: Tensor, labels: Tensor, images: T
     assert_type(attention(q, q, q, scale=0.125), Tensor)
     assert_type(attention(q, q, q, return_lse=True), tuple[Tensor, Tensor])
     assert_type(attention_qkvpacked(qkv), Tensor)
+    assert_type(attention_varlen(q, q, q, labels, 197), Tensor)
     assert_type(attention_qkvpacked(qkv, return_lse=True), tuple[Tensor, Tensor])
     assert_type(distillation_loss(logits, logits, labels, logits, kind="soft", tau=3.0), Tensor)
     assert_type(distillation_loss(logits, None, labels, None, kind="none", return_terms=True), tuple[Tensor, Tensor])

@@ -76,7 +76,7 @@ def attention(
 
     Raises ValueError for what the kernels cannot take, and says what can be done instead.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     if q.ndim != 4:
         raise ValueError(f"q, k and v must be (batch, tokens, heads, head_dim), but q has the shape {tuple(q.shape)}.")
     for name, tensor in (("k", k), ("v", v)):
@@ -94,7 +94,7 @@ def attention(
         raise ValueError(f"k and v must have the same tokens, but k is {tuple(k.shape)} and v is {tuple(v.shape)}.")
     _check(q)
     _check(k)
-    scale = _scale(scale, q)
+    scale = positive_scale(scale, q)
     if bias is not None:
         bias = check_bias(bias, q, k)
         if not return_lse and left_to_pytorch(q.device, q.dtype):
@@ -121,14 +121,14 @@ def attention_qkvpacked(
     qkv: (batch, tokens, 3, heads, head_dim); its gradient comes back in this shape, contiguous. Everything else is as
     in `attention`.
     """
-    (qkv,) = _autocast(qkv)
+    (qkv,) = autocast(qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(
             f"qkv must be (batch, tokens, 3, heads, head_dim), but its shape is {tuple(qkv.shape)}. From a projection "
             "of width 3 * dim: qkv.view(batch, tokens, 3, heads, dim // heads)."
         )
     _check(qkv)
-    scale = _scale(scale, qkv)
+    scale = positive_scale(scale, qkv)
     if not return_lse and left_to_pytorch(qkv.device, qkv.dtype):
         q, k, v = qkv.unbind(2)
         return _pytorch_attention(q, k, v, scale)
@@ -141,7 +141,7 @@ def _pytorch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -149,7 +149,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.dtype in DTYPES else x for x in tensors)
 
 
-def _scale(scale: float | None, x: Tensor) -> float:
+def positive_scale(scale: float | None, x: Tensor) -> float:
     scale = x.shape[-1] ** -0.5 if scale is None else float(scale)
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be positive and finite, but is {scale}. Move a sign into q or k.")
@@ -157,7 +157,15 @@ def _scale(scale: float | None, x: Tensor) -> float:
 
 
 def _check(x: Tensor) -> None:
+    check_kind(x)
     tokens, heads, head_dim = x.shape[1], *x.shape[-2:]
+    if tokens < 1 or not offsets_fit(tokens, heads, head_dim):
+        raise ValueError(f"attention takes 1 to {2**31 // max(1, 3 * heads * head_dim) - 256} tokens, not {tokens}.")
+
+
+def check_kind(x: Tensor) -> None:
+    """Refuses a dtype and a head_dim, x's last dimension, that attention does not take."""
+    head_dim = x.shape[-1]
     if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
         raise ValueError(f"attention takes float16, bfloat16 and float32 on {x.device.type}, not {x.dtype}.")
     if head_dim not in HEAD_DIMS:
@@ -165,8 +173,6 @@ def _check(x: Tensor) -> None:
             f"attention supports head_dim 16 to 128 in steps of 8, not {head_dim}. Use "
             "torch.nn.functional.scaled_dot_product_attention for this model."
         )
-    if tokens < 1 or not offsets_fit(tokens, heads, head_dim):
-        raise ValueError(f"attention takes 1 to {2**31 // max(1, 3 * heads * head_dim) - 256} tokens, not {tokens}.")
 
 
 def offsets_fit(tokens: int, heads: int, head_dim: int) -> bool:

@@ -196,8 +196,8 @@ def bias_gradient_kernel(
     tl.store(partial_ptr + rows[:, None].to(tl.int64) * keys + cols[None, :], total, mask=inside)
 
 
-def _options(q: Tensor) -> dict:
-    head_dim, single = q.shape[3], q.dtype == torch.float32
+def launch_options(q: Tensor) -> dict:
+    head_dim, single = q.shape[-1], q.dtype == torch.float32
     columns = padded_columns(head_dim)
     return {
         "HEAD_DIM": head_dim, "COLS": columns, "BLOCK_M": 32 if single else 64, "BLOCK_N": 32 if single else 64,
@@ -219,7 +219,7 @@ def _bias_strides(bias: Tensor) -> tuple[int, int, int]:
 def bias_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output (batch, queries, heads, head_dim) and lse (batch, heads, queries)."""
     q, k, v, bias = readable(q), readable(k), readable(v), _readable_bias(bias)
-    (batch, queries, heads, _), keys, options = q.shape, k.shape[1], _options(q)
+    (batch, queries, heads, _), keys, options = q.shape, k.shape[1], launch_options(q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
@@ -237,7 +237,7 @@ def bias_backward(
     """Gradients of q, k, v, and of the bias if wanted."""
     q, k, v, bias, grad_out = readable(q), readable(k), readable(v), _readable_bias(bias), grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    (batch, queries, heads, _), keys, options = q.shape, k.shape[1], _options(q)
+    (batch, queries, heads, _), keys, options = q.shape, k.shape[1], launch_options(q)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     period, bias_heads = bias.shape[:2]

@@ -27,7 +27,10 @@ def test_every_public_name_is_there(name):
     assert re.search(rf"\b{name}\b", PAGE)
 
 
-OPERATIONS = "attention attention_qkvpacked distillation_loss attention_distillation_loss add_layer_norm bias_gelu"
+OPERATIONS = (
+    "attention attention_qkvpacked attention_varlen distillation_loss attention_distillation_loss add_layer_norm "
+    "bias_gelu"
+)
 
 
 @pytest.mark.parametrize("name", OPERATIONS.split())

@@ -13,6 +13,7 @@ from tests.kernels import attention_oracle
 from tests.kernels import test_add_layer_norm as add_layer_norm
 from tests.kernels import test_attention_bias as attention_bias
 from tests.kernels import test_attention_distillation_loss as attention_distillation_loss
+from tests.kernels import test_attention_varlen as attention_varlen
 from tests.kernels import test_bias_gelu as bias_gelu
 from tests.kernels import test_distillation_loss as distillation_loss
 from tests.kernels import test_mix_normalize as mix_normalize
@@ -79,6 +80,13 @@ def test_attention_with_bias(arch, dtype, case):
     with emulated(arch) as launches:
         attention_bias.check(case, dtype)
     assert [launch.kernel for launch in launches][-1] == "bias_gradient_kernel"
+
+
+@everywhere([((17, 0, 5), 1, 32)], soak=[*attention_varlen.CASES, ((197, 50), 2, 64)])
+def test_attention_varlen(arch, dtype, case):
+    with emulated(arch) as launches:
+        attention_varlen.check(case, dtype)
+    assert [launch.kernel.split("_")[1] for launch in launches] == ["forward", "backward", "backward"]
 
 
 @everywhere(
