@@ -14,7 +14,7 @@ TIMM = set(
     "--kd-distill-type --kd-model-name --kd-token-distill-type --lr-base --lr-base-scale --lr-base-size --num-classes "
     "--task-loss-weight --torchcompile".split()
 )
-OTHERS = {"coming-from.md": TIMM | {"--format"}, "faq.md": {"--no-compile"}}  # --format is a flag of export
+OTHERS = {"migrating.md": TIMM | {"--format"}, "faq.md": {"--no-compile"}}  # --format is a flag of export
 
 
 @pytest.mark.parametrize("page", OTHERS)
