@@ -16,7 +16,7 @@ RUN apt-get update \
 ARG TORCH_INDEX=
 COPY constraints.txt /opt/fastdeit/
 RUN if [ -n "$TORCH_INDEX" ]; then \
-        pip install --no-cache-dir --no-deps --index-url "$TORCH_INDEX" \
+        pip install --no-cache-dir --no-deps -i "$TORCH_INDEX" \
             $(grep -E '^(torch|torchvision)==' /opt/fastdeit/constraints.txt); \
     fi
 

@@ -65,7 +65,7 @@ def train(data_path: str | os.PathLike[str] | None = None, *, recipe: str | None
         for a file of settings
 
     Raises UserError for what the command would refuse. Interrupting it (KeyboardInterrupt) keeps the last checkpoint:
-    train(resume=FOLDER) goes on there. Under torchrun every process calls it.
+    train(resume=FOLDER) resumes it. Under torchrun every process calls it.
     """
     given = {"data_path": data_path, "recipe": recipe, **settings}
     config = parse_config(

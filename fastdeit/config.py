@@ -82,8 +82,8 @@ class Run:
     the same command starts it and resumes it."""
     extend: str | None = None
     """Folder of a finished run to train on up to --epochs, the number of them all. This is another run, in a folder of
-    its own, with that one's settings as defaults: weights, moving average, optimizer and order go on from its end, and
-    the learning rate begins its warm-up and cosine anew."""
+    its own, with that one's settings as defaults: weights, moving average, optimizer and order continue from its end,
+    and the learning rate begins its warm-up and cosine anew."""
     patience: int | None = setting(None, at_least=1, resumable=True)
     """Stop after so many evaluations in a row without a better top-1 of the weights (of any head). None: at the last
     epoch. The learning rate follows --epochs all the same."""

@@ -100,7 +100,7 @@ class AsyncWriter:
         """Wait, and raise UserError if the last checkpoint is not on the disk."""
         self.wait()
         if self.failure is not None:
-            raise UserError(f"{self.failure}; make room and go on with --resume {files.to_resume(self.run)}")
+            raise UserError(f"{self.failure}; make room and resume with --resume {files.to_resume(self.run)}")
 
     def _submit(self, work: Callable, *arguments, **options) -> None:
         with self.lock:

@@ -112,7 +112,7 @@ def note(run: Path, step: int, additions: dict, *, best: bool, keep_count: int |
 
 
 def to_resume(run: Path) -> Path:
-    """What --resume takes to go on here: a comparison run, `undistilled`, lies in the folder of its run."""
+    """What --resume takes to resume here: a comparison run, `undistilled`, lies in the folder of its run."""
     return run if (run / "settings.json").exists() else run.parent
 
 

@@ -230,7 +230,7 @@ class Loop:
         state.step = state.schedule_start = state.epochs_evaluated * self.steps_per_epoch
         self.log.say(
             f"extends {run} from epoch {state.epochs_evaluated} to {self.config.optimization.epochs}: another run; the "
-            "learning rate begins anew, everything else goes on"
+            "learning rate begins anew, everything else continues"
         )
 
 

@@ -62,7 +62,7 @@ def finished(colors, tmp_path_factory):
 
 
 def test_an_extended_run_goes_on_from_the_end(finished, tmp_path, monkeypatch, capfd):
-    """Weights, moving average, moments and order go on; the learning rate begins anew; settings may be others."""
+    """Weights, moving average, moments and order continue; the learning rate begins anew; settings may be others."""
     began, epochs, set_epoch = {}, [], Loader.set_epoch
 
     def look(trainer):

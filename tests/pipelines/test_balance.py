@@ -80,7 +80,7 @@ def test_without_it_the_order_is_the_former():
 
 
 def test_processes_share_the_same_steps():
-    """Four processes of 8 see what one of 32 sees, with the same views; a loader goes on within an epoch."""
+    """Four processes of 8 see what one of 32 sees, with the same views; a loader resumes within an epoch."""
     index = SyntheticIndex(images=1000, classes=4)
     index.labels = LABELS
     settings = {"augmentation": Augmentation(class_balance=1.0), "seed": 5, "input_size": 8}
