@@ -1,6 +1,5 @@
 """Cached logits: the same losses as with the live teacher, whichever processes wrote them and however often killed."""
 
-import json
 import os
 import shutil
 import signal
@@ -14,59 +13,24 @@ import torch
 from fastdeit import teach, train
 from fastdeit.cli import parse_config
 from fastdeit.data import split
-from fastdeit.distill import cache_writer, cached_teacher, logit_cache
+from fastdeit.distill import cache_writer, logit_cache
 from fastdeit.distill.logit_cache import LogitCache
 from fastdeit.distill.loss import Objective
 from fastdeit.distributed.world import join
 from fastdeit.errors import UserError
 from fastdeit.kernels import distillation_loss
 
-from . import runs
-from .conftest import SMALL, refused, write_folder
+from . import logit_caches, runs
+from .conftest import refused, write_folder
+from .logit_caches import cached, changed, loader_with_targets, parts, same
 from .processes import context, start_ranks
 from .runs import assert_same, run_until
 
 pytest.importorskip("tyro")
 pytest.importorskip("nvidia.dali")
 
-# Everything random is on, so that the order, the pixels, the mixing and the erasing must all come out alike. 48 images
-# in global batches of 8 are 6 steps an epoch, of which a third of the images is seen.
-RECIPE = [
-    *SMALL, *"--batch-size 8 --aa rand-m9-mstd0.5-inc1 --reprob 0.5 --mixup 0.8 --cutmix 1.0 --repeated-aug".split(),
-    *"--hflip 0.5 --scale 0.3 1.0 --distillation-type hard --drop-path 0.1 --device cpu".split(),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("data"), train=16, val=4)
-
-
-@pytest.fixture(scope="module")
-def teacher(data, tmp_path_factory):
-    """A CNN fitted to the colours, so that its decisions differ between images."""
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    arguments = (
-        "--input-size 32 --batch-size 12 --epochs 8 --lr 4e-3 --unscale-lr --no-pretrained --num-workers 1".split()
-    )
-    config = parse_config(
-        [*arguments, "--model", "test_resnet", "--data-path", str(data), "--output-dir", str(folder)], recipe="teacher"
-    )
-    with join("cpu") as world:
-        train.train(config, world)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def flags(data, teacher):
-    return [*RECIPE, "--data-path", str(data), "--teacher-path", str(teacher)]
-
-
-@pytest.fixture(scope="module")
-def cache(flags, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("caches") / "four epochs"
-    teach.store([*flags, "--views", "4", "--output", str(folder)])
-    return folder
+data_fixture, teacher_fixture = logit_caches.data_fixture, logit_caches.teacher_fixture
+flags_fixture, cache_fixture = logit_caches.flags_fixture, logit_caches.cache_fixture
 
 
 def losses(arguments, folder, monkeypatch):
@@ -82,16 +46,6 @@ def losses(arguments, folder, monkeypatch):
         patch.setattr(Objective, "__call__", recorded)
         runs.run(*arguments, "--epochs", 4, "--output-dir", folder)
     return torch.stack(found)
-
-
-def cached(flags, folder):
-    """The flags with a logit cache in place of the teacher."""
-    return [*without(flags, "--teacher-path"), "--teacher-store", str(folder)]
-
-
-def without(arguments, flag):
-    at = arguments.index(flag)
-    return arguments[:at] + arguments[at + 2 :]
 
 
 def test_training_from_a_cache_has_the_losses_of_the_live_teacher(flags, cache, tmp_path, monkeypatch):
@@ -115,25 +69,6 @@ def test_epochs_of_the_cache_are_used_in_turn(flags, cache, tmp_path):
     loader.load_state_dict({"position": 4})
     assert [(batch.indices.tolist(), batch.targets.tolist()) for batch in loader] == seen[3][4:]
     assert len(loader) == 6 and loader.index.classes == ("blue", "green", "red")
-
-
-def loader_with_targets(config, folder, rank=0, world_size=1):
-    return parts(config, folder, rank, world_size)[1]
-
-
-def parts(config, folder, rank=0, world_size=1):
-    """(cached teacher, loader with targets) of a run."""
-    from fastdeit.data import loaders, open_images
-    from fastdeit.distributed.world import World
-    from fastdeit.models.deit import IMAGENET_MEAN, IMAGENET_STD
-
-    alone = World(torch.device("cpu"))
-    both = loaders(config, open_images(config, alone), World(torch.device("cpu"), rank, world_size), None)
-    world = World(torch.device("cpu"), rank, world_size)
-    teacher, (loader, _) = cached_teacher.from_cache(
-        LogitCache(folder), config, world, both, IMAGENET_MEAN, IMAGENET_STD
-    )
-    return teacher, loader
 
 
 def test_two_readers_get_the_halves_of_each_batch(flags, cache):
@@ -202,16 +137,6 @@ def start_writing(*arguments, kill_after=None, **environment):
 def ended(process):
     process.join(120)
     return process.exitcode
-
-
-def arrays(folder):
-    return {name: np.array(array) for name, array in LogitCache(folder).arrays.items()}
-
-
-def same(folder, other):
-    assert arrays(folder).keys() == arrays(other).keys()
-    for name, array in arrays(folder).items():
-        assert np.array_equal(array, arrays(other)[name]), name
 
 
 def test_two_processes_write_the_same_cache(flags, cache, tmp_path):
@@ -307,137 +232,6 @@ def test_of_equal_logits_the_first_is_the_argmax():
 
 def test_many_classes_take_four_bytes():
     assert logit_cache.label_dtype(32768) == "int16" and logit_cache.label_dtype(32769) == "int32"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (["--seed", "1"], "recipe seed is 0 in the logit cache and 1 here"),
-        (["--hflip", "0.4"], "recipe hflip is 0.5 in the logit cache and 0.4 here"),
-        (["--input-size", "20"], "recipe input_size"),
-        (["--batch-size", "4"], "recipe global_batch is 8 in the logit cache and 4 here"),
-        (["--aa", "3aug"], "recipe aa"),
-        (["--class-balance", "1"], "recipe class_balance is .* in the logit cache and 1.0 here"),
-        (["--precision", "bf16"], 'precision is "float32" in the logit cache and "bfloat16" here'),
-    ],
-)
-def test_another_recipe(flags, cache, change, words):
-    with pytest.raises(UserError, match=words):
-        loader_with_targets(parse_config([*flags, *change]), cache)
-
-
-def test_other_data(flags, cache, tmp_path):
-    data = write_folder(tmp_path / "data", train=15, val=4)
-    with pytest.raises(UserError, match="data fingerprint"):
-        loader_with_targets(parse_config([*flags, "--data-path", str(data)]), cache)
-
-
-def changed(cache, tmp_path, change):
-    """A copy of the cache with another header."""
-    folder = tmp_path / "changed"
-    shutil.copytree(cache, folder)
-    header = logit_cache.read_header(folder)
-    change(header)
-    (folder / "header.json").write_text(json.dumps(header))
-    return folder
-
-
-def test_another_version_of_what_makes_the_pixels(flags, cache, tmp_path):
-    folder = changed(cache, tmp_path, lambda header: header["pixels"].update({"nvidia-dali": "1.0"}))
-    with pytest.raises(UserError, match=r'nvidia-dali is "1\.0" in the logit cache and "2'):
-        loader_with_targets(parse_config(flags), folder)
-
-
-def test_other_pixels_though_all_versions_agree(flags, cache, tmp_path):
-    folder = changed(cache, tmp_path, lambda header: None)
-    probe = np.load(folder / "probe.npy")
-    probe[0, 0, 0, 0] += 1e-3
-    np.save(folder / "probe.npy", probe)
-    with pytest.raises(UserError, match="other pixels"):
-        loader_with_targets(parse_config(flags), folder)
-
-
-def test_an_image_that_could_be_read_then_and_not_now(flags, cache, tmp_path, data):
-    folder = changed(cache, tmp_path, lambda header: None)
-    indices = np.load(folder / "indices.npy", mmap_mode="r+")
-    indices[0, 9] = (indices[0, 9] + 1) % 48
-    indices.flush()
-    loader = loader_with_targets(parse_config(flags), folder)
-    loader.set_epoch(0)
-    with pytest.raises(UserError, match=r"has the target of .*png where this run draws .*png"):
-        list(loader)
-
-
-def test_another_format(cache, tmp_path):
-    folder = changed(cache, tmp_path, lambda header: header.update(format=0))
-    with pytest.raises(UserError, match="format 0"):
-        LogitCache(folder)
-
-
-def test_a_folder_that_is_no_cache(tmp_path):
-    with pytest.raises(UserError, match="is not a logit cache"):
-        LogitCache(tmp_path)
-
-
-def test_a_cache_started_with_other_settings_is_untouched(flags, cache, tmp_path):
-    before = {path: path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
-    with pytest.raises(UserError, match="started with other settings: recipe seed is 0 in the logit cache and 5 here"):
-        teach.store([*flags, "--seed", "5", "--views", "4", "--output", str(cache)])
-    assert {path: path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()} == before
-
-
-def test_a_refused_teacher_leaves_no_cache(flags, tmp_path, monkeypatch):
-    """The corrected command (--teacher-precision, say) is not refused for a cache started before."""
-    arguments = [*flags, "--views", "1", "--output", str(tmp_path / "cache")]
-    with monkeypatch.context() as patch:
-        patch.setattr("fastdeit.distill.teacher.Teacher.check", refuse)
-        with pytest.raises(UserError, match="overflows"):
-            teach.store(arguments)
-    teach.store([*arguments, "--teacher-precision", "bf16"])
-    assert LogitCache(tmp_path / "cache").header["teacher"]["precision"] == "bfloat16"
-
-
-def refuse(*_):
-    raise UserError("the teacher overflows")
-
-
-def test_other_files_are_untouched(flags, tmp_path):
-    (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="contains other files"):
-        teach.store([*flags, "--views", "2", "--output", str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--views", "2"], "--output"),
-        (["--views", "0", "--output", "x"], "--views 0"),
-        (["--views", "1", "--output", "x", "--distillation-type", "none"], "hard or soft"),
-        (["--views", "1", "--output", "x", "--teacher-store", "y"], "omit --teacher-store"),
-    ],
-)
-def test_flags_that_cannot_be_meant(flags, arguments, words):
-    with pytest.raises(UserError, match=words):
-        teach.store([*without(flags, "--teacher-path"), *arguments])
-
-
-def test_a_full_disk_says_so_and_loses_nothing(cache, tmp_path, monkeypatch):
-    folder = changed(cache, tmp_path, lambda header: None)
-    header = logit_cache.read_header(folder)
-    rows = {"indices": np.zeros((6, 8)), "labels": np.zeros((6, 8))}
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(UserError, match=r"cannot be written \(No space left"), join("cpu") as world:
-        cache_writer._write(folder, header, [((0, 0, 6), rows)], 1, world)
-    same(folder, cache)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
