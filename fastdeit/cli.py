@@ -114,7 +114,9 @@ def parse_config(
         default=kind(**vars(default)),
     )  # fmt: skip
     config.typed = typed_flags(arguments)
+    smaller = None
     if starts:
+        smaller = _smaller_on_a_cpu(config)
         keep_size = recipes.changes_size(chosen) and not config.run.eval
         sources.adopt(config, config.typed, keep_size=keep_size)
     config_check.check(config)
@@ -124,9 +126,35 @@ def parse_config(
         saved_settings(Path(config.run.resume))  # refused before the data are read
     for sentence in config_check.unread(config, given):
         tell(sentence)
+    if starts and smaller:
+        tell(smaller)
     if starts and default.run.recipe == "demo" and "--recipe" not in config.typed and given - {"--print-config"}:
         tell("without --data-path: the recipe demo, on scikit-learn's digits")
     return config
+
+
+def _smaller_on_a_cpu(config: Config) -> str | None:
+    """Without a GPU, DeiT-Ti in place of a DeiT-S that nobody asked for by name, and a sentence about it."""
+    run, model, typed = config.run, config.model, config.typed
+    asked_for = "--model" in typed or model.finetune or ("--recipe" in typed and run.recipe != "finetune")
+    if asked_for or model.model != "deit_small_patch16_224" or _has_gpu(run.device):
+        return None
+    model.model = "deit_tiny_patch16_224"
+    if run.recipe == "deit_small":
+        run.recipe = "deit_tiny"  # which differs in the model alone
+    return (
+        "no GPU: the model is deit_tiny_patch16_224, with a quarter of the parameters of deit_small_patch16_224; "
+        "--model chooses"
+    )
+
+
+def _has_gpu(device: str | None) -> bool:
+    """device: of --device."""
+    if device is not None:
+        return device != "cpu"
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _switches_with_values(arguments: Sequence[str], kind: type) -> list[str]:

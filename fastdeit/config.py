@@ -71,7 +71,8 @@ class Run:
     """What is run and where it is written."""
 
     recipe: str | None = None
-    """The settings to start from: a function in fastdeit/recipes. If omitted: deit_small, without --data-path demo."""
+    """The settings to start from: a function in fastdeit/recipes. If omitted: deit_small, on a CPU deit_tiny, and
+    without --data-path demo."""
     config: Path | None = setting(None, resumable=True)
     """File of settings (.yaml, .toml or .json), as --print-config prints them or a run's settings.json; any part of
     them will do. Flags outrank it, it outranks the recipe."""

@@ -8,11 +8,11 @@ def finetune() -> Config:
 
         python -m fastdeit.train --recipe finetune --data-path DIR
 
-    From the weights that timm publishes for --model; --finetune CHECKPOINT starts from others: a run's folder, a file,
-    a URL, hf-hub:NAME. The head is replaced by a new one if the number of classes differs. Milder than the recipe for
-    training from scratch, which underfits small folders: crops of at least 35 %, no erasing, weak mixing, no repeated
-    augmentation, a moving average that follows within an epoch or two. No accuracy is claimed: it depends on the
-    folder.
+    From the weights that timm publishes for --model (if omitted: of DeiT-S, on a CPU of DeiT-Ti); --finetune CHECKPOINT
+    starts from others: a run's folder, a file, a URL, hf-hub:NAME. The head is replaced by a new one if the number of
+    classes differs. Milder than the recipe for training from scratch, which underfits small folders: crops of at least
+    35 %, no erasing, weak mixing, no repeated augmentation, a moving average that follows within an epoch or two. No
+    accuracy is claimed: it depends on the folder.
     """
     return Config(
         data=Data(

@@ -4,7 +4,7 @@
 
 The page shows what RUN's folder holds: accuracies, curves, where the time went, the first batch, all settings. While
 the checkpoint and the validation images are still there, also what the class and distillation token look at. A run that
-is still going on, or was stopped, gets a page too, which says how far it is. Nothing else in RUN is changed.
+is not finished, or was stopped, gets a page too, which says how far it is. Nothing else in RUN is changed.
 
 May import: checkpoint, cli, data, errors, evaluation, models, pipelines, recipes, training, tuning.
 """

@@ -148,3 +148,29 @@ def test_a_setting_that_may_be_none_is_switched_as_others_are(flags, value):
     pytest.importorskip("tyro")
     config = cli.parse_config(["--data-path", "x", *flags])
     assert config.speed.compile is value and ("--compile" in config.typed) == bool(flags)
+
+
+TINY, SMALL = "deit_tiny_patch16_224", "deit_small_patch16_224"
+
+
+@pytest.mark.parametrize(
+    "line, on_a_cpu, recipe",
+    [
+        ("--data-path x", TINY, "deit_tiny"),
+        ("--data-path x --distillation-type hard --teacher-model resnet50", TINY, "deit_tiny"),
+        ("--data-path x --recipe finetune", TINY, "finetune"),
+        ("--data-path x --recipe deit_small", SMALL, "deit_small"),
+        ("--data-path x --recipe finetune --model deit_small_patch16_224", SMALL, "finetune"),
+        ("--data-path x --model deit_small_patch16_224", SMALL, "deit_small"),
+        ("--data-path x --model deit_base_patch16_224", "deit_base_patch16_224", "deit_small"),
+    ],
+)
+def test_a_smaller_model_without_a_gpu_unless_one_was_named(monkeypatch, capsys, line, on_a_cpu, recipe):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = cli.parse_config(line.split())
+    assert (config.model.model, config.run.recipe) == (on_a_cpu, recipe)
+    assert ("no GPU: the model is deit_tiny_patch16_224" in capsys.readouterr().err) == (on_a_cpu == TINY)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with_gpu = cli.parse_config(line.split())
+    assert with_gpu.model.model == on_a_cpu.replace("tiny", "small") and capsys.readouterr().err == ""
+    assert cli.parse_config([*line.split(), "--device", "cpu"]).model.model == on_a_cpu
