@@ -20,7 +20,7 @@ from fastdeit.distributed.world import World
 
 FEW = 64  # images a process: on a CPU, and where no paper says more
 STEPS = 100  # an epoch should have: below, of a small data set, a smaller batch is taken
-BYTES = {"adamw": 8, "lamb": 8, "sgd": 4}  # of an optimizer's state for each parameter
+BYTES = {"adamw": 8, "lamb": 8, "sgd": 4, "muon": 8}  # of an optimizer's state for each parameter; Muon's at most
 RESERVED = 2 << 30  # bytes: CUDA's context, libraries, the decoder
 BACKWARD = 1.06  # what lives at the peak over what the forward pass has kept: 1.03 to 1.05 for DeiT-Ti, S and B
 USABLE = 0.85  # of the rest: fragmentation, a teacher's weights and activations, what the estimate omits

@@ -254,8 +254,9 @@ class Optimization:
     """Passes over the training images."""
     accumulate: int = setting(1, at_least=1, resumable=True)
     """Micro-batches of --batch-size per process whose gradients make one step."""
-    opt: Literal["adamw", "lamb", "sgd"] = "adamw"
-    """Optimizer."""
+    opt: Literal["adamw", "lamb", "sgd", "muon"] = "adamw"
+    """Optimizer. muon: Muon for the matrices within the network, AdamW for the rest, both at AdamW's learning rate and
+    weight decay."""
     lr: float = setting(5e-4, at_least=0)
     """Peak learning rate for a global batch of 512 images; scaled linearly with the batch."""
     unscale_lr: bool = False
@@ -266,9 +267,9 @@ class Optimization:
     """Learning rate of a block over that of the next one, as in BEiT and timm: 0.75, say, for fine-tuning. The heads
     have --lr, the blocks below less and less, the patch embedding least. None: all have --lr."""
     opt_eps: float = setting(1e-8, at_least=0)
-    """Epsilon of AdamW and LAMB."""
+    """Epsilon of AdamW (muon's too) and LAMB."""
     opt_betas: tuple[float, float] = setting((0.9, 0.999), at_least=0, below=1)
-    """Betas of AdamW and LAMB."""
+    """Betas of AdamW (muon's too) and LAMB."""
     clip_grad: float | None = setting(
         None, above=0, remedy="; omit it for no clipping (0 would leave nothing of any gradient)"
     )

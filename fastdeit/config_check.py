@@ -110,7 +110,7 @@ def _without_use(config):
     if not model.model_ema:
         yield "model_ema_decay", "no moving average is kept"
     if optimization.opt == "sgd":
-        yield "opt_eps opt_betas", "they belong to adamw and lamb"
+        yield "opt_eps opt_betas", "they belong to adamw, lamb and muon"
     if optimization.warmup_epochs == 0:
         yield "warmup_lr", "--warmup-epochs is 0"
     if config.run.keep_epochs == 0:

@@ -83,6 +83,17 @@ def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def own_part(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Of a tensor that every process has in full, what `local_shard(like)` is of `like`."""
+    return _sharded(full, like).to_local() if is_sharded(like) else full
+
+
+def _sharded(full: torch.Tensor, like) -> torch.Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
     """Every parameter and buffer from its full tensor in `saved`."""
@@ -113,7 +124,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 def _local(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if is_sharded(like):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return _sharded(full.to(like.device), like)
     return torch.empty_like(like, dtype=full.dtype).copy_(full)  # with the strides of `like`: channels_last stays

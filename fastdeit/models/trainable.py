@@ -1,4 +1,5 @@
-"""Which parameters of a student learn, and how deep each lies: --freeze, --attn-only, --layer-decay."""
+"""Which parameters of a student learn, how deep each lies, and which are matrices for Muon: --freeze, --attn-only,
+--layer-decay, --opt muon."""
 
 from types import MethodType
 
@@ -22,6 +23,24 @@ def depths(model: nn.Module, name: str = "") -> dict[str, int]:
     if not hasattr(model, "group_matcher"):
         raise UserError(f"--model {name}: timm does not say which block comes first: omit --freeze N and --layer-decay")
     return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+
+
+def hidden_matrices(model: nn.Module, name: str = "") -> dict[str, int]:
+    """The weights of the linear layers within the network, by name, and how many matrices each holds: 3 where one layer
+    computes queries, keys and values. The patch embedding and the heads are none of them: what they map from or to is
+    no hidden space.
+
+    name: of the model, for the error. Raises UserError where there are none.
+    """
+    outside = (*head_names(model), "patch_embed")
+    found = {
+        f"{path}.weight": 3 if path.endswith("qkv") and module.out_features % 3 == 0 else 1
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not f"{path}.".startswith(tuple(f"{one}." for one in outside))
+    }
+    if not found:
+        raise UserError(f"--opt muon: {name or 'the model'} has no linear layers but its head: choose adamw or lamb")
+    return found
 
 
 def freeze(model: nn.Module, settings: Model) -> list[str]:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from fastdeit.config import Config
 from fastdeit.distributed.parallel import full, is_sharded, local_shard
 from fastdeit.errors import UserError
-from fastdeit.models.trainable import depths
+from fastdeit.models.trainable import depths, hidden_matrices
 
 from .lamb import Lamb
+from .muon import Muon
 from .nonfinite import Guard
 
 
@@ -46,10 +47,23 @@ def _by_depth(groups: list[dict], model: nn.Module, layer_decay: float) -> list[
     return divided
 
 
+def _by_matrices(groups: list[dict], model: nn.Module) -> list[dict]:
+    """Muon's parameters in groups of their own, by the number of matrices that each holds."""
+    counts = hidden_matrices(model)
+    by_parameter = {id(parameter): counts.get(name, 0) for name, parameter in model.named_parameters()}
+    divided = []
+    for group in groups:
+        for matrices in sorted({by_parameter[id(parameter)] for parameter in group["params"]}):
+            params = [parameter for parameter in group["params"] if by_parameter[id(parameter)] == matrices]
+            divided.append({**group, "params": params, "matrices": matrices})
+    return divided
+
+
 def build_optimizer(
     model: nn.Module, name: str, *, lr: float, weight_decay: float, eps: float, betas, layer_decay: float | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW (fused), LAMB (for the DeiT III recipes) or SGD with Nesterov momentum."""
+    """AdamW (fused), LAMB (for the DeiT III recipes), SGD with Nesterov momentum, or Muon for the matrices inside the
+    network and AdamW for the rest."""
     groups = parameter_groups(model, weight_decay, layer_decay)
     if name == "adamw":
         # fused: one kernel for all parameters, which on the device itself can leave a step out (see Update).
@@ -59,6 +73,8 @@ def build_optimizer(
         return optimizer
     if name == "lamb":
         return Lamb(groups, lr=lr, betas=betas, eps=eps)
+    if name == "muon":
+        return Muon(_by_matrices(groups, model), lr=lr, betas=betas, eps=eps)
     if name == "sgd":
         sharded = is_sharded(groups[0]["params"][0])
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=not sharded)
@@ -66,7 +82,7 @@ def build_optimizer(
             # Left to PyTorch, the momentum of a first step that is left out would be whatever was in its memory.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
-    raise UserError(f"--opt {name}: choose adamw, lamb or sgd")
+    raise UserError(f"--opt {name}: choose adamw, lamb, sgd or muon")
 
 
 def learning_rate(

@@ -4,7 +4,8 @@ It takes each step's batch as a whole, whatever the parts the trainer splits it 
 trainer but the model and the batch. Sources: DeiT (arXiv 2012.12877, equations 2 and 3; facebookresearch/deit main.py,
 engine.py, losses.py), DeiT III (arXiv 2204.07118), mixup (arXiv 1710.09412), cutmix (arXiv 1905.04899), AdamW (arXiv
 1711.05101, algorithm 2), LAMB (arXiv 1904.00962, algorithm 2, with the clipping to norm 1 of apex's FusedLAMB), SGD
-with Nesterov momentum 0.9 as timm's "sgd", the cosine of arXiv 1608.03983 with timm's linear warm-up.
+with Nesterov momentum 0.9 as timm's "sgd", Muon (kellerjordan.github.io/posts/muon, scaled as in arXiv 2502.16982) by
+singular values, the cosine of arXiv 1608.03983 with timm's linear warm-up.
 """
 
 import copy
@@ -66,7 +67,7 @@ def train(model, batches, recipe: Recipe, teacher=None):
         lr = recipe.lr(step)
         with torch.no_grad():
             for name, w in weights.items():
-                w -= update(w, factor * gradients[name], moments[name], step + 1, lr, decayed(name, w), recipe)
+                w -= update(name, w, factor * gradients[name], moments[name], step + 1, lr, recipe)
             decay = recipe.decay(step)
             for name, value in model.state_dict().items():  # running statistics are taken as they are
                 ema[name] = decay * ema[name] + (1 - decay) * value if name in weights else value.clone()
@@ -78,9 +79,14 @@ def decayed(name: str, w) -> bool:
     return w.ndim > 1 and name not in ("cls_token", "dist_token", "pos_embed")
 
 
-def update(w, g, moments, t: int, lr: float, is_decayed: bool, recipe: Recipe):
+def update(name: str, w, g, moments, t: int, lr: float, recipe: Recipe):
     """What is taken from the weights in step t, counted from 1. Changes the moments."""
+    is_decayed = decayed(name, w)
     wd, (m, v), (b1, b2) = recipe.weight_decay if is_decayed else 0.0, moments, recipe.betas
+    if recipe.opt == "muon" and name.startswith("blocks.") and w.ndim == 2:
+        m.mul_(0.95).add_(0.05 * g)
+        towards = (0.05 * g + 0.95 * m).chunk(3 if "qkv" in name else 1)  # queries, keys, values
+        return lr * (torch.cat([0.2 * max(u.shape) ** 0.5 * nearly_orthogonal(u) for u in towards]) + wd * w)
     if recipe.opt == "sgd":
         g = g + wd * w
         m.mul_(0.9).add_(g)
@@ -90,6 +96,15 @@ def update(w, g, moments, t: int, lr: float, is_decayed: bool, recipe: Recipe):
     u = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + recipe.eps) + wd * w
     ratio = w.norm() / u.norm() if recipe.opt == "lamb" and is_decayed and w.norm() > 0 else 1.0
     return lr * ratio * u
+
+
+def nearly_orthogonal(u):
+    """U p(S / |u|) V^T of u = U S V^T: five times the polynomial that Newton and Schulz's products come to."""
+    left, s, right = torch.linalg.svd(u, full_matrices=False)
+    s = s / u.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return left @ (s[:, None] * right)
 
 
 def loss_terms(outputs, batch, teacher, recipe: Recipe):

@@ -204,7 +204,7 @@ def test_the_recipes_of_fine_tuning_are_those_whose_command_says_so():
         ("--src --scale 0.2 1", "--scale", "--src"),
         ("--finetune x --pretrained", "--pretrained", "--finetune"),
         ("--no-model-ema --model-ema-decay 0.9", "--model-ema-decay", "no moving average"),
-        ("--opt sgd --opt-eps 1e-3", "--opt-eps", "adamw and lamb"),
+        ("--opt sgd --opt-eps 1e-3", "--opt-eps", "adamw, lamb and muon"),
         ("--warmup-epochs 0 --warmup-lr 1e-5", "--warmup-lr", "--warmup-epochs is 0"),
         ("--keep-count 3", "--keep-count", "--keep-epochs"),
     ],

@@ -132,7 +132,7 @@ def test_a_bad_loss_of_one_rank_holds_all(data, tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lamb", "adamw", "muon"])
 def test_other_optimizers_sharded(data, tmp_path, optimizer):
     command = [*COMMAND, "--data-path", data, "--opt", optimizer, "--lr", 3e-3]
     run(*command, "--output-dir", tmp_path / "alone")

@@ -72,6 +72,7 @@ CASES = {
     "cached, soft": (student, Cached, {"kind": "soft"}, {"cached": True}),
     "attention": (student, Attentive, {"kind": "hard"}, {"attention": 0.5}),
     "lower blocks more slowly": (student, None, {"opt": "lamb"}, {"layer_decay": 0.5}),
+    "muon": (student, None, {"opt": "muon"}, {"layer_decay": 0.5}),
     "fp16": (student, Teacher, {"kind": "soft"}, {"precision": "fp16"}),
     "running statistics": (Convolutional, None, {"opt": "sgd"}, {}),
     "a model that draws for itself": (dropping, None, {}, {}),

@@ -87,7 +87,10 @@ def given_gradients(model):
 
 # Each optimizer, loss and kind of teacher. Not those with buffers, of which a copy is of another fake mode, with hooks,
 # which see no fake teacher, or with fp16, whose scaler wants a real GPU.
-FAKE = ("adamw, hard, accumulated, clipped", "lamb, soft", "sgd, labels", "lamb, binary, layer scale", "cached, soft")
+FAKE = (
+    "adamw, hard, accumulated, clipped", "lamb, soft", "sgd, labels", "lamb, binary, layer scale", "cached, soft",
+    "muon",
+)  # fmt: skip
 
 
 def step_of(case, change=lambda trainer: None):
@@ -126,9 +129,7 @@ def step_of(case, change=lambda trainer: None):
 @pytest.mark.parametrize("case", FAKE)
 def test_a_step_stays_on_its_device(case):
     seen = step_of(case)
-    optimizer = {"adamw": "_fused_adamw_", "lamb": "_fused_adam_", "sgd": "_fused_sgd_"}[
-        settings(case).optimization.opt
-    ]
+    optimizer = {"lamb": "_fused_adam_", "sgd": "_fused_sgd_"}.get(settings(case).optimization.opt, "_fused_adamw_")
     assert {optimizer, "_fused_sgd_"} <= set(seen) and len(seen) >= 4
 
 
