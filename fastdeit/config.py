@@ -203,15 +203,23 @@ class Model:
 class Distillation:
     """The teacher and what the student takes from it."""
 
-    distillation_type: Literal["none", "soft", "hard"] = "none"
-    """hard: cross entropy with the teacher's most probable class. soft: KL divergence at temperature tau."""
+    distillation_type: Literal["none", "soft", "hard", "dkd", "dist", "nkd"] = "none"
+    """hard: cross entropy with the teacher's most probable class. soft: KL divergence at temperature tau. dkd: that of
+    the target class and, apart, that of the others (arXiv 2203.08679). nkd: likewise, with cross entropies (arXiv
+    2303.13005). dist: correlation of probabilities, over classes and over the batch (arXiv 2205.10536)."""
     distillation_alpha: float = setting(0.5, at_least=0, at_most=1)
     """Weight of the teacher's term: loss = (1 - alpha) * class term + alpha * teacher term, as in the original code.
     Some texts weigh the other way round: alpha * cross entropy + (1 - alpha) * teacher."""
     distillation_tau: float = setting(1.0, above=0)
-    """Temperature of soft distillation."""
+    """Temperature of soft, dkd, dist and nkd; 1 is what the last three take on ImageNet."""
     distillation_reduction: Literal["batchmean", "numel"] = "batchmean"
     """Soft distillation: mean over the batch, or (numel) over batch * classes as in the original code."""
+    distillation_nontarget: float | None = setting(None, at_least=0)
+    """dkd, nkd: weight of the classes other than the target's, their papers' beta and gamma. None: 0.5 for dkd, as from
+    ResNet-34 to ResNet-18 on ImageNet (2 from ResNet-50 to MobileNetV1), 1 for nkd, as with DeiT students there."""
+    logit_standardization: bool = False
+    """soft, dkd: each image's logits, the teacher's and the student's, less their mean and over their standard
+    deviation (arXiv 2403.01427, whose code takes a tau of 2 to 3 and a weight of 9, which is an alpha of 0.9)."""
     teacher_model: str = "regnety_160"
     """timm model name, NAME or NAME.TAG, for its published weights."""
     teacher_path: str | None = setting(None, resumable=True)

@@ -78,17 +78,23 @@ def unread(config, given: set[str]) -> list[str]:
 def _without_use(config):
     """(fields without effect under these settings, why)"""
     data, model, distillation, optimization = config.data, config.model, config.distillation, config.optimization
-    of_soft = "distillation_tau distillation_reduction"
+    kind, of_kinds = distillation.distillation_type, "distillation_tau distillation_reduction distillation_nontarget"
     of_attention = "attention_distillation_layers attention_distillation_variant attention_distillation_heads"
     of_teacher = "teacher_model teacher_input_size teacher_precision teacher_classes"
-    if distillation.distillation_type == "none":
+    if kind == "none":
         yield (
-            f"distillation_alpha {of_soft} {of_attention} {of_teacher} compare_undistilled",
+            f"distillation_alpha {of_kinds} logit_standardization {of_attention} {of_teacher} compare_undistilled",
             "there is no teacher without --distillation-type hard or soft",
         )
     else:
-        if distillation.distillation_type == "hard":
-            yield of_soft, "it belongs to --distillation-type soft"
+        if kind == "hard":
+            yield "distillation_tau", "it belongs to --distillation-type soft, dkd, dist and nkd"
+        if kind != "soft":
+            yield "distillation_reduction", "it belongs to --distillation-type soft"
+        if kind not in ("dkd", "nkd"):
+            yield "distillation_nontarget", "it belongs to --distillation-type dkd and nkd"
+        if kind not in ("soft", "dkd"):
+            yield "logit_standardization", "it belongs to --distillation-type soft and dkd"
         if distillation.attention_distillation_weight == 0:
             yield of_attention, "--attention-distillation-weight is 0"
         if distillation.teacher_store is not None:

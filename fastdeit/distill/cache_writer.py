@@ -19,7 +19,7 @@ from fastdeit.models.build import build_student, mean_std
 from fastdeit.tuning import of_run
 
 from . import logit_cache
-from .cached_teacher import describe, probe_of
+from .cached_teacher import describe, kind_of_targets, probe_of
 from .logit_cache import LogitCache, Piece, Writer, differences
 from .teacher import load_teacher, speed_up
 
@@ -124,7 +124,8 @@ class TeacherTargets:
 
     def __init__(self, config: Config, world: World, classes: tuple[str, ...], top: int):
         self.config, self.classes, self.top = config, classes, min(top, len(classes))
-        self.hard = config.distillation.distillation_type == "hard"
+        self.kind = kind_of_targets(config.distillation)
+        self.hard = self.kind == "hard"
         self.mean, self.std = mean_std(_student(config, classes))
         self.precision = precision_of(config, world.device)
         self.teacher = load_teacher(config, classes, student_mean=self.mean, student_std=self.std, world=world)
@@ -137,7 +138,7 @@ class TeacherTargets:
         global_batch = loader.plans.batch_size * loader.plans.world_size
         return {
             "format": logit_cache.FORMAT,
-            "kind": self.config.distillation.distillation_type,
+            "kind": self.kind,
             "classes": len(self.classes),
             "top": None if self.hard else self.top,
             "tau": None if self.hard else self.config.distillation.distillation_tau,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeit.config import Config, size_of
+from fastdeit.config import Config, Distillation, size_of
 from fastdeit.data import precision_of, prepare
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
@@ -102,6 +102,11 @@ class LoaderWithTargets:
         )
 
 
+def kind_of_targets(settings: Distillation) -> str:
+    """hard: labels; soft: probabilities, from which every other distillation type can be computed."""
+    return "hard" if settings.distillation_type == "hard" else "soft"
+
+
 def positions_of(loader: Loader, step: int) -> slice:
     """The positions of the global order that this process's batch of a step holds."""
     plans = loader.plans
@@ -174,14 +179,19 @@ def from_cache(cache: LogitCache, config: Config, world: World, loaders: tuple[L
     Raises UserError if the cache was written for other images or another distillation setting."""
     header, settings, (loader, validation) = cache.header, config.distillation, loaders
     precision = precision_of(config, world.device)
-    own = describe(config, loader, mean=mean, std=std, precision=precision) | {"kind": settings.distillation_type}
-    if settings.distillation_type == "soft":
+    own = describe(config, loader, mean=mean, std=std, precision=precision) | {"kind": kind_of_targets(settings)}
+    if own["kind"] == "soft":
         own["tau"] = settings.distillation_tau
     if found := differences({key: header.get(key) for key in own}, own):
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise UserError(
             f"the logit cache {cache.folder} is of other images than this run draws: {'; '.join(found[:3])}{more}; "
             "give the flags it was written with, or write it again"
+        )
+    if own["kind"] == "soft" and settings.logit_standardization and header["top"] < header["classes"]:
+        raise UserError(
+            f"--logit-standardization needs the logits of all {header['classes']} classes, and the logit cache "
+            f"{cache.folder} keeps {header['top']}: write it again with --top {header['classes']}, or omit the flag"
         )
     needed = len(loader) * loader.plans.batch_size * world.world_size
     if needed > header["positions"]:

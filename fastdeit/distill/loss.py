@@ -10,6 +10,8 @@ from fastdeit.config import Config
 from fastdeit.errors import UserError
 from fastdeit.kernels import distillation_loss
 
+from . import logit_losses
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -17,7 +19,8 @@ class Objective:
 
     - class term: cross entropy with the (mixed, smoothed) label, on the class head;
     - teacher term, kind "hard": cross entropy with the teacher's argmax, on the distillation head (a student with one
-      head takes both terms there); kind "soft": tau^2 * KL(teacher || student), both at temperature tau;
+      head takes both terms there); kind "soft": tau^2 * KL(teacher || student), both at temperature tau; kinds "dkd",
+      "dist", "nkd": see logit_losses.py;
     - attention term: the distance between the models' attention (attention.py), if its weight is not 0.
 
     Training data-efficient image transformers & distillation through attention (arXiv 2012.12877), equations 2 and 3;
@@ -32,6 +35,8 @@ class Objective:
     soft_reduction: str = "batchmean"
     binary: bool = False
     attention_weight: float = 0.0
+    nontarget: float = 0.0  # of dkd and nkd: the weight of the classes other than the target's
+    standardize: bool = False  # soft, dkd: compare standardised logits
 
     @classmethod
     def from_config(cls, config: Config) -> "Objective":
@@ -42,14 +47,17 @@ class Objective:
         if binary and config.optimization.smoothing > 0:
             # facebookresearch/deit then makes every class a positive, since all smoothed targets are above 0.
             raise UserError("--bce-loss needs --smoothing 0, as in the DeiT III recipes")
+        kind, nontarget = distillation.distillation_type, distillation.distillation_nontarget
         return cls(
-            distillation.distillation_type,
+            kind,
             distillation.distillation_alpha,
             distillation.distillation_tau,
             config.optimization.smoothing,
             distillation.distillation_reduction,
             binary,
             distillation.attention_distillation_weight,
+            logit_losses.NONTARGET.get(kind, 0.0) if nontarget is None else nontarget,
+            distillation.logit_standardization,
         )
 
     def __call__(self, outputs, labels: Tensor, mix, teacher, attention: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -73,12 +81,30 @@ class Objective:
         if self.binary:
             loss = binary_cross_entropy(cls_logits, labels, mixed)
             return loss, torch.stack([loss.detach(), torch.zeros_like(loss)])
+        if self.standardize or self.kind in logit_losses.KINDS:
+            cls_logits = cls_logits.float()
+            dist_logits = cls_logits if dist_logits is None else dist_logits.float()
+            teacher = logit_losses.teacher_logits(teacher, dist_logits, self.tau)
+        if self.standardize:
+            dist_logits, teacher = map(logit_losses.standardized, (dist_logits, teacher))
+        if self.kind not in logit_losses.KINDS:
+            return self._fused(cls_logits, dist_logits, labels, mixed, teacher, self.kind)
+        class_term, terms = self._fused(cls_logits, None, labels, mixed, None, "none")
+        target = logit_losses.target_class(labels, mix, teacher)
+        teacher_term = logit_losses.logit_loss(
+            self.kind, dist_logits, teacher, target, tau=self.tau, nontarget=self.nontarget
+        )
+        loss = (1 - self.alpha) * class_term + self.alpha * teacher_term
+        return loss, torch.stack([terms[0], teacher_term.detach()])
+
+    def _fused(self, cls_logits: Tensor, dist_logits: Tensor | None, labels, mixed, teacher, kind: str):
+        """(loss, (2,) its terms), of the kinds that one kernel computes with their gradients."""
         return distillation_loss(
             cls_logits,
-            None if self.kind == "none" else dist_logits,
+            None if kind == "none" else dist_logits,
             labels,
             teacher,
-            kind=self.kind,
+            kind=kind,
             alpha=self.alpha,
             tau=self.tau,
             smoothing=self.smoothing,

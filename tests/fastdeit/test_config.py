@@ -191,6 +191,9 @@ def test_the_recipes_of_fine_tuning_are_those_whose_command_says_so():
     [
         ("--teacher-model resnet50 --distillation-tau 2", "--distillation-tau, --teacher-model", "no teacher"),
         ("--distillation-type hard --distillation-tau 2", "--distillation-tau", "soft"),
+        ("--distillation-type dkd --distillation-reduction numel", "--distillation-reduction", "soft"),
+        ("--distillation-type dist --distillation-nontarget 2", "--distillation-nontarget", "dkd and nkd"),
+        ("--distillation-type nkd --logit-standardization", "--logit-standardization", "soft and dkd"),
         ("--compare-undistilled", "--compare-undistilled", "no teacher"),
         (
             "--distillation-type soft --attention-distillation-layers every-2",
@@ -220,6 +223,7 @@ def test_a_flag_that_changes_nothing_is_named(capsys, line, flags, reason):
     [
         "",
         "--distillation-type soft --distillation-tau 2 --distillation-alpha 0.1 --teacher-model resnet50",
+        "--distillation-type dkd --distillation-tau 2 --distillation-nontarget 2 --logit-standardization",
         "--aa 3aug --color-jitter 0.4",
         "--keep-count 3 --keep-epochs 50",
         "--opt lamb --opt-eps 1e-3 --warmup-lr 0 --mixup 0 --mixup-mode pair",

@@ -219,6 +219,12 @@ CASES = {
     "distillation.distillation_alpha": (0.3, lambda b: b.trainer.objective.alpha == 0.3, {}),
     "distillation.distillation_tau": (3.0, lambda b: b.trainer.objective.tau == 3.0, {}),
     "distillation.distillation_reduction": ("numel", lambda b: b.trainer.objective.soft_reduction == "numel", {}),
+    "distillation.distillation_nontarget": (
+        3.0,
+        lambda b: b.trainer.objective.nontarget == 3.0,
+        {"distillation.distillation_type": "nkd"},
+    ),
+    "distillation.logit_standardization": (True, lambda b: b.trainer.objective.standardize, {}),
     "distillation.teacher_model": (
         "test_efficientnet",
         lambda b: refusal(lambda: b.teacher),  # the file is a test_resnet's

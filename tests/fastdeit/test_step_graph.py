@@ -70,6 +70,9 @@ CASES = {
         {},
     ),
     "cached, soft": (student, Cached, {"kind": "soft"}, {"cached": True}),
+    "dkd, standardised": (student, Teacher, {"kind": "dkd", "tau": 2.0}, {"standardized": True}),
+    "cached, dist": (student, Cached, {"kind": "dist"}, {"cached": True}),
+    "cached, nkd, accumulated": (student, Cached, {"kind": "nkd"}, {"cached": True, "accumulate": 2}),
     "attention": (student, Attentive, {"kind": "hard"}, {"attention": 0.5}),
     "lower blocks more slowly": (student, None, {"opt": "lamb"}, {"layer_decay": 0.5}),
     "muon": (student, None, {"opt": "muon"}, {"layer_decay": 0.5}),
@@ -87,6 +90,7 @@ def settings(case):
     config.optimization.layer_decay = how.get("layer_decay")
     config.speed.precision = how.get("precision", "fp32")
     config.distillation.attention_distillation_weight = how.get("attention", 0.0)
+    config.distillation.logit_standardization = how.get("standardized", False)
     return config
 
 

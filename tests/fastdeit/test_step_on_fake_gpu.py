@@ -90,6 +90,7 @@ def given_gradients(model):
 FAKE = (
     "adamw, hard, accumulated, clipped", "lamb, soft", "sgd, labels", "lamb, binary, layer scale", "cached, soft",
     "muon",
+    "dkd, standardised", "cached, dist", "cached, nkd, accumulated",
 )  # fmt: skip
 
 
