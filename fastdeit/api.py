@@ -116,7 +116,10 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and len(value) == len(get_args(kind)) and all(map(_fits, value, get_args(kind)))
+        kinds = get_args(kind)
+        if kinds[-1] is Ellipsis and isinstance(value, tuple):
+            return all(_fits(one, kinds[0]) for one in value)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if kind is NoneType or value is None:
         return value is None and kind is NoneType
     if kind in (int, float) and isinstance(value, bool):

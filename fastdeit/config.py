@@ -35,6 +35,11 @@ def in_pixels(size: Size) -> str:
     return str(size) if isinstance(size, int) else f"{size[0]} x {size[1]}"
 
 
+def listed(value: Any) -> tuple:
+    """The values of a setting that takes one or several; () of None."""
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -220,14 +225,15 @@ class Distillation:
     logit_standardization: bool = False
     """soft, dkd: each image's logits, the teacher's and the student's, less their mean and over their standard
     deviation (arXiv 2403.01427, whose code takes a tau of 2 to 3 and a weight of 9, which is an alpha of 0.9)."""
-    teacher_model: str = "regnety_160"
-    """timm model name, NAME or NAME.TAG, for its published weights."""
-    teacher_path: str | None = setting(None, resumable=True)
+    teacher_model: str | tuple[str, ...] = "regnety_160"
+    """timm model name, NAME or NAME.TAG, for its published weights. Several: their probabilities' mean teaches."""
+    teacher_path: str | tuple[str, ...] | None = setting(None, resumable=True)
     """The teacher as a run's folder, a folder of timm or transformers, or hf-hub:ORG/NAME (--teacher-model is then not
-    needed); or as a file or URL of weights of --teacher-model."""
-    teacher_classes: str | None = setting(None, resumable=True)
+    needed); or as a file or URL of weights of --teacher-model. Several: their probabilities' mean teaches."""
+    teacher_classes: str | tuple[str, ...] | None = setting(None, resumable=True)
     """File that says which of the teacher's classes stand for the data's, by name or index: JSON {"cat": 281, ...}, or
-    a line for each of the data's classes. None: both have the same classes."""
+    a line for each of the data's classes. Of several teachers, one for all of them or one each. None: both have the
+    same classes."""
     teacher_input_size: Size | None = setting(None, at_least=1)
     """Height and width of the teacher's images in pixels; one number for squares. None: the size it was trained
     with."""
@@ -252,6 +258,19 @@ class Distillation:
     heads (MiniLMv2), for models of any widths and numbers of heads."""
     compare_undistilled: bool = False
     """Train the same student a second time without teacher and distillation token, and put it in the table."""
+
+    def teachers(self) -> list["Distillation"]:
+        """These settings for each teacher alone. Raises UserError where it is not clear what belongs to which."""
+        given = {name: listed(getattr(self, name)) for name in ("teacher_path", "teacher_model", "teacher_classes")}
+        count = max(1, len(given["teacher_path"] or given["teacher_model"]))
+        for name, values in given.items():
+            if len(values) not in (0, 1, count):
+                raise UserError(
+                    f"--{name.replace('_', '-')} has {len(values)} values for {count} teacher{'s' * (count != 1)}: "
+                    "give one for each, or one for all of them"
+                )
+        each = {name: values * (count if len(values) == 1 else 1) or (None,) * count for name, values in given.items()}
+        return [dataclasses.replace(self, **dict(zip(each, one))) for one in zip(*each.values())]
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ remedy. The bounds of single settings stand in config.py."""
 from pathlib import Path
 
 from fastdeit import recipes
-from fastdeit.config import check_bounds
+from fastdeit.config import check_bounds, listed
 from fastdeit.errors import UserError
 
 
@@ -28,6 +28,11 @@ def _check_together(config) -> None:
             raise UserError(f"{flag} has no effect without --distillation-type hard or soft: give one of them too")
     if distillation.teacher_path is not None and distillation.teacher_store is not None:
         raise UserError("--teacher-path gives a live teacher, --teacher-store its logit cache: give one of them")
+    several = len(distillation.teachers()) > 1
+    if several and distillation.attention_distillation_weight > 0 and distillation.distillation_type != "none":
+        raise UserError(
+            "--attention-distillation-weight compares the attention of one teacher: give one, or omit the flag"
+        )
     if distillation.unlabelled_path is not None and distillation.distillation_type == "none":
         raise UserError(
             "--unlabelled-path: images without labels need a teacher: give --distillation-type hard or soft"
@@ -99,7 +104,7 @@ def _without_use(config):
             yield of_attention, "--attention-distillation-weight is 0"
         if distillation.teacher_store is not None:
             yield of_teacher, "--teacher-store has the teacher's logits"
-        elif distillation.teacher_path is not None and _says_its_model(distillation.teacher_path):
+        elif distillation.teacher_path is not None and all(map(_says_its_model, listed(distillation.teacher_path))):
             yield "teacher_model", "the folder of --teacher-path says which model it holds"
     if str(data.data_path) == "synthetic":
         yield "val_share", "synthetic images have a validation set of their own"

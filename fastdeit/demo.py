@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from fastdeit import recipes
-from fastdeit.config import in_pixels
+from fastdeit.config import in_pixels, listed
 from fastdeit.training import run
 
 VAL_FRACTION = 0.2
@@ -48,14 +48,15 @@ def with_digits(config, world):
     config.data.data_path = world.broadcast(digits_folder() if world.is_main else None)
     asked = config.distillation
     if asked.distillation_type != "none" and asked.teacher_path is None and asked.teacher_store is None:
-        asked.teacher_path = str(_teacher(config, world))
+        paths = [str(_teacher(config, world, model)) for model in listed(asked.teacher_model)]
+        asked.teacher_path = paths[0] if len(paths) == 1 else tuple(paths)
     return config
 
 
-def _teacher(config, world) -> Path:
-    """The folder of a finished training run of --teacher-model on the digits."""
+def _teacher(config, world, model: str) -> Path:
+    """The folder of a finished training run of `model` on the digits."""
     settings = recipes.load("teacher_digits")
-    settings.model.model = config.distillation.teacher_model
+    settings.model.model = model
     settings.data.data_path, settings.data.input_size = config.data.data_path, config.data.input_size
     settings.run.device, settings.run.tracker = config.run.device, config.run.tracker
     target = (

@@ -21,7 +21,8 @@ from fastdeit.tuning import of_run
 from . import logit_cache
 from .cached_teacher import describe, kind_of_targets, probe_of
 from .logit_cache import LogitCache, Piece, Writer, differences
-from .teacher import load_teacher, speed_up
+from .teacher import speed_up
+from .teachers import load_teachers
 
 REPORT_EVERY = 10.0  # seconds
 
@@ -128,7 +129,7 @@ class TeacherTargets:
         self.hard = self.kind == "hard"
         self.mean, self.std = mean_std(_student(config, classes))
         self.precision = precision_of(config, world.device)
-        self.teacher = load_teacher(config, classes, student_mean=self.mean, student_std=self.std, world=world)
+        self.teacher = load_teachers(config, classes, student_mean=self.mean, student_std=self.std, world=world)
         speed_up(self.teacher, config, of_run(config, world, None))
 
     def prepare(self, batch) -> Tensor:

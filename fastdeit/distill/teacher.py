@@ -119,6 +119,10 @@ class Teacher:
     def compile(self) -> None:
         self.network.compile(dynamic=False)
 
+    def forget_plain(self) -> None:
+        """Where nothing is going to be compared."""
+        self.plain = None
+
     def check(self, batches: Iterable[Tensor]) -> list[str]:
         """Sentences about the teacher, to print when a run starts. In half precision its argmax on `batches` of
         training images is compared with that in float32. Raises UserError if its logits are not finite."""
@@ -231,24 +235,22 @@ def class_groups(loaded: LoadedModel, mapping: str | None, classes: Sequence[str
     return None
 
 
-def load_teacher(config: Config, classes: Sequence[str], *, student_mean, student_std, world: World) -> Teacher:
-    """The teacher of the settings, which `speed_up` then makes fast; UserError unless its classes are the data's, or
-    mapped to them."""
-    settings = config.distillation
+def load_teacher(settings: Distillation, classes: Sequence[str], *, student_mean, student_std, world: World) -> Teacher:
+    """The only teacher of the settings, which `speed_up` then makes fast; UserError unless its classes are the data's,
+    or mapped to them."""
     loaded = load(settings, world.device)
     groups = class_groups(loaded, settings.teacher_classes, classes)
     # fp16 rounds eight times finer than bf16: of 4,224 mixed views of the digits it agreed with fp32 on 99.95 %,
     # bf16 on 99.50 %. An overflow is found by `check`, and in the loss.
     precision = settings.teacher_precision or ("fp16" if world.device.type == "cuda" else "fp32")
-    teacher = Teacher(
+    return Teacher(
         loaded, groups=groups, student_mean=student_mean, student_std=student_std, device=world.device,
         dtype=PRECISIONS[precision],
     )  # fmt: skip
-    return teacher
 
 
-def speed_up(teacher: Teacher, config: Config, tuner: Tuner) -> None:
-    """Lay it out and compile it as the settings say, for images as the student of the run sees them."""
+def speed_up(teacher, config: Config, tuner: Tuner) -> None:
+    """Lay a Teacher or Teachers out and compile them as the settings say, for images as the run's student sees them."""
     device, sides = tuner.world.device, height_width(config.data.input_size)
     compiled = compiles(config, device)
     teacher.tune(

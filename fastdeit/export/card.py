@@ -138,7 +138,7 @@ def _training(settings: dict) -> str:
     if distillation["distillation_type"] != "none":
         rows["distillation"] = distillation["distillation_type"]
         teacher = distillation["teacher_store"] or distillation["teacher_path"] or distillation["teacher_model"]
-        rows["teacher"] = _short(teacher)
+        rows["teacher"] = " and ".join(map(_short, teacher if isinstance(teacher, list) else [teacher]))
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     return "\n".join(["## Training\n", "| | |\n| --- | --- |", *lines])
 

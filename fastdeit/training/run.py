@@ -15,7 +15,8 @@ from fastdeit.config import Config
 from fastdeit.data import first_views, has_compiler, lines_of_names, loaders, open_images, remarks
 from fastdeit.distill import cached_teacher
 from fastdeit.distill.logit_cache import LogitCache
-from fastdeit.distill.teacher import load_teacher, speed_up
+from fastdeit.distill.teacher import speed_up
+from fastdeit.distill.teachers import load_teachers
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.evaluation import plots, tables
@@ -82,7 +83,7 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
     if config.distillation.teacher_store is not None:
         cache = LogitCache(config.distillation.teacher_store)
     elif config.distillation.distillation_type != "none":
-        teacher = load_teacher(config, classes, student_mean=mean, student_std=std, world=world)
+        teacher = load_teachers(config, classes, student_mean=mean, student_std=std, world=world)
 
     folder = saved = None
     if not config.run.dry_run:
@@ -127,8 +128,8 @@ def tune(config: Config, world: World) -> list[dict]:
     distillation = config.distillation
     if distillation.distillation_type != "none" and distillation.teacher_store is None:
         mean, std = mean_std(model)
-        teacher = load_teacher(config, classes, student_mean=mean, student_std=std, world=world)
-        teacher.plain = None  # it compares nothing here
+        teacher = load_teachers(config, classes, student_mean=mean, student_std=std, world=world)
+        teacher.forget_plain()
         speed_up(teacher, config, tuner)
         del teacher
     student_tuning.ask(tuner, model, config)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdeit import data
 from fastdeit.config import Config
-from fastdeit.distill.teacher import load_teacher
+from fastdeit.distill.teachers import load_teachers
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.models.build import build_student
@@ -87,7 +87,7 @@ class Built:
     @cached_property
     def teacher(self):
         ours = {"student_mean": (0.5, 0.5, 0.5), "student_std": (0.5, 0.5, 0.5)}
-        return load_teacher(self.config, CLASSES, **ours, world=PLACE)
+        return load_teachers(self.config, CLASSES, **ours, world=PLACE)
 
     @property
     def teacher_logits(self):
