@@ -278,7 +278,11 @@ class Optimization:
     """Optimizer and schedule."""
 
     epochs: int = setting(300, at_least=1)
-    """Passes over the training images."""
+    """Passes over the training images; with --curriculum, the work of so many at the full size."""
+    curriculum: str = "none"
+    """Smaller images and weaker RandAugment at first (EfficientTrain++). efficienttrain: as published for DeiT at 224
+    pixels. SIZE:MAGNITUDE,...: parts of equal work, as 14:0,21:5,28:9; SIZE,...: with the magnitude of --aa. none: all
+    epochs alike."""
     accumulate: int = setting(1, at_least=1, resumable=True)
     """Micro-batches of --batch-size per process whose gradients make one step."""
     opt: Literal["adamw", "lamb", "sgd", "muon"] = "adamw"

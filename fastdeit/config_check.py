@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastdeit import recipes
 from fastdeit.config import check_bounds, listed
+from fastdeit.curriculum import Curriculum
 from fastdeit.errors import UserError
 
 
@@ -51,8 +52,25 @@ def _check_together(config) -> None:
         )
     if config.run.extend and distillation.compare_undistilled:
         raise UserError("--compare-undistilled trains a second student from the beginning: omit it with --extend")
+    _check_curriculum(config)
     if config.speed.sharding == "fsdp" and config.speed.precision == "fp16":
         raise UserError("--sharding fsdp has no loss scaling for --precision fp16: choose bf16 or fp32")
+
+
+def _check_curriculum(config) -> None:
+    curriculum, flag = Curriculum.of(config), f"--curriculum {config.optimization.curriculum}"
+    if curriculum.magnitudes and not config.data.aa.startswith("rand"):
+        raise UserError(
+            f"{flag}: its magnitudes are RandAugment's, and --aa is {config.data.aa}: give sizes alone, as in "
+            "96,160,224, or --aa rand-m9-mstd0.5-inc1"
+        )
+    if config.optimization.curriculum != "none" and config.run.extend:
+        raise UserError(f"{flag} begins with small images, which --extend has behind it: give --curriculum none")
+    if len(curriculum.sizes) > 1 and config.distillation.attention_distillation_weight > 0:
+        raise UserError(
+            f"{flag}: the teacher sees full images, and attention is compared patch by patch: omit "
+            "--attention-distillation-weight, or --curriculum"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.config import Config
+from fastdeit.curriculum import Curriculum
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError, tell
 from fastdeit.kernels import mix_normalize
@@ -240,6 +241,7 @@ def loaders(config: Config, indices, world: World, folder: Path | None):
         reprob=data.reprob, mixup=data.mixup, cutmix=data.cutmix, mixup_prob=data.mixup_prob,
         mixup_switch_prob=data.mixup_switch_prob, mixup_mode=data.mixup_mode,
         repeats=REPEATS if data.repeated_aug else 1, class_balance=data.class_balance,
+        magnitudes=Curriculum.of(config).magnitudes,
     )  # fmt: skip
     shared = {
         "input_size": data.input_size, "device": str(world.device), "rank": world.rank,

@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 MODULES = {
     "errors": "",
     "config": "errors",
-    "data": "config, distributed, errors, kernels, pipelines",
+    "curriculum": "config, errors",
+    "data": "config, curriculum, distributed, errors, kernels, pipelines",
     "batch": "config, data, distributed, recipes",
-    "config_check": "config, errors, recipes",
+    "config_check": "config, curriculum, errors, recipes",
     "deit_flags": "errors",
     "demo": "config, recipes, training",
     "settings_file": "errors",

@@ -1,4 +1,4 @@
 """The folder of a run and the checkpoints in it: written completely or not at all, found, read, resumed from.
 
-May import: config, distributed, errors.
+May import: config, curriculum, distributed, errors.
 """

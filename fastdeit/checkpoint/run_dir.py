@@ -24,6 +24,7 @@ from typing import IO
 import torch
 
 from fastdeit.config import Config
+from fastdeit.curriculum import Curriculum
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 
@@ -69,7 +70,7 @@ def _goes_on(config: Config, folder: Path) -> bool:
         return False
     progress = description(folder / "last")["progress"]
     patience, stale = config.run.patience, progress.get("stale", 0)
-    return progress["epochs_evaluated"] < config.optimization.epochs and (patience is None or stale < patience)
+    return progress["epochs_evaluated"] < Curriculum.of(config).epochs and (patience is None or stale < patience)
 
 
 def folder_of(config: Config) -> Path:

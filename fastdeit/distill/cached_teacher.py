@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.config import Config, Distillation, size_of
+from fastdeit.curriculum import Curriculum
 from fastdeit.data import precision_of, prepare
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
@@ -43,7 +44,7 @@ class CachedTeacher:
     """Replaces a live teacher in the trainer."""
 
     def __init__(self, cache: LogitCache, config: Config):
-        self.cache, self.epochs, self.name = cache, config.optimization.epochs, f"of the logit cache {cache.folder}"
+        self.cache, self.epochs, self.name = cache, Curriculum.of(config).epochs, f"of the logit cache {cache.folder}"
         self.fingerprint = cache.fingerprint
 
     def __call__(self, images: Tensor, batch: BatchWithTargets):
@@ -144,8 +145,9 @@ def describe(config: Config, loader: Loader, *, mean, std, precision: torch.dtyp
         "std": std,
         "precision": str(precision).removeprefix("torch."),
     }
-    if not augmentation.class_balance:
-        del recipe["class_balance"]  # caches that were written before it existed do not have it
+    for later in ("class_balance", "magnitudes"):  # caches that were written before it existed do not have it
+        if not recipe[later]:
+            del recipe[later]
     libraries = PIXEL_LIBRARIES[loader.device.type]
     header = {
         "data": {"fingerprint": loader.index.fingerprint, "images": len(loader.index)},
@@ -192,6 +194,13 @@ def from_cache(cache: LogitCache, config: Config, world: World, loaders: tuple[L
         raise UserError(
             f"--logit-standardization needs the logits of all {header['classes']} classes, and the logit cache "
             f"{cache.folder} keeps {header['top']}: write it again with --top {header['classes']}, or omit the flag"
+        )
+    epochs = Curriculum.of(config).epochs
+    if loader.plans.augmentation.magnitudes and cache.epochs < epochs:
+        raise UserError(
+            f"the logit cache {cache.folder} holds {cache.epochs} of the {epochs} epochs, over all of which "
+            f"--curriculum {config.optimization.curriculum} changes RandAugment's magnitude: write it with --views "
+            f"{epochs}, or give sizes alone, as in 96,160,224"
         )
     needed = len(loader) * loader.plans.batch_size * world.world_size
     if needed > header["positions"]:

@@ -16,11 +16,15 @@ from fastdeit.errors import UserError
 from .world import World
 
 
-def compile_model(model: nn.Module, world: World, sharding: str, options: dict | None = None) -> None:
-    """options: of Inductor."""
+def compile_model(
+    model: nn.Module, world: World, sharding: str, options: dict | None = None, *, sizes: int = 1
+) -> None:
+    """options: of Inductor. sizes: how many sizes of images there will be; each is compiled for itself."""
     by_block = world.world_size > 1 and sharding == "fsdp"
+    if sizes > 1:  # a block alone has four graphs a size: all tokens or the first, training or not
+        torch._dynamo.config.recompile_limit = max(4 * sizes, torch._dynamo.config.recompile_limit)
     for part in (by_block and _blocks(model)) or [model]:
-        part.compile(options=options or None)
+        part.compile(dynamic=False, options=options or None)
 
 
 def distribute(model: nn.Module, ema: nn.Module | None, sharding: str, world: World) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.config import Config, Size, height_width, in_pixels, size_of
+from fastdeit.curriculum import Curriculum
 from fastdeit.errors import UserError
 
 from . import deit as ours
@@ -38,6 +39,7 @@ def build_student(
         drop_path=settings.drop_path, attention=attention, in_chans=config.data.in_chans,
         pretrained=pretrained and not is_ours(settings.model),
     )  # fmt: skip
+    check_sizes(model, config)
     if settings.grad_checkpointing:
         model.set_grad_checkpointing(True)
     source, notes = None, []
@@ -201,6 +203,27 @@ def _without_data(model: nn.Module) -> nn.Module:
     memo = {id(tensor): nn.Parameter(tensor.to("meta"), requires_grad=False) for tensor in model.parameters()}
     memo |= {id(tensor): tensor.to("meta") for tensor in model.buffers()}
     return copy.deepcopy(model, memo)
+
+
+def check_sizes(model: nn.Module, config: Config) -> None:
+    """Refuse a size of --curriculum that the patch does not divide, or the model does not take."""
+    flag = f"--curriculum {config.optimization.curriculum}"
+    patch, _ = patch_and_grid(model)
+    for size in Curriculum.of(config).sizes:
+        if patch and any(side % of_patch for side, of_patch in zip(height_width(size), patch)):
+            raise UserError(
+                f"{flag}: images of {in_pixels(size)} pixels do not divide into the {in_pixels(size_of(patch))}-pixel "
+                f"patches of {config.model.model}: give multiples of that"
+            )
+        if size == config.data.input_size or isinstance(model, ours.DeiT):
+            continue
+        try:
+            probe(model, config.model.model, size, config.data.in_chans)
+        except UserError as error:
+            raise UserError(
+                f"{flag}: {config.model.model} does not take images of {size} pixels beside those of "
+                f"{config.data.input_size}: choose a model that does (deit_*, deit3_*, CNNs of timm), or omit the flag"
+            ) from error
 
 
 def patch_and_grid(model: nn.Module) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:

@@ -21,6 +21,7 @@ from fastdeit.kernels import add_layer_norm, bias_gelu
 
 from .architectures import ARCHITECTURES, Architecture, model_names, unknown_model_message
 from .implementation import ATTENTION, Implementation, attention_named
+from .positions import regridded
 
 __all__ = ["DeiT", "create_model", "model_names", "token_cosine_similarity", "unknown_model_message"]
 
@@ -141,7 +142,8 @@ def _add(x_BND: Tensor, branch_BND: Tensor, scale_B: Tensor | None) -> Tensor:
 class DeiT(nn.Module):
     """A Data-efficient Image Transformer; `create_model` makes one.
 
-    forward(images, drop_path_noise=None), images (B, 3, height, width) of the size the model was made for:
+    forward(images, drop_path_noise=None), images (B, 3, height, width) of the size the model was made for (or, see
+    positions.take_sizes, a smaller one):
       distilled, in train(): (cls_logits, dist_logits), each (B, C), as facebookresearch/deit has it;
       distilled, in eval():  the average of both logits, (B, C) (the paper averages the softmax outputs instead);
       plain:                 logits (B, C).
@@ -168,6 +170,7 @@ class DeiT(nn.Module):
         self.drop_path = drop_path
         self.distilled_training = arch.distilled
         self.grad_checkpointing = False
+        self.regriddings: dict[tuple[int, int], Tensor] = {}  # see positions.take_sizes
 
         # A position for every token; in DeiT III for the patches only.
         positions = self.grid_size[0] * self.grid_size[1] + (0 if arch.deit3 else self.num_prefix_tokens)
@@ -230,17 +233,20 @@ class DeiT(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """The tokens that enter the first block, (B, N, D)."""
-        if images.shape[-2:] != self.img_size:
+        size, pos_embed = tuple(images.shape[-2:]), self.pos_embed
+        if size in self.regriddings:
+            pos_embed = regridded(pos_embed, self.regriddings[size])
+        elif size != self.img_size:
             raise ValueError(
-                f"this model takes images of {_pixels(self.img_size)} pixels, got {_pixels(tuple(images.shape[-2:]))}: "
+                f"this model takes images of {_pixels(self.img_size)} pixels, got {_pixels(size)}: "
                 "resize them, or create the model with img_size= and load its weights again"
             )
         x_BND = self.patch_embed(images)
         tokens = [self.cls_token, self.dist_token] if self.arch.distilled else [self.cls_token]
         prefix = [token.expand(x_BND.shape[0], -1, -1) for token in tokens]
         if self.arch.deit3:
-            return torch.cat([*prefix, x_BND + self.pos_embed], dim=1)
-        return torch.cat([*prefix, x_BND], dim=1) + self.pos_embed
+            return torch.cat([*prefix, x_BND + pos_embed], dim=1)
+        return torch.cat([*prefix, x_BND], dim=1) + pos_embed
 
     def _branch_scale(self, images: Tensor, noise_BL2: Tensor | None) -> Tensor | None:
         if not self.training or self.drop_path == 0:

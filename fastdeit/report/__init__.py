@@ -6,7 +6,7 @@ The page shows what RUN's folder holds: accuracies, curves, where the time went,
 the checkpoint and the validation images are still there, also what the class and distillation token look at. A run that
 is not finished, or was stopped, gets a page too, which says how far it is. Nothing else in RUN is changed.
 
-May import: checkpoint, cli, data, errors, evaluation, models, pipelines, recipes, training, tuning.
+May import: checkpoint, cli, curriculum, data, errors, evaluation, models, pipelines, recipes, training, tuning.
 """
 
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fastdeit.checkpoint import metrics_log
+from fastdeit.curriculum import Curriculum
 from fastdeit.errors import UserError
 
 STANDSTILL = 60  # seconds between two lines of the log beyond the time measured in them: the run was not at work
@@ -91,7 +92,13 @@ class Record:
 
     @property
     def total_steps(self) -> int | None:
-        return self.steps_per_epoch and self.steps_per_epoch * self.setting("epochs")
+        return self.steps_per_epoch and self.steps_per_epoch * self.curriculum.epochs
+
+    @property
+    def curriculum(self) -> Curriculum:
+        size = self.setting("input_size")
+        full = tuple(size) if isinstance(size, list) else size
+        return Curriculum.read(self.setting("curriculum") or "none", self.setting("epochs"), full)
 
     def setting(self, name: str):
         """None for one that the run's version did not have."""

@@ -1,5 +1,5 @@
 """A run: the step, the epochs around it, what is logged, when a checkpoint is written.
 
-May import: batch, checkpoint, config, data, distill, distributed, errors, evaluation, kernels, models,
+May import: batch, checkpoint, config, curriculum, data, distill, distributed, errors, evaluation, kernels, models,
 tuning.
 """

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdeit.checkpoint import files, resume
-from fastdeit.config import Config
+from fastdeit.config import Config, in_pixels
+from fastdeit.curriculum import Curriculum, Part
 from fastdeit.data import compiles
 from fastdeit.errors import UserError
 from fastdeit.evaluation.metrics import accuracies
@@ -42,13 +43,15 @@ class Loop:
         self.checkpointing = Checkpointing(trainer, self.train_loader.index, folder, self.log, self.description)
         self.warm = False  # compiled, by its first step in this process
         self.evaluation_is_warm = not trainer.evaluation.is_compiled
+        self.epochs = trainer.curriculum.epochs
+        self.part: Part | None = None  # of the curriculum: that of the last epoch
 
     def fit(self) -> dict[str, dict]:
         """Returns the last accuracies: {"model": {"cls": {"top1": ...}, ...}, "ema": {...}}."""
         try:
             self.log.begin()
             with self.checkpointing:
-                for epoch in range(self.state.epochs_evaluated, self.config.optimization.epochs):
+                for epoch in range(self.state.epochs_evaluated, self.epochs):
                     if self._has_lost_patience():
                         break
                     figures = self.train_epoch(epoch)
@@ -63,6 +66,7 @@ class Loop:
 
     def train_epoch(self, epoch: int) -> dict:
         """One pass over the training images, from where the run stands in it. Returns the last figures logged."""
+        self._begin_part(epoch)
         self.trainer.model.train()
         self.checkpointing.poll(self.warm)
         self.train_loader.set_epoch(epoch)
@@ -87,6 +91,18 @@ class Loop:
                 waited, since, first = 0.0, time.perf_counter(), self.state.step
             if save:
                 self.checkpointing.save()
+
+    def _begin_part(self, epoch: int) -> None:
+        """Of the curriculum, if this epoch begins one, or the process. All that another size of images needs is
+        compiled, and captured, at its first steps."""
+        if self.trainer.begin_epoch(epoch):
+            self.warm = False
+        part, before = self.trainer.curriculum.part(epoch), self.part
+        self.part = part
+        if part != before and self.config.optimization.curriculum != "none":
+            until = f"epochs {epoch + 1} to {part.end}" if epoch + 1 < part.end else f"epoch {part.end}"
+            magnitude = "" if part.magnitude is None else f", RandAugment of magnitude {part.magnitude}"
+            self.log.say(f"{until} of {self.epochs}: images of {in_pixels(part.size)} pixels{magnitude}")
 
     def step(self, batch) -> Tensor:
         """Trainer.step, and what the processes tell each other with it. Returns the losses, (4,)."""
@@ -116,8 +132,7 @@ class Loop:
 
     def end_epoch(self, epoch: int, figures: dict) -> None:
         """Evaluate, if it is time to, and say how the epoch ended."""
-        state, settings = self.state, self.config
-        epochs, evaluates = settings.optimization.epochs, is_evaluated(epoch, settings)
+        state, evaluates = self.state, is_evaluated(epoch, self.config)
         since = time.perf_counter()
         if evaluates:
             if not self.evaluation_is_warm:
@@ -127,7 +142,7 @@ class Loop:
         if evaluates:
             self._report(epoch, figures, time.perf_counter() - since)
         elif self.world.is_main:
-            self.log.epoch(step=state.step, epoch=epoch, epochs=epochs, figures=figures)
+            self.log.epoch(step=state.step, epoch=epoch, epochs=self.epochs, figures=figures)
 
     def _report(self, epoch: int, figures: dict, seconds: float) -> None:
         """Write down the accuracies after an epoch: in the log, and beside the weights they are of."""
@@ -143,8 +158,7 @@ class Loop:
             source: {head: value["top1"] for head, value in heads.items()} for source, heads in state.accuracies.items()
         }
         self.log.evaluated(
-            step=state.step, epoch=epoch, epochs=self.config.optimization.epochs, figures=figures, seconds=seconds,
-            accuracy=top1,
+            step=state.step, epoch=epoch, epochs=self.epochs, figures=figures, seconds=seconds, accuracy=top1,
         )  # fmt: skip
         self.checkpointing.note(state.accuracies, best=best)
 
@@ -154,7 +168,7 @@ class Loop:
             return False
         self.log.say(
             f"--patience {patience}: no top-1 above {100 * state.best:.2f} in {state.stale} evaluations; ends at epoch "
-            f"{state.epochs_evaluated} of {self.config.optimization.epochs}"
+            f"{state.epochs_evaluated} of {self.epochs}"
         )
         return True
 
@@ -170,13 +184,10 @@ class Loop:
 
     def _remaining(self) -> Remaining:
         config, (train, val), trainer = self.config, (self.train_loader, self.val_loader), self.trainer
-        ends = [
-            (epoch + 1) * self.steps_per_epoch
-            for epoch in range(config.optimization.epochs)
-            if is_evaluated(epoch, config)
-        ]
+        epochs = range(trainer.curriculum.epochs)
+        ends = [(epoch + 1) * self.steps_per_epoch for epoch in epochs if is_evaluated(epoch, config)]
         images = len(val) * val.plans.batch_size * len(trainer.evaluation.modules)
-        return Remaining(trainer.total_steps, ends, forwards=images / train.plans.batch_size)
+        return Remaining(trainer.total_steps, ends, forwards=images / train.plans.batch_size, work=trainer.work)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Resuming
@@ -229,14 +240,14 @@ class Loop:
         state.epochs_evaluated = saved["description"]["progress"]["epochs_evaluated"]
         state.step = state.schedule_start = state.epochs_evaluated * self.steps_per_epoch
         self.log.say(
-            f"extends {run} from epoch {state.epochs_evaluated} to {self.config.optimization.epochs}: another run; the "
+            f"extends {run} from epoch {state.epochs_evaluated} to {self.epochs}: another run; the "
             "learning rate begins anew, everything else continues"
         )
 
 
 def is_evaluated(epoch: int, config: Config) -> bool:
     """Whether there is an evaluation after this epoch, counted from 0."""
-    return (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == config.optimization.epochs
+    return (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == Curriculum.of(config).epochs
 
 
 def ends_part(step: int, steps_per_epoch: int) -> bool:

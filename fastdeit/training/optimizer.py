@@ -86,7 +86,7 @@ def build_optimizer(
 
 
 def learning_rate(
-    step: int, *, peak: float, total_steps: int, warmup_steps: int, warmup_lr: float = 1e-6, min_lr: float = 1e-5
+    step: float, *, peak: float, total_steps: int, warmup_steps: int, warmup_lr: float = 1e-6, min_lr: float = 1e-5
 ) -> float:
     """Linear warm-up from `warmup_lr` to `peak`, then half a cosine down to `min_lr`.
 

@@ -11,7 +11,8 @@ FORWARD = 1 / 3  # of a training step's work: the backward pass is twice the for
 class Remaining:
     """steps: of the whole run. evaluated_after: the steps after which it evaluates, ascending. forwards: images that
     pass through a model in an evaluation, over the images of a step; it tells what an evaluation costs until one has
-    been timed."""
+    been timed. work: done after so many steps of the run, in steps at full cost; where steps of smaller images cost
+    less."""
 
     def __init__(
         self,
@@ -19,8 +20,10 @@ class Remaining:
         evaluated_after: Sequence[int] = (),
         forwards: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        work: Callable[[int], float] = float,
     ):
         self.steps, self.evaluated_after, self.forwards, self.clock = steps, evaluated_after, forwards, clock
+        self.work = work
         self.last: float | None = None
         self.seen = 0
         self.in_steps = 0.0  # seconds, of all steps but the first WARM_UP; saving and waiting for data included
@@ -53,11 +56,14 @@ class Remaining:
 
     def seconds(self, step: int) -> float | None:
         """After so many steps of the run; None before an estimate is possible."""
-        if (each := self.seconds_a_step) is None:
+        if self.seconds_a_step is None:
             return None
+        timed = self.seen - WARM_UP  # the last ones
+        first = max(0, step - timed)
+        each = self.in_steps / (self.work(first + timed) - self.work(first))
         evaluations = sum(end > step for end in self.evaluated_after)
         one = self.in_evaluation if self.in_evaluation is not None else FORWARD * self.forwards * each
-        return each * (self.steps - step) + one * evaluations
+        return each * (self.work(self.steps) - self.work(step)) + one * evaluations
 
     def words(self, step: int) -> str:
         """H:MM:SS."""

@@ -3,6 +3,7 @@
 import os
 import resource
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from fastdeit.batch import settle
 from fastdeit.checkpoint import atomic, resume, run_dir
 from fastdeit.config import Config
+from fastdeit.curriculum import Curriculum
 from fastdeit.data import first_views, has_compiler, lines_of_names, loaders, open_images, remarks
 from fastdeit.distill import cached_teacher
 from fastdeit.distill.logit_cache import LogitCache
@@ -93,7 +95,7 @@ def build(config: Config, world: World, indices, on_micro_batch: MicroBatchHook 
     both_loaders = loaders(config, indices, world, own_folder)
     if cache is not None:
         teacher, both_loaders = cached_teacher.from_cache(cache, config, world, both_loaders, mean, std)
-    steps = len(both_loaders[0]) * config.optimization.epochs
+    steps = len(both_loaders[0]) * Curriculum.of(config).epochs
     tuner = of_run(config, world, saved_in, steps=steps)
     if teacher is not None and cache is None:
         speed_up(teacher, config, tuner)
@@ -177,7 +179,7 @@ def run_undistilled(
     if saved is not None:
         normalise(model, saved["description"]["mean"], saved["description"]["std"])
     both_loaders = loaders(settings, indices, world, own_folder)
-    steps = len(both_loaders[0]) * settings.optimization.epochs
+    steps = len(both_loaders[0]) * Curriculum.of(settings).epochs
     tuner = of_run(settings, world, saved and saved["description"], steps=steps)
     trainer = Trainer(
         settings, world, model, None, steps_per_epoch=len(both_loaders[0]), on_micro_batch=on_micro_batch,
@@ -217,14 +219,19 @@ def _sizes(trainer: Trainer, indices) -> str:
 
 
 def _pace(trainer: Trainer) -> list[str]:
-    settings = trainer.config
+    settings, curriculum, warmup_steps = trainer.config, trainer.curriculum, trainer.warmup_steps
+    said = []
+    if settings.optimization.curriculum != "none":
+        warmup_steps = bisect_left(range(trainer.total_steps), warmup_steps, key=trainer.work)
+        said.append(f"--curriculum {settings.optimization.curriculum}: {curriculum.in_words()}")
     rates = rates_in_words(
         trainer.rates, lr=settings.optimization.lr, global_batch=trainer.global_batch,
-        total_steps=trainer.total_steps - trainer.state.schedule_start, warmup_steps=trainer.warmup_steps,
+        total_steps=trainer.total_steps - trainer.state.schedule_start, warmup_steps=warmup_steps,
     )  # fmt: skip
-    if trainer.ema is None:
-        return [rates]
-    return [rates, average_in_words(settings.model.model_ema_decay, trainer.total_steps)]
+    said.append(rates)
+    if trainer.ema is not None:
+        said.append(average_in_words(settings.model.model_ema_decay, trainer.total_steps))
+    return said
 
 
 def _end(loop: Loop, summary: dict, folder: Path) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdeit.config import Config
+from fastdeit.config import Config, height_width
+from fastdeit.curriculum import Curriculum
 from fastdeit.data import compiles, precision_of, prepare, split
 from fastdeit.distill.attention import AttentionDistillation
 from fastdeit.distill.loss import Objective
@@ -18,9 +19,11 @@ from fastdeit.distributed import parallel
 from fastdeit.distributed.world import World
 from fastdeit.models.build import mean_std
 from fastdeit.models.deit import DeiT
+from fastdeit.models.positions import take_sizes
 
 from .evaluation import Evaluation
 from .log import PhaseTimer
+from .low_frequencies import LowFrequencies
 from .nonfinite import TERMS, Guard
 from .optimizer import Update, average_decay, build_optimizer, learning_rate, scaled_rates
 from .step_graph import Capture, CudaCapture, StepGraph
@@ -95,22 +98,30 @@ class Trainer:
         arrangement = arrangement or Arrangement.default(device)
         self.mean, self.std = mean_std(model)
         self.precision = precision_of(config, device)
+        self.curriculum = Curriculum.of(config)
+        self.size = config.data.input_size  # of the student's images
+        self.low_frequencies: LowFrequencies | None = None
 
         self.model = model.to(device)
         self.model = self.model.to(memory_format=arrangement.memory_format)
+        if isinstance(model, DeiT):
+            take_sizes(model, [height_width(size) for size in self.curriculum.sizes if size != self.size])
         if config.distillation.distillation_type == "none" and hasattr(model, "set_distilled_training"):
             model.set_distilled_training(False)  # with labels only, both heads learn them through their average
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.model.model_ema else None
         self.evaluation = Evaluation(model, self.ema, config, world, arrangement.inductor)
         self.attention = AttentionDistillation.of(config, model, teacher)  # before anything is compiled
         if compiles(config, device):
-            parallel.compile_model(model, world, config.speed.sharding, arrangement.inductor)
+            parallel.compile_model(
+                model, world, config.speed.sharding, arrangement.inductor, sizes=len(self.curriculum.sizes)
+            )
         self.forward = parallel.distribute(model, self.ema, config.speed.sharding, world)
         self.objective = Objective.from_config(config)
 
         self.global_batch = config.data.batch_size * settings.accumulate * world.world_size
         self.steps_per_epoch = steps_per_epoch
-        self.total_steps = settings.epochs * steps_per_epoch
+        self.total_steps = self.curriculum.epochs * steps_per_epoch
+        self.total_work = settings.epochs * steps_per_epoch  # in steps at the full size, as the warm-up
         self.warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
         self.rates = scaled_rates(
             settings.lr, settings.warmup_lr, settings.min_lr, self.global_batch, scale=not settings.unscale_lr
@@ -132,6 +143,7 @@ class Trainer:
 
     def capture_steps(self, capture: Capture) -> None:
         """Have the steps to come captured."""
+        self.capture = capture
 
         def compute(inputs: Inputs) -> Tensor:
             return self.compute(inputs, self.world.mean)
@@ -141,6 +153,19 @@ class Trainer:
     def release(self) -> None:
         """Give up the graph and its memory; steps are made as they are."""
         self.graph = None
+
+    def begin_epoch(self, epoch: int) -> bool:
+        """Show the student images of the size that the curriculum has in this epoch. Returns whether that is another
+        one than before: then the next steps are compiled, and captured, anew."""
+        size, full = self.curriculum.part(epoch).size, self.config.data.input_size
+        if size == self.size:
+            return False
+        self.size = size
+        self.low_frequencies = None if size == full else LowFrequencies(full, size, self.world.device, self.precision)
+        if self.graph is not None and not self.graph.failed:
+            self.graph = None  # its memory first
+            self.capture_steps(self.capture)
+        return True
 
     def step(self, batch, average: Average | None = None) -> Tensor:
         """Train on one batch. Returns its losses, (4,) detached on the device: the loss and its terms, as
@@ -199,6 +224,8 @@ class Trainer:
         enter("teacher")
         targets = self.teacher(images, batch) if self.teacher is not None else None
         enter("forward")
+        if self.low_frequencies is not None:
+            images = self.low_frequencies(images)
         with self.autocast():
             outputs = self.forward(images, **noise)
         enter("loss")
@@ -221,10 +248,14 @@ class Trainer:
         """Of a step, by default of the one to come."""
         step = self.state.step if step is None else step
         return learning_rate(
-            step - self.state.schedule_start, peak=self.rates.peak, warmup_steps=self.warmup_steps,
-            total_steps=self.total_steps - self.state.schedule_start, warmup_lr=self.rates.start,
+            self.work(step) - self.state.schedule_start, peak=self.rates.peak, warmup_steps=self.warmup_steps,
+            total_steps=self.total_work - self.state.schedule_start, warmup_lr=self.rates.start,
             min_lr=self.rates.floor,
         )  # fmt: skip
+
+    def work(self, step: int) -> float:
+        """What is done after so many steps, in steps at the full size; of that, the learning rate is a function."""
+        return self.curriculum.work(step, self.steps_per_epoch)
 
     def _drop_path_noise(self, seed: int) -> Tensor:
         """The step's random numbers for this process's images, (images, depth, 2), the same on any number of

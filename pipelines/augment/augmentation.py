@@ -5,7 +5,7 @@ state, so that a view would depend on the batch and on the worker (draws.py).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +26,7 @@ class Augmentation:
     src: bool = False  # DeiT III's simple random crop instead of the random resized one
     hflip: float = 0.5
     aa: str = "rand-m9-mstd0.5-inc1"  # "none", "rand-..." in timm's grammar, or "3aug" (DeiT III)
+    magnitudes: tuple[tuple[int, int], ...] = ()  # (epoch, RandAugment's m from there on), ascending; none: as in aa
     color_jitter: float = 0.3  # with 3aug or no aa (as in timm, RandAugment turns it off)
     reprob: float = 0.25  # probability of erasing a rectangle
     mixup: float = 0.8  # alpha, 0 for none
@@ -54,6 +55,8 @@ class Augmentation:
             raise ValueError(f"mixup_mode must be one of {', '.join(MODES)}, got {self.mixup_mode!r}")
         if self.aa not in ("none", "3aug"):
             _ = self.rand_augment  # raises for a string that cannot be read
+        elif self.magnitudes:
+            raise ValueError(f"magnitudes are RandAugment's, and aa is {self.aa!r}: give rand-m9-mstd0.5-inc1, say")
 
     @property
     def mixes(self) -> bool:
@@ -62,6 +65,13 @@ class Augmentation:
     @cached_property
     def rand_augment(self) -> RandAugment | None:
         return None if self.aa in ("none", "3aug") else RandAugment.parse(self.aa)
+
+    def rand_augment_in(self, epoch: int) -> RandAugment | None:
+        """With the magnitude that it has in an epoch."""
+        magnitudes = [magnitude for first, magnitude in self.magnitudes if first <= epoch]
+        if self.rand_augment is None or not magnitudes:
+            return self.rand_augment
+        return replace(self.rand_augment, magnitude=magnitudes[-1])
 
     @cached_property
     def layers(self) -> tuple[frozenset[Operation], ...]:
@@ -105,8 +115,8 @@ def draw_views(a: Augmentation, draws: Draws, heights: np.ndarray, widths: np.nd
 
 
 def _draw_operations(a: Augmentation, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-    if a.rand_augment is not None:
-        return a.rand_augment.draw(draws)
+    if (rand_augment := a.rand_augment_in(draws.epoch)) is not None:
+        return rand_augment.draw(draws)
     parts = [(np.zeros((len(draws), 0), np.int32), np.zeros((len(draws), 0), np.float32))]
     if a.aa == "3aug":
         parts.append(draw_three_augment(draws))

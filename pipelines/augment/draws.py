@@ -59,7 +59,7 @@ class Draws:
         for name, value in (("seed", seed), ("epoch", epoch)):
             if not 0 <= value < 2**32:
                 raise ValueError(f"{name} must be in [0, 2**32), got {value}")
-        self.key = (seed, epoch)
+        self.key, self.epoch = (seed, epoch), epoch
         self.index = np.asarray(index).astype(np.uint64)
         self.copy = np.asarray(copy).astype(np.uint64)
 

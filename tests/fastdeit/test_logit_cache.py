@@ -33,8 +33,8 @@ data_fixture, teacher_fixture = logit_caches.data_fixture, logit_caches.teacher_
 flags_fixture, cache_fixture = logit_caches.flags_fixture, logit_caches.cache_fixture
 
 
-def losses(arguments, folder, monkeypatch):
-    """(steps, 4): loss and terms of each step of 4 epochs."""
+def losses(arguments, folder, monkeypatch, *, epochs=4):
+    """(steps, 4): loss and terms of each step."""
     found, compute = [], Objective.__call__
 
     def recorded(self, *inputs):
@@ -44,7 +44,7 @@ def losses(arguments, folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "__call__", recorded)
-        runs.run(*arguments, "--epochs", 4, "--output-dir", folder)
+        runs.run(*arguments, "--epochs", epochs, "--output-dir", folder)
     return torch.stack(found)
 
 

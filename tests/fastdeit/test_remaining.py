@@ -62,6 +62,19 @@ def test_a_resumed_run_counts_its_own_steps():
     assert remaining.seconds(906) == 94 * 3600 and remaining.words(906) == "94:00:00"
 
 
+def test_steps_of_smaller_images_cost_less():
+    """60 steps of a quarter of the cost, then 20: known from the first, while steps cost what their work says."""
+    clock, work = Clock(), lambda step: min(step, 60) / 4 + max(0, step - 60)
+    remaining = Remaining(80, [40, 80], clock=clock, forwards=6.0, work=work)
+    for step in range(1, 81):
+        clock.now += 2.0 if step > 60 else 0.5
+        remaining.stepped()
+        if step >= WARM_UP + FIRST:
+            evaluations = 4.0 * sum(end > step for end in (40, 80))  # a third of the work of six steps at the full size
+            expected = 0.5 * max(0, 60 - step) + 2.0 * min(20, 80 - step) + evaluations
+            assert remaining.seconds(step) == pytest.approx(expected)
+
+
 def test_words():
     clock = Clock()
     remaining = Remaining(3660, [], clock=clock)

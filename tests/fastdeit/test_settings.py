@@ -269,6 +269,16 @@ CASES = {
         ATTENTION,
     ),
     "optimization.epochs": (4, lambda b: b.trainer.total_steps == 4 * 24, {}),
+    "optimization.curriculum": (
+        "8:0,16:9",  # of two epochs of work, 4 at 8 pixels and 1 at 16
+        lambda b: b.trainer.total_steps == 5 * 24
+        and b.trainer.begin_epoch(3)
+        and b.trainer.low_frequencies(torch.zeros(2, 3, 16, 16)).shape == (2, 3, 8, 8)
+        and b.trainer.begin_epoch(4)
+        and b.trainer.low_frequencies is None
+        and b.loaders[0].plans.augmentation.magnitudes == ((0, 0), (4, 9)),
+        {},
+    ),
     "optimization.accumulate": (2, lambda b: b.trainer.global_batch == 20 == len(b.plans[0].indices), {}),
     "optimization.opt": ("lamb", lambda b: type(b.trainer.optimizer).__name__ == "Lamb", {}),
     "optimization.lr": (0.5, lambda b: near(b.lr(0), 0.5), SGD),

@@ -143,3 +143,18 @@ def test_which_operations_a_view_has():
     assert layers(aa="none", color_jitter=0) == 0
     assert layers(aa="rand-m9-mstd0.5-inc1", color_jitter=0.3) == 2  # RandAugment turns jitter off, as in timm
     assert layers(aa="rand-n3") == 3
+
+
+def test_the_magnitude_by_epoch():
+    """RandAugment of an epoch is timm's with that magnitude: the same draws, other arguments."""
+    augmentation = Augmentation(aa="rand-m9-mstd0.5-inc1", magnitudes=((0, 0), (3, 5), (7, 9)))
+    heights = np.full(100, 64)
+    for epoch, magnitude in ((0, 0), (2, 0), (3, 5), (6, 5), (7, 9), (50, 9)):
+        draws = Draws(0, epoch, np.arange(100), np.zeros(100))
+        views = draw_views(augmentation, draws, heights, heights, (32, 32))
+        ops, args = RandAugment.parse(f"rand-m{magnitude}-mstd0.5-inc1").draw(draws)
+        assert np.array_equal(views.ops, ops) and np.array_equal(views.args, args)
+    late = Augmentation(aa="rand-m9-mstd0.5-inc1", magnitudes=((3, 5),))  # before the first: the string's
+    assert late.rand_augment_in(2).magnitude == 9 and late.rand_augment_in(3).magnitude == 5
+    with pytest.raises(ValueError, match="magnitudes are RandAugment's, and aa is '3aug'"):
+        Augmentation(aa="3aug", magnitudes=((0, 0),))
