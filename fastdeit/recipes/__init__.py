@@ -15,6 +15,8 @@ from .deit import (
     deit_base_distilled_384,
     deit_small,
     deit_small_distilled,
+    deit_small_distilled_fast,
+    deit_small_fast,
     deit_tiny,
     deit_tiny_distilled,
 )  # fmt: skip
@@ -27,10 +29,11 @@ TO_ANOTHER_SIZE = (deit_base_384, deit_base_distilled_384, deit3_finetune)
 FINE_TUNING = (finetune, *TO_ANOTHER_SIZE)
 FROM_SCRATCH = (
     demo, deit_tiny, deit_small, deit_base, deit_tiny_distilled, deit_small_distilled, deit_base_distilled, deit3_small,
-    deit3_base, deit3_large, teacher, teacher_digits,
+    deit3_base, deit3_large, deit_small_fast, deit_small_distilled_fast, teacher, teacher_digits,
 )  # fmt: skip
 PAPER_BATCHES = {
     1024: (deit_tiny, deit_small, deit_base, deit_tiny_distilled, deit_small_distilled, deit_base_distilled),
+    4096: (deit_small_fast, deit_small_distilled_fast),
     2048: (deit3_small, deit3_base, deit3_large),
     512: TO_ANOTHER_SIZE,
 }

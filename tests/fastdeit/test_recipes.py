@@ -28,6 +28,7 @@ IMPLIED = {
     "finetune": None,
     "teacher_input_size": None,
     "compare_undistilled": False,
+    "curriculum": "none",
 }
 
 DEIT3 = {  # README_revenge.md, "Training on ImageNet-1k", the command of ViT-S; B and L are alike but for what is below
@@ -62,6 +63,20 @@ AT_384 = {  # README_deit.md, "To finetune a DeiT-base on 384 resolution images 
     "drop_path": 0.0,  # main.py --no-train-mode: the model stays in evaluation mode, see facebookresearch/deit#177
     "eval_crop_ratio": 1.0,  # timm/models/deit.py, deit_base_patch16_384.fb_in1k: crop_pct 1.0
 }
+FAST = {  # LeapLabTHU/EfficientTrain at 2b9011c, _ET_pp_main_deitS.py with --epoch 100, of main_buffer.py
+    "epochs": 100,  # EVAL.md, "DeiT-Small ... 79.9% ... 100"
+    "curriculum": "efficienttrain",  # res_list, --aa rand-m{ET_index}-mstd0.5-inc1
+    "warmup_epochs": 20,  # 0.2 * args.epoch
+    "drop_path": 0.05,  # --drop_path {0.1 * args.epoch / 200}
+    "clip_grad": 5.0,  # --clip_grad 5.0
+    "lr": 5e-4,  # --lr 4e-3 for 4,096 images
+    "warmup_lr": 0.0,  # utils_buffer.py, cosine_scheduler, start_warmup_value
+    "min_lr": 1e-6,  # main_buffer.py --min_lr
+    "model_ema": False,  # the same, --model_ema
+    "repeated_aug": False,  # the same, DistributedSampler
+    "weight_decay": 0.05,  # the same, --weight_decay
+    "reprob": 0.25,  # the same, --reprob
+}
 PUBLISHED = {
     "deit_tiny": {"model": "deit_tiny_patch16_224"},  # README_deit.md, "DeiT-tiny"
     "deit_small": {"model": "deit_small_patch16_224"},  # README_deit.md, "DeiT-small"
@@ -69,6 +84,8 @@ PUBLISHED = {
     "deit_tiny_distilled": {**HARD, "model": "deit_tiny_distilled_patch16_224"},  # arXiv 2012.12877, table 2
     "deit_small_distilled": {**HARD, "model": "deit_small_distilled_patch16_224"},  # the same
     "deit_base_distilled": {**HARD, "model": "deit_base_distilled_patch16_224"},  # README_deit.md --model
+    "deit_small_fast": {**FAST, "model": "deit_small_patch16_224"},  # --model deit_small_patch16_224
+    "deit_small_distilled_fast": {**FAST, **HARD, "model": "deit_small_distilled_patch16_224"},  # see its docstring
     "deit_base_384": AT_384,
     "deit_base_distilled_384": {
         **AT_384,
@@ -116,6 +133,7 @@ PUBLISHED = {
 BATCHES = {  # images a step, over all processes
     "deit3_small": 2048, "deit3_base": 2048, "deit3_large": 2048,  # --batch 256 --ngpus 8; L: 64 on 32
     "deit_base_384": 512, "deit_base_distilled_384": 512,  # --batch-size 32 --nodes 2, of 8
+    "deit_small_fast": 4096, "deit_small_distilled_fast": 4096,  # bs_list x up_freq_list x 8
     "deit3_finetune": 512,  # --batch 64 --nodes 1 --ngpus 8
 }  # fmt: skip
 OWN = {"demo", "finetune", "teacher", "teacher_digits"}  # published by nobody
