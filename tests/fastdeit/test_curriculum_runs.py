@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
+from fastdeit.curriculum import Curriculum
 from fastdeit.distributed.world import World
 from fastdeit.models.deit import DeiT
 from fastdeit.training.step_graph import WARM_UP
@@ -153,3 +154,11 @@ def test_the_report_says_the_curriculum(straight):
     record = Record.read(straight[0])
     assert record.total_steps == 15
     assert "5 epochs, the work of 2 at 16 pixels: 8 pixels until epoch 3, 12 until 4, 16 until 5" in page(record)
+
+
+def test_the_learning_rate_follows_the_work():
+    """Four epochs of four small steps are the work of four steps at the full size; the rest cost what they are."""
+    staged, plain = trainer_of()[0], trainer_of()[0]
+    plain.curriculum = Curriculum.read("none", 2, SIZE)
+    assert (staged.total_steps, staged.total_work) == (20, 8)
+    assert [staged.lr(step) for step in (0, 4, 8, 16, 17, 18, 20)] == [plain.lr(step) for step in (0, 1, 2, 4, 5, 6, 8)]
