@@ -186,6 +186,9 @@ class Model:
     """Height and width of a patch in pixels. None: the model's."""
     drop_path: float = setting(0.1, at_least=0, at_most=1)
     """Stochastic depth: rate of the last block, rising linearly from 0 (DeiT III: the same in every block)."""
+    patch_drop: float = setting(0.0, at_least=0, below=1)
+    """Share of each image's patches that a training step leaves out, others in each step: 0.5 halves the student's
+    arithmetic (PatchDropout, arXiv 2208.07220). The last tenth of the run, and evaluations, see all."""
     finetune: str | None = None
     """Weights to start from: a run's folder; a folder of timm or transformers; a file, of timm or facebookresearch/deit
     too; hf-hub:ORG/NAME; a URL."""

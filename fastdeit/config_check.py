@@ -44,6 +44,11 @@ def _check_together(config) -> None:
     if (model.freeze is not None or model.attn_only) and not (model.finetune or model.pretrained):
         flag = "--attn-only" if model.attn_only else f"--freeze {model.freeze}"
         raise UserError(f"{flag}: random weights would stay random: give --finetune CHECKPOINT, or --pretrained")
+    if model.patch_drop > 0 and distillation.attention_distillation_weight > 0:
+        raise UserError(
+            f"--patch-drop {model.patch_drop:g}: of a student without some patches the attention cannot be compared "
+            "with the teacher's: omit one of --patch-drop and --attention-distillation-weight"
+        )
     if data.in_chans not in (1, 3):
         raise UserError(f"--in-chans {data.in_chans}: images are decoded to red, green and blue: give 3, or 1 for grey")
     if (data.batch_size or 0) % 2 and (data.mixup > 0 or data.cutmix > 0):

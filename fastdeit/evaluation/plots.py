@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from fastdeit.checkpoint import metrics_log
 from fastdeit.distributed.parallel import is_sharded
-from fastdeit.models.deit import DeiT, token_cosine_similarity
+from fastdeit.models.deit import DeiT
+from fastdeit.models.token_similarity import token_cosine_similarity
 
 from . import charts
 

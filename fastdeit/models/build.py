@@ -14,7 +14,7 @@ from fastdeit.curriculum import Curriculum
 from fastdeit.errors import UserError
 
 from . import deit as ours
-from . import published, sources
+from . import patch_drop, published, sources
 from .architectures import ARCHITECTURES, own_name, unknown_model_message
 from .trainable import freeze
 from .weights import first_convolution, load_weights
@@ -37,7 +37,7 @@ def build_student(
     model = create_model(
         settings.model, num_classes=num_classes, input_size=config.data.input_size, patch_size=settings.patch_size,
         drop_path=settings.drop_path, attention=attention, in_chans=config.data.in_chans,
-        pretrained=pretrained and not is_ours(settings.model),
+        pretrained=pretrained and not is_ours(settings.model), drops_patches=settings.patch_drop > 0,
     )  # fmt: skip
     check_sizes(model, config)
     if settings.grad_checkpointing:
@@ -70,11 +70,13 @@ def create_model(
     attention: str = "sdpa",
     in_chans: int = 3,
     pretrained: bool = False,
+    drops_patches: bool = False,
 ) -> nn.Module:
     """A model of ours or timm's by name, on the CPU, with fresh weights or those that timm publishes (`pretrained`).
 
-    num_classes, input_size, patch_size: the model's own if None. Raises UserError, or ValueError from our own code,
-    where there is no such model, or it does not take all of an image of this size.
+    num_classes, input_size, patch_size: the model's own if None. drops_patches: timm's has its layer for that, at a
+    rate of 0 (patch_drop.set_rate). Raises UserError, or ValueError from our own code, where there is no such model, or
+    it does not take all of an image of this size.
     """
     options = {"num_classes": num_classes, "patch_size": patch_size}
     options = {key: value for key, value in options.items() if value is not None}
@@ -98,25 +100,38 @@ def create_model(
         options["drop_path_rate"] = drop_path
     if in_chans != 3:
         options["in_chans"] = in_chans
+    if drops_patches:
+        options["patch_drop_rate"] = 0.5  # any but 0, for which timm has no layer
     if pretrained:
         with torch.device("meta"):  # what can be refused is refused before anything is downloaded
             _made(name, input_size, options)
         model = _published(name, input_size, options)
     else:
         model = _made(name, input_size, options)
+    if drops_patches and not patch_drop.has_layer(model):
+        raise UserError(_without(name, "patch_drop_rate"))
+    patch_drop.set_rate(model, 0.0)
     if input_size is not None:
         probe(model, name, input_size, in_chans)
     return model
+
+
+REMEDIES = {
+    "patch_size": "omit --patch-size", "drop_path_rate": "give --drop-path 0", "patch_drop_rate": "give --patch-drop 0",
+}  # fmt: skip
+
+
+def _without(name: str, option: str) -> str:
+    return f"--model {name}: timm's has no {option}; {REMEDIES[option]}"
 
 
 def _made(name: str, input_size: Size | None, options: dict) -> nn.Module:
     try:
         return _timm_model(name, input_size, **options)
     except Exception as error:  # each of timm's files refuses in its own way
-        remedies = {"patch_size": "omit --patch-size", "drop_path_rate": "give --drop-path 0"}
-        for option, remedy in remedies.items():
+        for option in REMEDIES:
             if option in options and option in str(error) and isinstance(error, TypeError):
-                raise UserError(f"--model {name}: timm's has no {option}; {remedy}") from error
+                raise UserError(_without(name, option)) from error
         if input_size is None:
             raise UserError(f"--model {name}: timm cannot make it ({one_line(error)})") from error
         raise UserError(_refused(name, input_size, error)) from error

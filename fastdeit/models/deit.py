@@ -3,7 +3,8 @@
     patches + class token (+ distillation token) -> depth x [attention, MLP] -> LayerNorm -> one linear head per token
 
 Parameters carry timm's names, so state dicts pass between this file, timm and facebookresearch/deit unchanged.
-The only randomness of the model is stochastic depth, drawn from a single tensor that a trainer may supply.
+The only randomness of the model is stochastic depth, drawn from a single tensor that a trainer may supply. Which
+patches are left out (patch_drop.py) is the trainer's choice altogether.
 
 Shapes: B batch, N tokens, D width, H heads, K head_dim (D = H K), L depth, C classes.
 Tokens are ordered [class, distillation, patches row by row].
@@ -23,7 +24,7 @@ from .architectures import ARCHITECTURES, Architecture, model_names, unknown_mod
 from .implementation import ATTENTION, Implementation, attention_named
 from .positions import regridded
 
-__all__ = ["DeiT", "create_model", "model_names", "token_cosine_similarity", "unknown_model_message"]
+__all__ = ["DeiT", "create_model", "model_names", "unknown_model_message"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -142,8 +143,8 @@ def _add(x_BND: Tensor, branch_BND: Tensor, scale_B: Tensor | None) -> Tensor:
 class DeiT(nn.Module):
     """A Data-efficient Image Transformer; `create_model` makes one.
 
-    forward(images, drop_path_noise=None), images (B, 3, height, width) of the size the model was made for (or, see
-    positions.take_sizes, a smaller one):
+    forward(images, drop_path_noise=None, patches=None), images (B, 3, height, width) of the size the model was made for
+    (or, see positions.take_sizes, a smaller one):
       distilled, in train(): (cls_logits, dist_logits), each (B, C), as facebookresearch/deit has it;
       distilled, in eval():  the average of both logits, (B, C) (the paper averages the softmax outputs instead);
       plain:                 logits (B, C).
@@ -153,6 +154,8 @@ class DeiT(nn.Module):
     attention, [..., 1] MLP; a branch is kept where noise < keep_prob, and then scaled by 1 / keep_prob). Drawn with
     torch.rand when not given. The drop rate rises linearly from 0 to `drop_path` over the depth in DeiT, and is
     `drop_path` in every block of DeiT III.
+
+    patches (B, K) int64: of each image the places, counted from 0 row by row, of the patches that are seen; None: all.
     """
 
     def __init__(
@@ -200,26 +203,32 @@ class DeiT(nn.Module):
             head = nn.Identity() if num_classes == 0 else _init_linear(nn.Linear(self.embed_dim, num_classes))
             setattr(self, name, head.to(self.pos_embed))
 
-    def forward(self, images: Tensor, drop_path_noise: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        cls_logits, dist_logits = self.forward_heads(images, drop_path_noise)
+    def forward(
+        self, images: Tensor, drop_path_noise: Tensor | None = None, patches: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        cls_logits, dist_logits = self.forward_heads(images, drop_path_noise, patches)
         if dist_logits is None:
             return cls_logits
         if self.training and self.distilled_training:
             return cls_logits, dist_logits
         return (cls_logits + dist_logits) / 2
 
-    def forward_heads(self, images: Tensor, drop_path_noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward_heads(
+        self, images: Tensor, drop_path_noise: Tensor | None = None, patches: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(cls_logits, dist_logits) in train() and eval() alike; dist_logits is None for a plain model."""
         # The heads read the prefix tokens only, so the last block need not compute the others.
-        x_BTD = self._tokens(images, drop_path_noise, first=self.num_prefix_tokens)
+        x_BTD = self._tokens(images, drop_path_noise, patches, first=self.num_prefix_tokens)
         return self.head(x_BTD[:, 0]), self.head_dist(x_BTD[:, 1]) if self.arch.distilled else None
 
     def forward_features(self, images: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:
         """All tokens after the final LayerNorm, (B, N, D)."""
         return self._tokens(images, drop_path_noise)
 
-    def _tokens(self, images: Tensor, drop_path_noise: Tensor | None, first: int | None = None) -> Tensor:
-        x_BND = self.embed(images)
+    def _tokens(
+        self, images: Tensor, drop_path_noise: Tensor | None, patches: Tensor | None = None, first: int | None = None
+    ) -> Tensor:
+        x_BND = self.embed(images, patches)
         branch_scale_BL2 = self._branch_scale(images, drop_path_noise)
         for i, block in enumerate(self.blocks):
             scale_B2 = None if branch_scale_BL2 is None else branch_scale_BL2[:, i]
@@ -231,7 +240,7 @@ class DeiT(nn.Module):
                 x_BND = block(*inputs)
         return self.norm(x_BND)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """The tokens that enter the first block, (B, N, D)."""
         size, pos_embed = tuple(images.shape[-2:]), self.pos_embed
         if size in self.regriddings:
@@ -245,8 +254,13 @@ class DeiT(nn.Module):
         tokens = [self.cls_token, self.dist_token] if self.arch.distilled else [self.cls_token]
         prefix = [token.expand(x_BND.shape[0], -1, -1) for token in tokens]
         if self.arch.deit3:
-            return torch.cat([*prefix, x_BND + pos_embed], dim=1)
-        return torch.cat([*prefix, x_BND], dim=1) + pos_embed
+            x_BND = torch.cat([*prefix, x_BND + pos_embed], dim=1)
+        else:
+            x_BND = torch.cat([*prefix, x_BND], dim=1) + pos_embed
+        if patches is None:
+            return x_BND
+        places_BKD = (patches + len(prefix))[..., None].expand(-1, -1, x_BND.shape[-1])
+        return torch.cat([x_BND[:, : len(prefix)], x_BND.gather(1, places_BKD)], dim=1)
 
     def _branch_scale(self, images: Tensor, noise_BL2: Tensor | None) -> Tensor | None:
         if not self.training or self.drop_path == 0:
@@ -322,7 +336,7 @@ def _pixels(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-# Making and measuring models
+# Making models
 
 
 def create_model(
@@ -365,27 +379,6 @@ def create_model(
         arch, num_classes=num_classes, img_size=(height, width), drop_path=drop_path, attention=attention,
         in_chans=in_chans,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def token_cosine_similarity(model: DeiT, images: Tensor) -> Tensor:
-    """Cosine similarity of class and distillation token, (depth + 1,) float32: at the input, then after each block.
-
-    Averaged over the batch, in eval mode. The first value compares the learned tokens with their positions, which is
-    all the network sees of them (the DeiT paper, section 4: 0.06 at the input, 0.93 at the last layer). The final
-    LayerNorm is not applied. Raises ValueError for a model without a distillation token.
-    """
-    if not model.arch.distilled:
-        raise ValueError("this model has no distillation token; choose one with 'distilled' in its name")
-    was_training = model.training
-    model.eval()
-    x_BND = model.embed(images)
-    similarity = [F.cosine_similarity(x_BND[:, 0].float(), x_BND[:, 1].float(), dim=-1).mean()]
-    for block in model.blocks:
-        x_BND = block(x_BND)
-        similarity.append(F.cosine_similarity(x_BND[:, 0].float(), x_BND[:, 1].float(), dim=-1).mean())
-    model.train(was_training)
-    return torch.stack(similarity)
 
 
 if importlib.util.find_spec("timm"):

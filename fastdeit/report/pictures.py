@@ -12,7 +12,8 @@ from PIL import Image
 
 from fastdeit.data import open_validation
 from fastdeit.models import attention_maps, inference
-from fastdeit.models.deit import DeiT, token_cosine_similarity
+from fastdeit.models.deit import DeiT
+from fastdeit.models.token_similarity import token_cosine_similarity
 from fastdeit.pipelines import BadFiles, Index, eval_loader
 
 SHOWN = 8  # validation images, evenly spaced over the split

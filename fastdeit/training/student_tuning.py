@@ -24,6 +24,7 @@ from fastdeit.kernels.backend import architecture, use_triton
 from fastdeit.models import implementation
 from fastdeit.models.deit import DeiT
 from fastdeit.models.implementation import Implementation
+from fastdeit.models.patch_drop import number_kept
 from fastdeit.tuning import Tuner
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -286,9 +287,9 @@ def forward_backward(
 
 
 def _tokens(model: DeiT, config: Config) -> tuple[int, int, int]:
-    """Shape of what a block is given: (batch, tokens, width)."""
-    tokens = model.grid_size[0] * model.grid_size[1] + model.num_prefix_tokens
-    return config.data.batch_size, tokens, model.embed_dim
+    """Shape of what a block is given: (batch, tokens, width); with --patch-drop as in most of the steps."""
+    patches = number_kept(model.grid_size[0] * model.grid_size[1], config.model.patch_drop)
+    return config.data.batch_size, patches + model.num_prefix_tokens, model.embed_dim
 
 
 def _images(config: Config) -> Tensor:

@@ -17,6 +17,7 @@ from fastdeit.distill.attention import AttentionDistillation
 from fastdeit.distill.loss import Objective
 from fastdeit.distributed import parallel
 from fastdeit.distributed.world import World
+from fastdeit.models import patch_drop
 from fastdeit.models.build import mean_std
 from fastdeit.models.deit import DeiT
 from fastdeit.models.positions import take_sizes
@@ -39,6 +40,7 @@ class Inputs(NamedTuple):
     noise: Tensor | None  # (images, depth, 2) float32 in [0, 1): the model's drop_path_noise
     numbers: Tensor  # (3,) float64: the step's number, its learning rate, the decay of the moving average
     seed: int | None  # of PyTorch's own generators, for a model that draws for itself
+    patches: Tensor | None = None  # (images, kept) int64: those that the model sees; None: all
 
 
 @dataclass
@@ -112,9 +114,8 @@ class Trainer:
         self.evaluation = Evaluation(model, self.ema, config, world, arrangement.inductor)
         self.attention = AttentionDistillation.of(config, model, teacher)  # before anything is compiled
         if compiles(config, device):
-            parallel.compile_model(
-                model, world, config.speed.sharding, arrangement.inductor, sizes=len(self.curriculum.sizes)
-            )
+            sizes = len(self.curriculum.sizes) + (config.model.patch_drop > 0)  # with some patches, and with all
+            parallel.compile_model(model, world, config.speed.sharding, arrangement.inductor, sizes=sizes)
         self.forward = parallel.distribute(model, self.ema, config.speed.sharding, world)
         self.objective = Objective.from_config(config)
 
@@ -123,6 +124,7 @@ class Trainer:
         self.total_steps = self.curriculum.epochs * steps_per_epoch
         self.total_work = settings.epochs * steps_per_epoch  # in steps at the full size, as the warm-up
         self.warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
+        self.patch_drop = 0.0  # the rate of the last step
         self.rates = scaled_rates(
             settings.lr, settings.warmup_lr, settings.min_lr, self.global_batch, scale=not settings.unscale_lr
         )
@@ -150,6 +152,12 @@ class Trainer:
 
         self.graph = StepGraph(compute, self.changed, capture, self.news.append, self.update.forget)
 
+    def _capture_anew(self) -> None:
+        """For steps of other shapes."""
+        if self.graph is not None and not self.graph.failed:
+            self.graph = None  # its memory first
+            self.capture_steps(self.capture)
+
     def release(self) -> None:
         """Give up the graph and its memory; steps are made as they are."""
         self.graph = None
@@ -162,9 +170,7 @@ class Trainer:
             return False
         self.size = size
         self.low_frequencies = None if size == full else LowFrequencies(full, size, self.world.device, self.precision)
-        if self.graph is not None and not self.graph.failed:
-            self.graph = None  # its memory first
-            self.capture_steps(self.capture)
+        self._capture_anew()
         return True
 
     def step(self, batch, average: Average | None = None) -> Tensor:
@@ -173,6 +179,7 @@ class Trainer:
 
         average: from this process's losses to that mean; the loop's sends more along with them.
         """
+        self._drop_patches()
         inputs, average = self.inputs(batch), average or self.world.mean
         if self.graph is None:
             losses = self.compute(inputs, average)
@@ -186,36 +193,45 @@ class Trainer:
     def inputs(self, batch) -> Inputs:
         """What is new in the step to come, on the device."""
         sequence = np.random.SeedSequence([self.config.run.seed, self.state.step])
-        seed = int(sequence.generate_state(1, np.uint64)[0] >> 1)
-        noise, of_model = None, None
+        seed, of_patches = (int(word >> 1) for word in sequence.generate_state(2, np.uint64))
+        noise, patches, of_model = None, None, None
         if not isinstance(self.model, DeiT):
             of_model = seed + self.world.rank
             torch.manual_seed(of_model)
-        elif self.model.drop_path > 0:
-            noise = self._drop_path_noise(seed)
+        else:
+            if self.model.drop_path > 0:
+                noise = self._noise(seed, len(self.model.blocks), 2)
+            if self.patch_drop > 0:
+                height, width = height_width(self.size)
+                count = height * width // self.model.arch.patch_size**2
+                patches = patch_drop.chosen(self._noise(of_patches, count), self.patch_drop)
         decay = average_decay(self.state.step, self.config.model.model_ema_decay)
         numbers = torch.tensor([self.state.step, self.lr(), decay], dtype=torch.float64, pin_memory=self.on_cuda)
-        return Inputs(batch, noise, numbers.to(self.world.device, non_blocking=True), of_model)
+        return Inputs(batch, noise, numbers.to(self.world.device, non_blocking=True), of_model, patches)
 
     def compute(self, inputs: Inputs, average: Average) -> Tensor:
         """The step itself, a function of its inputs and of what `changed` lists: all of it is done by the device, and
         nothing waits for it."""
         micro_batches = split(inputs.batch, self.config.optimization.accumulate)
         parts = len(micro_batches)
-        noise = [{}] * parts if inputs.noise is None else [{"drop_path_noise": n} for n in inputs.noise.chunk(parts)]
+        options: list[dict] = [{} for _ in range(parts)]
+        for name, drawn in (("drop_path_noise", inputs.noise), ("patches", inputs.patches)):
+            for option, part in zip(options, () if drawn is None else drawn.chunk(parts)):
+                option[name] = part
         self.update.begin()
         own_losses = 0
         for i, micro_batch in enumerate(micro_batches):
             with parallel.gradient_sync(self.forward, when=i == parts - 1):
-                own_losses = own_losses + self._backward(micro_batch, noise[i], weight=1 / parts)
+                own_losses = own_losses + self._backward(micro_batch, options[i], weight=1 / parts)
         self.timer.enter("optimizer")
         losses = average(own_losses)
         hold = self.update.apply(inputs.numbers, losses, own_losses)
         self.state.add(losses, hold)
         return losses
 
-    def _backward(self, batch, noise: dict, weight: float) -> Tensor:
-        """Add `weight` times the batch's gradient. Returns `weight` times its losses, (4,), detached."""
+    def _backward(self, batch, options: dict, weight: float) -> Tensor:
+        """Add `weight` times the batch's gradient. Returns `weight` times its losses, (4,), detached. options: of the
+        model's forward."""
         if self.on_micro_batch is not None:
             self.on_micro_batch(self)
         enter = self.timer.enter
@@ -227,7 +243,7 @@ class Trainer:
         if self.low_frequencies is not None:
             images = self.low_frequencies(images)
         with self.autocast():
-            outputs = self.forward(images, **noise)
+            outputs = self.forward(images, **options)
         enter("loss")
         attention = self.attention() if self.attention is not None else None
         loss, terms = self.objective(outputs, batch.labels, batch.mix, targets, attention)
@@ -257,13 +273,24 @@ class Trainer:
         """What is done after so many steps, in steps at the full size; of that, the learning rate is a function."""
         return self.curriculum.work(step, self.steps_per_epoch)
 
-    def _drop_path_noise(self, seed: int) -> Tensor:
-        """The step's random numbers for this process's images, (images, depth, 2), the same on any number of
-        processes."""
+    def _noise(self, seed: int, *shape: int) -> Tensor:
+        """The step's random numbers for this process's images, (images, *shape) float32 in [0, 1), the same on any
+        number of processes."""
         generator = torch.Generator(self.world.device).manual_seed(seed)
-        shape = (self.global_batch, len(self.model.blocks), 2)
-        noise = torch.rand(shape, generator=generator, device=self.world.device)
+        noise = torch.rand(self.global_batch, *shape, generator=generator, device=self.world.device)
         return noise.chunk(self.world.world_size)[self.world.rank]
+
+    def _drop_patches(self) -> None:
+        """Set the rate of the step to come: --patch-drop's, in the last tenth of the work none."""
+        left = self.total_work - self.work(self.state.step + 1)
+        rate = self.config.model.patch_drop if 10 * left >= self.total_work else 0.0
+        if rate == self.patch_drop:
+            return
+        if rate == 0:
+            self.news.append(f"from step {self.state.step + 1} on, the student sees all patches")
+        self.patch_drop = rate
+        patch_drop.set_rate(self.model, rate)
+        self._capture_anew()
 
     def changed(self) -> dict[str, list[Tensor]]:
         """All that a step changes, by kind: after the first step always the same tensors."""

@@ -29,9 +29,9 @@ def straight(colors, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight") / "run"
     seen, embed = [], DeiT.embed
 
-    def look(model, images):
+    def look(model, images, patches=None):
         seen.append((model.training, images.shape[-1]))
-        return embed(model, images)
+        return embed(model, images, patches)
 
     with mock.patch.object(DeiT, "embed", look):
         run(*STAGED, "--data-path", colors, "--output-dir", folder)

@@ -17,7 +17,7 @@ from .processes import At, die, fail, start_ranks, terminate
 from .runs import RANDOM, assert_same, assert_same_losses, run, run_until, step_of
 
 # With SGD, weights can be compared: Adam makes full steps of gradients that are zero but for rounding.
-COMMAND = [*RANDOM, "--epochs", "2", "--opt", "sgd", "--lr", "0.1"]
+COMMAND = [*RANDOM, "--epochs", "2", "--opt", "sgd", "--lr", "0.1", "--patch-drop", "0.25"]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from torch import nn
 
 from fastdeit.errors import UserError
 from fastdeit.models import deit as fastdeit_model
-from fastdeit.models.deit import create_model, model_names, token_cosine_similarity
+from fastdeit.models.deit import create_model, model_names
+from fastdeit.models.token_similarity import token_cosine_similarity
 
 NANO = "deit_nano_distilled_patch4_16"
 

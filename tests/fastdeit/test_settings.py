@@ -117,6 +117,12 @@ class Built:
         return trainer, max((new - old).abs().max().item() for new, old in pairs)
 
     @property
+    def inputs(self):
+        """Of the first step."""
+        self.trainer._drop_patches()
+        return self.trainer.inputs(next(iter(self.loaders[0])))
+
+    @property
     def refused(self) -> str:
         """Why no run is built."""
         return refusal(lambda: run.build(self.config, PLACE, (self.index, self.index)))
@@ -200,6 +206,7 @@ CASES = {
     "model.model": ("deit_nano_patch4_16", lambda b: not b.student.arch.distilled, {}),
     "model.patch_size": (8, lambda b: b.student.patch_embed.proj.weight.shape[-1] == 8, {}),
     "model.drop_path": (0.9, lambda b: b.student.drop_path == 0.9, {}),
+    "model.patch_drop": (0.5, lambda b: b.inputs.patches is not None and b.inputs.patches.shape == (10, 8), {}),
     "model.finetune": (
         "FILES/student.safetensors",
         lambda b: torch.equal(b.student.pos_embed, load_file(b.folder / "student.safetensors")["pos_embed"]),

@@ -144,7 +144,7 @@ def test_combo_kernels_reach_inductor(monkeypatch):
     assert question == {"combo kernels": (["off", "on"], "off")}
     assert arrangement.inductor == {"combo_kernels": True} and arrangement.memory_format == torch.channels_last
     seen = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module, options: seen.append(options))
+    monkeypatch.setattr(nn.Module, "compile", lambda module, options, dynamic: seen.append(options))
     parallel.compile_model(model, CPU, "ddp", arrangement.inductor)
     assert seen == [{"combo_kernels": True}]
 

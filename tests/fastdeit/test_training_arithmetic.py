@@ -137,7 +137,7 @@ CASES = {
 def settings_of(recipe: Recipe, *, accumulate=1, scaled=False) -> Config:
     """The recipe in the words of the trainer's settings."""
     config = Config()
-    config.data.batch_size = BATCH // accumulate
+    config.data.batch_size, config.data.input_size = BATCH // accumulate, SIZE
     config.model.model_ema_decay = recipe.ema_decay
     distillation, optimization = config.distillation, config.optimization
     distillation.distillation_type, distillation.distillation_alpha = recipe.kind, recipe.alpha
