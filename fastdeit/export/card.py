@@ -132,13 +132,15 @@ def _training(settings: dict) -> str:
     rows = {
         "recipe": run.get("recipe"), "model": model["model"], "started from": _short(start),
         "distillation": None, "teacher": None, "epochs": optimization["epochs"], "optimizer": optimization["opt"],
-        "learning rate": optimization["lr"], "batch per process": data["batch_size"], "image size": data["input_size"],
+        "curriculum": optimization.get("curriculum"), "learning rate": optimization["lr"], "batch per process": data["batch_size"], "image size": data["input_size"],
         "augmentation": data["aa"], "mixup, cutmix": f"{data['mixup']:g}, {data['cutmix']:g}", "seed": run["seed"],
     }  # fmt: skip
     if distillation["distillation_type"] != "none":
         rows["distillation"] = distillation["distillation_type"]
         teacher = distillation["teacher_store"] or distillation["teacher_path"] or distillation["teacher_model"]
         rows["teacher"] = " and ".join(map(_short, teacher if isinstance(teacher, list) else [teacher]))
+    if rows["curriculum"] == "none":
+        del rows["curriculum"]
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     return "\n".join(["## Training\n", "| | |\n| --- | --- |", *lines])
 

@@ -8,6 +8,7 @@ import torch
 from fastdeit.curriculum import Curriculum
 from fastdeit.distributed.world import World
 from fastdeit.models.deit import DeiT
+from fastdeit.training.loop import Loop
 from fastdeit.training.step_graph import WARM_UP
 from fastdeit.training.trainer import Trainer
 
@@ -17,7 +18,7 @@ from .recorded import DeviceOnly, Recorded
 from .runs import RANDOM, assert_same, lines, run, run_until, step_of
 from .test_distributed import finish
 from .test_step_graph import compare, settings, stream
-from .test_training_arithmetic import SIZE, Teacher, deit
+from .test_training_arithmetic import SIZE, Teacher, batches, deit
 
 # Three steps an epoch on the colours.
 STAGED = [*RANDOM, "--epochs", 2, "--curriculum", "8:0,12:5,16:9"]
@@ -162,3 +163,13 @@ def test_the_learning_rate_follows_the_work():
     plain.curriculum = Curriculum.read("none", 2, SIZE)
     assert (staged.total_steps, staged.total_work) == (20, 8)
     assert [staged.lr(step) for step in (0, 4, 8, 16, 17, 18, 20)] == [plain.lr(step) for step in (0, 1, 2, 4, 5, 6, 8)]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_the_time_left_is_of_what_costs_most(live):
+    """The student's pixels; with a live teacher the teacher, whose work is the same in all steps."""
+    trainer = trainer_of()[0]
+    trainer.config.distillation.teacher_store = None if live else "cache"
+    seen = batches()
+    remaining = Loop(trainer, (seen, seen), list("abcde"), None).log.remaining
+    assert [remaining.work(step) for step in (4, 16, 20)] == ([4, 16, 20] if live else [1, 4, 8])

@@ -28,7 +28,7 @@ def finished(tmp_path):
     """A run's folder with its accuracies, distilled and fine-tuned, as the trainer leaves it."""
     config = settings(NANO, 16, finetune="hf-hub:facebook/some-deit@main")
     config.run.recipe, config.data.data_path = "finetune", tmp_path / "secret" / "pets"
-    config.distillation.distillation_type = "hard"
+    config.distillation.distillation_type, config.optimization.curriculum = "hard", "8:0,16:9"
     config.distillation.teacher_path = str(tmp_path / "runs" / "teacher")
     model = create_model(NANO, num_classes=3, img_size=16).eval()
     described = {**files.describe(model, config, CLASSES, MEAN, STD), "accuracy": ACCURACY}
@@ -59,6 +59,7 @@ def test_the_card_of_a_run(finished, tmp_path, weights, top1):
         "| recipe | finetune |",
         "| distillation | hard |",
         "| teacher | runs/teacher |",
+        "| curriculum | 8:0,16:9 |",
         "`ant`, `bee`, `cow`",
     ):
         assert said in text
