@@ -132,7 +132,8 @@ def _training(settings: dict) -> str:
     rows = {
         "recipe": run.get("recipe"), "model": model["model"], "started from": _short(start),
         "distillation": None, "teacher": None, "epochs": optimization["epochs"], "optimizer": optimization["opt"],
-        "curriculum": optimization.get("curriculum"), "learning rate": optimization["lr"], "batch per process": data["batch_size"], "image size": data["input_size"],
+        "curriculum": optimization.get("curriculum"),
+        "learning rate": optimization["lr"], "batch per process": data["batch_size"], "image size": data["input_size"],
         "augmentation": data["aa"], "mixup, cutmix": f"{data['mixup']:g}, {data['cutmix']:g}", "seed": run["seed"],
     }  # fmt: skip
     if distillation["distillation_type"] != "none":
