@@ -29,11 +29,18 @@ def _check_together(config) -> None:
             raise UserError(f"{flag} has no effect without --distillation-type hard or soft: give one of them too")
     if distillation.teacher_path is not None and distillation.teacher_store is not None:
         raise UserError("--teacher-path gives a live teacher, --teacher-store its logit cache: give one of them")
-    several = len(distillation.teachers()) > 1
-    if several and distillation.attention_distillation_weight > 0 and distillation.distillation_type != "none":
-        raise UserError(
-            "--attention-distillation-weight compares the attention of one teacher: give one, or omit the flag"
-        )
+    several = len(distillation.teachers()) > 1 and distillation.distillation_type != "none"
+    for what, weight in {
+        "attention": distillation.attention_distillation_weight,
+        "feature": distillation.feature_distillation_weight,
+    }.items():
+        if weight > 0 and several:
+            raise UserError(f"--{what}-distillation-weight compares with one teacher: give one, or omit the flag")
+        if weight > 0 and distillation.teacher_store is not None:
+            raise UserError(
+                f"--{what}-distillation-weight needs a live teacher: omit --teacher-store, since a logit cache holds "
+                f"no {'attention maps' if what == 'attention' else 'features'}"
+            )
     if distillation.unlabelled_path is not None and distillation.distillation_type == "none":
         raise UserError(
             "--unlabelled-path: images without labels need a teacher: give --distillation-type hard or soft"

@@ -57,7 +57,7 @@ def extended_settings(run: str) -> Config:
 
 EXTENDED = (  # what the state of a run is made for
     "data.input_size", "data.in_chans", "model.model", "model.patch_size", "model.freeze", "model.attn_only",
-    "model.model_ema", "optimization.opt", "optimization.layer_decay",
+    "model.model_ema", "distillation.feature_distillation_weight", "optimization.opt", "optimization.layer_decay",
 )  # fmt: skip
 
 

@@ -15,13 +15,15 @@ from . import logit_losses
 
 @dataclass(frozen=True)
 class Objective:
-    """L = (1 - alpha) * class term + alpha * teacher term + attention_weight * attention term, means over the batch.
+    """L = (1 - alpha) * class term + alpha * teacher term + attention_weight * attention term
+    + feature_weight * feature term, means over the batch.
 
     - class term: cross entropy with the (mixed, smoothed) label, on the class head;
     - teacher term, kind "hard": cross entropy with the teacher's argmax, on the distillation head (a student with one
       head takes both terms there); kind "soft": tau^2 * KL(teacher || student), both at temperature tau; kinds "dkd",
       "dist", "nkd": see logit_losses.py;
-    - attention term: the distance between the models' attention (attention.py), if its weight is not 0.
+    - attention term: the distance between the models' attention (attention.py), if its weight is not 0;
+    - feature term: that between their features (features.py), likewise.
 
     Training data-efficient image transformers & distillation through attention (arXiv 2012.12877), equations 2 and 3;
     facebookresearch/deit losses.py. Label smoothing applies to the class term only. alpha weights the teacher's term;
@@ -35,6 +37,7 @@ class Objective:
     soft_reduction: str = "batchmean"
     binary: bool = False
     attention_weight: float = 0.0
+    feature_weight: float = 0.0
     nontarget: float = 0.0  # of dkd and nkd: the weight of the classes other than the target's
     standardize: bool = False  # soft, dkd: compare standardised logits
 
@@ -56,24 +59,31 @@ class Objective:
             distillation.distillation_reduction,
             binary,
             distillation.attention_distillation_weight,
+            distillation.feature_distillation_weight,
             logit_losses.NONTARGET.get(kind, 0.0) if nontarget is None else nontarget,
             distillation.logit_standardization,
         )
 
-    def __call__(self, outputs, labels: Tensor, mix, teacher, attention: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The loss to differentiate and, to be logged, a detached (3,) tensor: class, teacher and attention term.
+    def __call__(
+        self, outputs, labels: Tensor, mix, teacher, attention: Tensor | None = None, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss to differentiate and, to be logged, a detached (4,) tensor: class, teacher, attention and feature
+        term.
 
         outputs: the student's (cls, dist) logits or its only logits, each (batch, classes)
         labels: (batch,) int64, -100 where there is none
         mix: the batch's `Mix` or None
         teacher: its (batch, classes) logits; or from a logit cache its (batch,) labels, or the (classes,
             probabilities) of the likeliest, (batch, top) each; or None
-        attention: () the attention term, or None
+        attention, features: () the attention term, the feature term, or None
         """
         loss, terms = self._of_logits(outputs, labels, mix, teacher)
-        if attention is None:
-            return loss, torch.cat([terms, terms.new_zeros(1)])
-        return loss + self.attention_weight * attention, torch.cat([terms, attention.detach().to(terms).view(1)])
+        for weight, term in ((self.attention_weight, attention), (self.feature_weight, features)):
+            if term is None:
+                terms = torch.cat([terms, terms.new_zeros(1)])
+            else:
+                loss, terms = loss + weight * term, torch.cat([terms, term.detach().to(terms).view(1)])
+        return loss, terms
 
     def _of_logits(self, outputs, labels: Tensor, mix, teacher) -> tuple[Tensor, Tensor]:
         cls_logits, dist_logits = outputs if isinstance(outputs, tuple) else (outputs, None)

@@ -5,7 +5,7 @@ all-reduce of one overlaps with the backward pass before it (torch._dynamo.confi
 instead of one for each block. For FSDP, blocks are compiled one by one, as they are sharded.
 """
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -57,12 +57,14 @@ def _shard(model: nn.Module, world: World) -> None:
         register_fsdp_forward_method(model, "forward_heads")  # evaluation enters here, not in forward
 
 
-def gradient_sync(forward: nn.Module, *, when: bool):
+def gradient_sync(*modules: nn.Module | None, when: bool):
     """The context of a micro-batch: DDP all-reduces gradients only where `when`, in the last of a step. FSDP
     accumulates its shards' gradients, so that no process ever holds all of them."""
-    if isinstance(forward, DistributedDataParallel) and not when:
-        return forward.no_sync()
-    return nullcontext()
+    context = ExitStack()
+    for module in modules:
+        if isinstance(module, DistributedDataParallel) and not when:
+            context.enter_context(module.no_sync())
+    return context
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

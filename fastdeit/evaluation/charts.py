@@ -114,6 +114,7 @@ def _losses(training: list[dict]) -> list[Line]:
         *_line("class term", training, "class_loss", "c1"),
         *_line("teacher term", training, "teacher_loss", "c2"),
         *_line("attention term", training, "attention_loss", "c4"),
+        *_line("feature term", training, "feature_loss", "grey"),
     ]
     return [*_line("loss", training, "loss", "c3"), *terms] if len(terms) > 1 else _line("loss", training, "loss")
 

@@ -174,6 +174,7 @@ class DeiT(nn.Module):
         self.distilled_training = arch.distilled
         self.grad_checkpointing = False
         self.regriddings: dict[tuple[int, int], Tensor] = {}  # see positions.take_sizes
+        self.all_tokens = False  # training: the last block for all tokens, where their features are wanted
 
         # A position for every token; in DeiT III for the patches only.
         positions = self.grid_size[0] * self.grid_size[1] + (0 if arch.deit3 else self.num_prefix_tokens)
@@ -218,7 +219,8 @@ class DeiT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(cls_logits, dist_logits) in train() and eval() alike; dist_logits is None for a plain model."""
         # The heads read the prefix tokens only, so the last block need not compute the others.
-        x_BTD = self._tokens(images, drop_path_noise, patches, first=self.num_prefix_tokens)
+        first = None if self.all_tokens and self.training else self.num_prefix_tokens
+        x_BTD = self._tokens(images, drop_path_noise, patches, first=first)
         return self.head(x_BTD[:, 0]), self.head_dist(x_BTD[:, 1]) if self.arch.distilled else None
 
     def forward_features(self, images: Tensor, drop_path_noise: Tensor | None = None) -> Tensor:

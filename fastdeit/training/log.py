@@ -156,7 +156,12 @@ def bar_text(title: str, epoch: int, figures: dict, width: int) -> str:
 def _train_parts(figures: dict) -> list[str]:
     if not figures:
         return []
-    names = {"class_loss": "class", "teacher_loss": "teacher", "attention_loss": "attention"}
+    names = {
+        "class_loss": "class",
+        "teacher_loss": "teacher",
+        "attention_loss": "attention",
+        "feature_loss": "features",
+    }
     terms = ", ".join(f"{name} {figures[key]:.3f}" for key, name in names.items() if figures.get(key))
     terms = f" ({terms})" if "," in terms else ""
     return [

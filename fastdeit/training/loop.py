@@ -21,6 +21,7 @@ from .remaining import Remaining
 from .trackers import open_tracker
 from .trainer import Trainer
 
+NAMES = ("loss", "class_loss", "teacher_loss", "attention_loss", "feature_loss")  # of nonfinite.TERMS, in the log
 LOG_STEPS = 50  # about: the host waits for the device only this often
 
 
@@ -105,7 +106,7 @@ class Loop:
             self.log.say(f"{until} of {self.epochs}: images of {in_pixels(part.size)} pixels{magnitude}")
 
     def step(self, batch) -> Tensor:
-        """Trainer.step, and what the processes tell each other with it. Returns the losses, (4,)."""
+        """Trainer.step, and what the processes tell each other with it. Returns the losses, as that does."""
         if not self.warm and compiles(self.config, self.world.device):
             self.log.say("compiling the training step: the first takes longer ...")
         losses = self.trainer.step(batch, self.checkpointing.exchange)
@@ -124,7 +125,7 @@ class Loop:
         """Of the log's next line. steps: made in these seconds; the losses of a resumed run are over more."""
         losses, _ = self.state.take_means()
         return {
-            **dict(zip(("loss", "class_loss", "teacher_loss", "attention_loss"), losses)),
+            **dict(zip(NAMES, losses)),
             "lr": self.trainer.lr(self.state.step - 1),
             "images_per_s": steps * self.trainer.global_batch / seconds, "data_share": waited / seconds,
             "seconds": {phase: round(value, 4) for phase, value in self.trainer.timer.read().items()},
@@ -223,7 +224,9 @@ class Loop:
         state.step, state.epochs_evaluated = description["step"], progress["epochs_evaluated"]
         state.stale, state.schedule_start = progress.get("stale", 0), progress.get("schedule_start", 0)
         state.best, state.accuracies = progress["best"], description.get("accuracy", {})
-        state.sums.copy_(torch.tensor(progress["sums"]))
+        *sums, steps = progress["sums"]
+        sums += [0.0] * (len(state.sums) - 1 - len(sums))  # an earlier version knew fewer terms
+        state.sums.copy_(torch.tensor([*sums, steps]))
         self.checkpointing.load(description)
         self.log.say(f"resumes at step {state.step} of {self.trainer.total_steps}")
 

@@ -17,7 +17,7 @@ import torch
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 
-TERMS = ("loss", "class term", "teacher term", "attention term")
+TERMS = ("loss", "class term", "teacher term", "attention term", "feature term")
 ROWS = 1000  # of so many bad steps the numbers are kept
 
 

@@ -2,6 +2,7 @@
 moving average."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,11 +61,16 @@ def _by_matrices(groups: list[dict], model: nn.Module) -> list[dict]:
 
 
 def build_optimizer(
-    model: nn.Module, name: str, *, lr: float, weight_decay: float, eps: float, betas, layer_decay: float | None = None
-) -> torch.optim.Optimizer:
+    model: nn.Module, name: str, *, lr: float, weight_decay: float, eps: float, betas, layer_decay: float | None = None,
+    others: Sequence[nn.Parameter] = (),
+) -> torch.optim.Optimizer:  # fmt: skip
     """AdamW (fused), LAMB (for the DeiT III recipes), SGD with Nesterov momentum, or Muon for the matrices inside the
-    network and AdamW for the rest."""
+    network and AdamW for the rest. others: what learns beside the model, without decay."""
     groups = parameter_groups(model, weight_decay, layer_decay)
+    if name == "muon":
+        groups = _by_matrices(groups, model)
+    if others:
+        groups.append({"params": list(others), "weight_decay": 0.0})
     if name == "adamw":
         # fused: one kernel for all parameters, which on the device itself can leave a step out (see Update).
         # capturable: no difference to it, but without it PyTorch refuses to have it in a CUDA graph.
@@ -74,7 +80,7 @@ def build_optimizer(
     if name == "lamb":
         return Lamb(groups, lr=lr, betas=betas, eps=eps)
     if name == "muon":
-        return Muon(_by_matrices(groups, model), lr=lr, betas=betas, eps=eps)
+        return Muon(groups, lr=lr, betas=betas, eps=eps)
     if name == "sgd":
         sharded = is_sharded(groups[0]["params"][0])
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=not sharded)
@@ -178,6 +184,8 @@ class Update:
         self.parameters, self.buffers = list(model.parameters()), list(model.buffers())
         self.buffers_before: list[Tensor] = []
         self.weights = [local_shard(parameter) for parameter in self.parameters]
+        own, learning = set(map(id, self.parameters)), (p for group in optimizer.param_groups for p in group["params"])
+        self.parameters += [parameter for parameter in learning if id(parameter) not in own]
         averaged = ([], []) if ema is None else (ema.parameters(), ema.buffers())
         self.averages, self.averaged_buffers = [local_shard(average) for average in averaged[0]], list(averaged[1])
         scales, device = [group.get("lr_scale", 1.0) for group in optimizer.param_groups], self.weights[0].device

@@ -157,6 +157,7 @@ def undistilled(config: Config) -> Config:
     settings = type(config).from_dict(config.to_dict())
     settings.typed = config.typed
     settings.distillation.distillation_type = "none"
+    settings.distillation.attention_distillation_weight = settings.distillation.feature_distillation_weight = 0.0
     if not config.model.finetune and not config.model.pretrained:
         settings.model.model = config.model.model.replace("_distilled", "")
     return settings

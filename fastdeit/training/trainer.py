@@ -14,6 +14,7 @@ from fastdeit.config import Config, height_width
 from fastdeit.curriculum import Curriculum
 from fastdeit.data import compiles, precision_of, prepare, split
 from fastdeit.distill.attention import AttentionDistillation
+from fastdeit.distill.features import FeatureDistillation
 from fastdeit.distill.loss import Objective
 from fastdeit.distributed import parallel
 from fastdeit.distributed.world import World
@@ -113,10 +114,13 @@ class Trainer:
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.model.model_ema else None
         self.evaluation = Evaluation(model, self.ema, config, world, arrangement.inductor)
         self.attention = AttentionDistillation.of(config, model, teacher)  # before anything is compiled
+        self.features = FeatureDistillation.of(config, model, teacher)
         if compiles(config, device):
             sizes = len(self.curriculum.sizes) + (config.model.patch_drop > 0)  # with some patches, and with all
             parallel.compile_model(model, world, config.speed.sharding, arrangement.inductor, sizes=sizes)
         self.forward = parallel.distribute(model, self.ema, config.speed.sharding, world)
+        if self.features is not None:
+            self.features.distribute(world, config.speed.sharding)
         self.objective = Objective.from_config(config)
 
         self.global_batch = config.data.batch_size * settings.accumulate * world.world_size
@@ -130,7 +134,7 @@ class Trainer:
         )
         self.optimizer = build_optimizer(
             model, settings.opt, lr=self.rates.peak, weight_decay=settings.weight_decay, eps=settings.opt_eps,
-            betas=settings.opt_betas, layer_decay=settings.layer_decay,
+            betas=settings.opt_betas, layer_decay=settings.layer_decay, others=self._projection(),
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.guard = Guard(device, config.run.skip_nonfinite)
@@ -174,7 +178,7 @@ class Trainer:
         return True
 
     def step(self, batch, average: Average | None = None) -> Tensor:
-        """Train on one batch. Returns its losses, (4,) detached on the device: the loss and its terms, as
+        """Train on one batch. Returns its losses, (5,) detached on the device: the loss and its terms, as
         nonfinite.TERMS names them, means over all processes.
 
         average: from this process's losses to that mean; the loop's sends more along with them.
@@ -221,7 +225,7 @@ class Trainer:
         self.update.begin()
         own_losses = 0
         for i, micro_batch in enumerate(micro_batches):
-            with parallel.gradient_sync(self.forward, when=i == parts - 1):
+            with parallel.gradient_sync(self.forward, self.features and self.features.forward, when=i == parts - 1):
                 own_losses = own_losses + self._backward(micro_batch, options[i], weight=1 / parts)
         self.timer.enter("optimizer")
         losses = average(own_losses)
@@ -230,7 +234,7 @@ class Trainer:
         return losses
 
     def _backward(self, batch, options: dict, weight: float) -> Tensor:
-        """Add `weight` times the batch's gradient. Returns `weight` times its losses, (4,), detached. options: of the
+        """Add `weight` times the batch's gradient. Returns `weight` times its losses, (5,), detached. options: of the
         model's forward."""
         if self.on_micro_batch is not None:
             self.on_micro_batch(self)
@@ -246,7 +250,8 @@ class Trainer:
             outputs = self.forward(images, **options)
         enter("loss")
         attention = self.attention() if self.attention is not None else None
-        loss, terms = self.objective(outputs, batch.labels, batch.mix, targets, attention)
+        features = self.features() if self.features is not None else None
+        loss, terms = self.objective(outputs, batch.labels, batch.mix, targets, attention, features)
         enter("backward")
         self.scaler.scale(loss * weight).backward()
         return torch.cat([loss.detach().view(1), terms]) * weight
@@ -292,10 +297,14 @@ class Trainer:
         patch_drop.set_rate(self.model, rate)
         self._capture_anew()
 
+    def _projection(self) -> list[nn.Parameter]:
+        """What learns beside the model."""
+        return [] if self.features is None else list(self.features.projection.parameters())
+
     def changed(self) -> dict[str, list[Tensor]]:
         """All that a step changes, by kind: after the first step always the same tensors."""
         kinds = {
-            "weights": list(self.model.parameters()), "statistics": list(self.model.buffers()),
+            "weights": [*self.model.parameters(), *self._projection()], "statistics": list(self.model.buffers()),
             "moving average": [] if self.ema is None else [*self.ema.parameters(), *self.ema.buffers()],
         }  # fmt: skip
         for values in self.optimizer.state.values():
@@ -312,10 +321,13 @@ class Trainer:
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = self.lr() * group.get("lr_scale", 1.0)  # in memory a tensor, which each step fills
+        training = {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        if self.features is not None:
+            training["projection"] = self.features.projection.state_dict()
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
-            "training": {"optimizer": optimizer, "scaler": self.scaler.state_dict()},
+            "training": training,
         }
 
     def load(self, saved: dict) -> None:
@@ -323,6 +335,8 @@ class Trainer:
         parallel.load_weights(self.model, saved["model"])
         if self.ema is not None:
             parallel.load_weights(self.ema, saved["ema"])
+        if self.features is not None:
+            parallel.load_weights(self.features.projection, saved["training"]["projection"])
         parallel.load_optimizer(self.optimizer, saved["training"]["optimizer"])
         self.scaler.load_state_dict(saved["training"]["scaler"])
         assert self.graph is None or self.graph.warm == 0, "the graph has the addresses of the former state"

@@ -81,7 +81,7 @@ def assert_same_losses(one, other):
             assert [left[key] for key in LOSSES] == pytest.approx([right[key] for key in LOSSES], rel=1e-4)
 
 
-LOSSES = ("loss", "class_loss", "teacher_loss", "attention_loss")
+LOSSES = ("loss", "class_loss", "teacher_loss", "attention_loss", "feature_loss")
 
 
 def lines(folder):

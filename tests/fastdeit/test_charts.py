@@ -54,7 +54,15 @@ def eval_line(step: int, top1: float) -> dict:
 
 def test_what_is_drawn_is_what_was_logged():
     training = [
-        train_line(10 * i, loss=7 / i, class_loss=8 / i, teacher_loss=6 / i, attention_loss=1 / i, lr=3e-4 / i)
+        train_line(
+            10 * i,
+            loss=7 / i,
+            class_loss=8 / i,
+            teacher_loss=6 / i,
+            attention_loss=1 / i,
+            feature_loss=2 / i,
+            lr=3e-4 / i,
+        )
         for i in range(1, 8)
     ]
     evaluations = [eval_line(35, 0.5), eval_line(70, 0.72)]
@@ -62,7 +70,8 @@ def test_what_is_drawn_is_what_was_logged():
         training, evaluations, [eval_line(70, 0.4), eval_line(90, 0.44)], teacher=0.85
     )
     for chart, color, key in (
-        (loss, "c3", "loss"), (loss, "c1", "class_loss"), (loss, "c2", "teacher_loss"), (loss, "c4", "attention_loss"),
+        (loss, "c3", "loss"), (loss, "c1", "class_loss"), (loss, "c2", "teacher_loss"),
+        (loss, "c4", "attention_loss"), (loss, "grey", "feature_loss"),
         (rate, "c1", "lr"), (speed, "c1", "images_per_s"),
     ):  # fmt: skip
         expected = [(line["step"], line[key]) for line in training]

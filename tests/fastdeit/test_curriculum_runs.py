@@ -145,7 +145,7 @@ def test_a_small_step_asks_nothing_of_the_host():
     inputs = trainer.inputs(seen[2])
     with DeviceOnly() as mode:
         losses = trainer.compute(inputs, trainer.world.mean)
-    assert mode.outlive() == 1 and losses.shape == (4,)
+    assert mode.outlive() == 1 and losses.shape == (5,)
 
 
 def test_the_report_says_the_curriculum(straight):

@@ -53,7 +53,7 @@ def test_labels_only_with_smoothing(logits):
     loss, terms = run(Objective(smoothing=0.1), logits)
     expected = cross_entropy(logits[0], smoothed(one_hot(LABELS), 0.1))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert terms.tolist() == pytest.approx([expected.item(), 0.0, 0.0], rel=1e-6)
+    assert terms.tolist() == pytest.approx([expected.item(), 0.0, 0.0, 0.0], rel=1e-6)
 
 
 def test_hard_distillation(logits):
@@ -61,7 +61,7 @@ def test_hard_distillation(logits):
     class_term = cross_entropy(logits[0], smoothed(one_hot(LABELS), 0.1))
     teacher_term = cross_entropy(logits[1], one_hot(logits[2].argmax(1)))  # no smoothing here
     assert loss.item() == pytest.approx((0.7 * class_term + 0.3 * teacher_term).item(), rel=1e-6)
-    assert terms.tolist() == pytest.approx([class_term.item(), teacher_term.item(), 0.0], rel=1e-6)
+    assert terms.tolist() == pytest.approx([class_term.item(), teacher_term.item(), 0.0, 0.0], rel=1e-6)
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
@@ -98,6 +98,15 @@ def test_the_attention_term_is_added_with_its_weight(logits):
     assert terms[2] == 0.25 and not terms.requires_grad
     loss.backward()
     assert term.grad == 4
+
+
+def test_the_feature_term_is_added_with_its_weight(logits):
+    cls, dist, teacher = (value.float() for value in logits)
+    plain, _ = Objective("soft")((cls, dist), LABELS, None, teacher)
+    objective = Objective("soft", attention_weight=4.0, feature_weight=3.0)
+    loss, terms = objective((cls, dist), LABELS, None, teacher, torch.tensor(0.25), torch.tensor(0.5))
+    assert loss.item() == pytest.approx(plain.item() + 4 * 0.25 + 3 * 0.5, rel=1e-6)
+    assert terms[2:].tolist() == [0.25, 0.5]
 
 
 def test_unlabelled_samples_carry_the_teachers_term_alone(logits):

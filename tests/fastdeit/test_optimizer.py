@@ -7,7 +7,7 @@ from torch import nn
 from fastdeit.config import Config
 from fastdeit.errors import UserError
 from fastdeit.models.deit import create_model
-from fastdeit.training.nonfinite import Guard
+from fastdeit.training.nonfinite import TERMS, Guard
 from fastdeit.training.optimizer import Update, average_decay, build_optimizer, parameter_groups
 
 
@@ -41,6 +41,7 @@ def test_the_moving_average_follows_its_warm_up():
         loss = model(torch.randn(8, 5)).square().mean()
         loss.backward()
         numbers = torch.tensor([step, 0.1, average_decay(step, 0.3)], dtype=torch.float64)
-        update.apply(numbers, loss.detach().expand(4), loss.detach().expand(4))
+        losses = loss.detach().expand(len(TERMS))
+        update.apply(numbers, losses, losses)
         expected = decay * expected + (1 - decay) * model.weight.detach().double()
         torch.testing.assert_close(ema.weight.double(), expected, rtol=1e-6, atol=1e-7)

@@ -183,7 +183,7 @@ def test_a_step_asks_nothing_of_the_host():
     inputs = trainer.inputs(batches()[2])
     with DeviceOnly() as mode:
         losses = trainer.compute(inputs, trainer.world.mean)
-    assert mode.outlive() == 1 and losses.shape == (4,) and inputs.patches.shape == (BATCH, 2)
+    assert mode.outlive() == 1 and losses.shape == (5,) and inputs.patches.shape == (BATCH, 2)
 
 
 def test_a_step_that_is_not_finite_changes_nothing():

@@ -275,6 +275,11 @@ CASES = {
         lambda b: b.trainer.attention.options["heads"] == "mean",
         ATTENTION,
     ),
+    "distillation.feature_distillation_weight": (
+        2.0,
+        lambda b: b.trainer.features is not None and b.trainer.objective.feature_weight == 2.0,
+        {"distillation.distillation_type": "soft"},
+    ),
     "optimization.epochs": (4, lambda b: b.trainer.total_steps == 4 * 24, {}),
     "optimization.curriculum": (
         "8:0,16:9",  # of two epochs of work, 4 at 8 pixels and 1 at 16

@@ -74,6 +74,8 @@ CASES = {
     "cached, dist": (student, Cached, {"kind": "dist"}, {"cached": True}),
     "cached, nkd, accumulated": (student, Cached, {"kind": "nkd"}, {"cached": True, "accumulate": 2}),
     "attention": (student, Attentive, {"kind": "hard"}, {"attention": 0.5}),
+    "features, accumulated": (student, Attentive, {"kind": "soft", "clip": 0.5}, {"features": 0.5, "accumulate": 2}),
+    "features, muon": (student, Attentive, {"kind": "soft", "opt": "muon"}, {"features": 0.5}),
     "lower blocks more slowly": (student, None, {"opt": "lamb"}, {"layer_decay": 0.5}),
     "muon": (student, None, {"opt": "muon"}, {"layer_decay": 0.5}),
     "fp16": (student, Teacher, {"kind": "soft"}, {"precision": "fp16"}),
@@ -90,6 +92,7 @@ def settings(case):
     config.optimization.layer_decay = how.get("layer_decay")
     config.speed.precision = how.get("precision", "fp32")
     config.distillation.attention_distillation_weight = how.get("attention", 0.0)
+    config.distillation.feature_distillation_weight = how.get("features", 0.0)
     config.distillation.logit_standardization = how.get("standardized", False)
     return config
 
@@ -239,7 +242,7 @@ def test_a_step_asks_nothing_of_the_host(case):
     with DeviceOnly(draws=case == "a model that draws for itself") as mode:
         losses = trainer.compute(inputs, trainer.world.mean)
     # Nothing that the step has made is left but what it returns, and what it changes is where it was.
-    assert mode.outlive() == 1 and losses.shape == (4,)
+    assert mode.outlive() == 1 and losses.shape == (5,)
     assert before == {kind: [x.data_ptr() for x in tensors] for kind, tensors in trainer.changed().items()}
 
 

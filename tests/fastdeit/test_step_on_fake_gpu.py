@@ -117,7 +117,7 @@ def step_of(case, change=lambda trainer: None):
             for _ in range(2):  # the second one with the optimizer's state as it stays
                 with DeviceOnly(draws=not hasattr(model, "drop_path")):
                     losses = trainer.compute(Inputs(batch, noise, numbers, 0), trainer.world.mean)
-        assert losses.device == GPU and losses.shape == (4,)
+        assert losses.device == GPU and losses.shape == (5,)
         for tensors in trainer.changed().values():
             assert all(tensor.device == GPU for tensor in tensors)
         tally, images = Tally(), torch.empty(BATCH, 3, SIZE, SIZE, device=GPU)

@@ -12,6 +12,7 @@ from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.models.deit import create_model
 from fastdeit.models.trainable import depths, freeze
+from fastdeit.training.nonfinite import TERMS
 from fastdeit.training.optimizer import parameter_groups
 from fastdeit.training.trainer import Trainer
 
@@ -109,7 +110,7 @@ def take_steps(trainer: Trainer, count: int) -> None:
         images = torch.randn(8, 3, 16, 16)
         loss = torch.nn.functional.cross_entropy(trainer.model(images), torch.arange(8) % 3)
         loss.backward()
-        losses = loss.detach().expand(4)
+        losses = loss.detach().expand(len(TERMS))
         trainer.update.apply(trainer.inputs(None).numbers, losses, losses)
         trainer.state.step += 1
 
