@@ -12,6 +12,7 @@ from fastdeit.kernels.backend import padded_columns
 from fastdeit.kernels.bias_gelu import triton_kernels as bias_gelu
 from fastdeit.kernels.distillation_loss import triton_kernels as distillation_loss
 from fastdeit.kernels.mix_normalize import triton_kernels as mix_normalize
+from fastdeit.kernels.mlp import triton_kernels as mlp
 
 from .compile_case import ARCHITECTURES, CompileCase
 
@@ -22,7 +23,7 @@ def all_cases() -> Iterator[tuple[str, CompileCase]]:
     """(operation, case)"""
     operations = (
         add_layer_norm_cases, attention_cases, attention_bias_cases, attention_distillation_loss_cases,
-        attention_varlen_cases, bias_gelu_cases, distillation_loss_cases, mix_normalize_cases,
+        attention_varlen_cases, bias_gelu_cases, distillation_loss_cases, mix_normalize_cases, mlp_cases,
     )  # fmt: skip
     for cases in operations:
         for case in cases():
@@ -242,6 +243,31 @@ def _distillation_loss_case(
     return CompileCase(
         f"distillation_loss {name}", distillation_loss.distillation_loss_kernel, signature, constexprs,
         multiples_of_16=("batch",), num_warps=num_warps,
+    )  # fmt: skip
+
+
+def mlp_cases() -> Iterator[CompileCase]:
+    """DeiT-Ti's and the nano model's."""
+    for width in (192, 128):
+        for direction, tiles_of in (("forward", mlp.forward_tiles), ("backward", mlp.backward_tiles)):
+            for tiles, architectures in _by_config(tiles_of, ()):
+                yield mlp_case(direction, width, tiles, architectures)
+
+
+def mlp_case(direction: str, width: int, tiles: mlp.Tiles, architectures=ARCHITECTURES) -> CompileCase:
+    half, single = "*bf16", "*fp32"
+    signature = dict.fromkeys(("x_ptr", "w1_ptr", "w2_ptr"), half) | {"b1_ptr": single, "rows": "i32"}
+    constexprs = {
+        "WIDTH": width, "HIDDEN": 4 * width, "CHUNK": mlp.CHUNK, "BLOCK_M": tiles.rows, "BLOCK_H": tiles.hidden
+    }  # fmt: skip
+    if direction == "forward":
+        kernel, signature = mlp.mlp_forward_kernel, signature | {"b2_ptr": single, "y_ptr": half}
+    else:
+        kernel, constexprs = mlp.mlp_backward_kernel, constexprs | {"BLOCK_S": mlp.BLOCK_S}
+        signature |= dict.fromkeys(("dy_ptr", "dx_ptr", "h_ptr", "dt_ptr"), half) | {"db1_ptr": single}
+    return CompileCase(
+        f"mlp {direction} W={width} bf16", kernel, signature, constexprs, ("rows",), *tiles[2:], dots_on_wgmma=True,
+        architectures=architectures,
     )  # fmt: skip
 
 

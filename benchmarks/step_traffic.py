@@ -1,6 +1,6 @@
 """What a compiled student moves through memory in a training step, counted without a GPU.
 
-    python -m benchmarks.step_traffic [--student MODEL] [--teacher MODEL] [--batch-size 256]
+    python -m benchmarks.step_traffic [--student MODEL] [--teacher MODEL] [--batch-size 256] [--fused-mlp]
 
 Student and teacher are traced as training traces them (bf16 autocast, drop path, fused attention; fp16, BatchNorms
 folded, 1x1 convolutions joined with their ReLU or not) and handed to torch.compile's Inductor, which plans its kernels
@@ -39,11 +39,12 @@ from fastdeit.cli import FoldedHelp
 from fastdeit.distill.folding import fold_batchnorm
 from fastdeit.distill.layouts import laid_out
 from fastdeit.models.deit import create_model
+from fastdeit.models.implementation import Implementation
 
 RECORD = Path(__file__).parent / "records" / "compile" / "step_traffic.csv"
 KINDS = (
     "products, convolutions", "attention", "residual and LayerNorm", "GELU", "gradients of biases and norms", "casts",
-    "other",
+    "fused MLP", "other",
 )  # fmt: skip
 COLUMNS = ("pass", "kind", "kernels", "gigabytes")
 CUDA = torch.device("cuda", 0)
@@ -60,9 +61,10 @@ class Kernel:
     bytes: int
 
 
-def planned(student: str, batch_size: int) -> dict[str, list[Kernel]]:
+def planned(student: str, batch_size: int, *, fused_mlp: bool = False) -> dict[str, list[Kernel]]:
     """The kernels of the "forward" and the "backward" pass."""
-    model = create_model(student, drop_path=0.1, attention="fused").train().to(memory_format=torch.channels_last)
+    model = create_model(student, drop_path=0.1).train().to(memory_format=torch.channels_last)
+    model.implement(Implementation("fused", fused_mlp=fused_mlp))
     with FakeTensorMode() as fake:
         noise = torch.empty(batch_size, len(model.blocks), 2)
         with torch.autocast("cpu", torch.bfloat16):
@@ -179,6 +181,8 @@ def kind_of(node) -> str | None:
         return None  # one of several results, counted with them
     if has("attention"):
         return "attention"
+    if has("fastdeit.mlp"):
+        return "fused MLP"
     if isinstance(node.node, ir.ExternKernel):
         return "products, convolutions"
     if has("rsqrt", "var_mean") or type(node).__name__ == "FusedMixOrderReductions":
@@ -197,11 +201,12 @@ def main():
     parser.add_argument("--student", default="deit_small_distilled_patch16_224")
     parser.add_argument("--teacher", default="regnety_160")
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--fused-mlp", action="store_true", help="fastdeit.kernels.mlp in the student's blocks")
     parser.add_argument("--combo-kernels", action="store_true", help="Inductor joins independent kernels, an option")
     parser.add_argument("--no-record", action="store_true", help="leave records/compile/step_traffic.csv as it is")
     args = parser.parse_args()
     with config.patch(combo_kernels=args.combo_kernels):
-        passes = planned(args.student, args.batch_size)
+        passes = planned(args.student, args.batch_size, fused_mlp=args.fused_mlp)
         passes["teacher"] = planned_teacher(args.teacher, args.batch_size, joined=False)
         passes["teacher, joined"] = planned_teacher(args.teacher, args.batch_size, joined=True)
     print(f"torch {torch.__version__}, {args.student}, {args.teacher}, batch {args.batch_size}\n")

@@ -1,6 +1,7 @@
 """Fused operations for vision transformers. They know tensors only, and import nothing else of fastdeit.
 
-Each operation is a folder, which imports neither another operation nor `integrations`, only `backend` and `tiles`:
+Each operation is a folder, which imports neither another operation nor `integrations`, only the modules beside it
+(`autograd`, `backend`, `gelu`, `tiles`):
 
     api.py         the public function: its checks, and its registration with PyTorch
     reference.py   plain PyTorch: the CPU path, and the oracle of the tests
@@ -21,6 +22,7 @@ if __name__ == "fastdeit.kernels":
     from .integrations.report import attention_calls
     from .integrations.transformers_models import apply_to_transformers, register_with_transformers
     from .mix_normalize.api import mix_normalize
+    from .mlp.api import mlp
 
     __all__ = [
         "add_layer_norm",
@@ -35,5 +37,6 @@ if __name__ == "fastdeit.kernels":
         "bias_gelu",
         "distillation_loss",
         "mix_normalize",
+        "mlp",
         "register_with_transformers",
     ]

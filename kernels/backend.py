@@ -61,6 +61,15 @@ def full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype of autocast where that is on, as it casts what goes into PyTorch's own products."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype, floats = torch.get_autocast_dtype(device), (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(x.to(dtype) if x.dtype in floats else x for x in tensors)
+
+
 def dot_precision(tensor: Tensor) -> str:
     """`input_precision` of tl.dot: float32 follows PyTorch's own switch, half precision has only one way."""
     return _precision(tensor.dtype)

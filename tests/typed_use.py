@@ -20,6 +20,7 @@ from fastdeit.kernels import (
     bias_gelu,
     distillation_loss,
     mix_normalize,
+    mlp,
 )
 from fastdeit.models.loading import load_model
 from fastdeit.pipelines import Augmentation, Index, Loader, Mix, eval_loader, open_index, train_loader
@@ -38,6 +39,7 @@ def operations(q: Tensor, qkv: Tensor, logits: Tensor, labels: Tensor, images: T
     assert_type(mix_normalize(images, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), dtype=torch.bfloat16), Tensor)
     assert_type(add_layer_norm(q, q, q, q, eps=1e-5), tuple[Tensor, Tensor])
     assert_type(bias_gelu(q, q), Tensor)
+    assert_type(mlp(q, q, q, q, q), Tensor)
 
 
 def layers(model: nn.Module, images: Tensor) -> int:

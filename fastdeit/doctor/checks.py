@@ -14,7 +14,8 @@ NEEDED = (
     "torchvision", "tyro",
 )  # fmt: skip
 OPERATIONS = (
-    "attention", "add_layer_norm", "bias_gelu", "distillation_loss", "attention_distillation_loss", "mix_normalize",
+    "attention", "add_layer_norm", "bias_gelu", "mlp", "distillation_loss", "attention_distillation_loss",
+    "mix_normalize",
 )  # fmt: skip
 
 

@@ -53,6 +53,10 @@ def bias_gelu(x: Inputs) -> list[Tensor]:
     return [kernels.bias_gelu(x(3, 5, channels), x(channels)) for channels in (17, 768)]
 
 
+def mlp(x: Inputs) -> list[Tensor]:
+    return [kernels.mlp(x(3, 23, W), x(4 * W, W), x(4 * W), x(W, 4 * W), x(W)) for W in (64, 192)]
+
+
 def distillation_loss(x: Inputs) -> list[Tensor]:
     labels = torch.tensor([3, -100, 16], device=x.device)
     return [
@@ -85,7 +89,7 @@ def mix_normalize(x: Inputs) -> list[Tensor]:
 OPERATIONS: dict[str, Callable[[Inputs], list[Tensor]]] = {
     function.__name__: function
     for function in (
-        attention, add_layer_norm, bias_gelu, distillation_loss, attention_distillation_loss, mix_normalize,
+        attention, add_layer_norm, bias_gelu, mlp, distillation_loss, attention_distillation_loss, mix_normalize,
     )
 }  # fmt: skip
 

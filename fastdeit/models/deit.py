@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdeit.kernels import add_layer_norm, bias_gelu
+from fastdeit.kernels import add_layer_norm, bias_gelu, mlp
 
 from .architectures import ARCHITECTURES, Architecture, model_names, unknown_model_message
 from .implementation import ATTENTION, Implementation, attention_named
@@ -54,9 +54,11 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(4 * width, width)
-        self.fused_gelu = False
+        self.fused_gelu = self.fused = False
 
     def forward(self, x_BND: Tensor) -> Tensor:
+        if self.fused:
+            return mlp(x_BND, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         if self.fused_gelu:
             return self.fc2(bias_gelu(F.linear(x_BND, self.fc1.weight), self.fc1.bias))
         return self.fc2(self.act(self.fc1(x_BND)))
@@ -111,7 +113,8 @@ class Block(nn.Module):
     def implement(self, implementation: Implementation) -> None:
         """As DeiT.implement."""
         self.attn.attend, self.attn.attend_first = map(attention_named, implementation[:2])
-        self.fused_norm, self.mlp.fused_gelu = implementation.fused_norm, implementation.fused_gelu
+        self.fused_norm = implementation.fused_norm
+        self.mlp.fused_gelu, self.mlp.fused = implementation.fused_gelu, implementation.fused_mlp
 
     def forward(self, x_BND: Tensor, branch_scale_B2: Tensor | None = None, first: int | None = None) -> Tensor:
         """`branch_scale_B2`: factor of each sample's attention and MLP branch (0 drops it); None means 1.

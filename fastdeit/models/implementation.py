@@ -26,12 +26,14 @@ Attend = Callable[..., Tensor]
 class Implementation(NamedTuple):
     """What DeiT.implement takes. attention, last_attention: keys of ATTENTION, the latter for the last block, where a
     few queries meet all keys. fused_norm: the attention's residual and the LayerNorm behind it in one kernel,
-    fastdeit.kernels.add_layer_norm. fused_gelu: the MLP's first bias and the GELU in one, bias_gelu."""
+    fastdeit.kernels.add_layer_norm. fused_gelu: the MLP's first bias and the GELU in one, bias_gelu. fused_mlp: all of
+    the MLP in one, mlp, whatever fused_gelu is."""
 
     attention: str = "sdpa"
     last_attention: str = "sdpa"
     fused_norm: bool = False
     fused_gelu: bool = False
+    fused_mlp: bool = False
 
 
 def _sdpa(qkv: Tensor, first: int | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from fastdeit.distributed import parallel
 from fastdeit.kernels import attention_qkvpacked
 from fastdeit.kernels.attention import tiles
 from fastdeit.kernels.backend import architecture, use_triton
+from fastdeit.kernels.mlp.api import has_kernels as mlp_has_kernels
 from fastdeit.models import implementation
 from fastdeit.models.deit import DeiT
 from fastdeit.models.implementation import Implementation
@@ -182,10 +183,16 @@ def attention(tuner: Tuner, model: nn.Module, config: Config, arrangement: Arran
 
 
 def fusions(tuner: Tuner, model: nn.Module, config: Config, arrangement: Arrangement) -> None:
-    """Our kernels for what stands between the matrix products, against what Inductor makes of it."""
-    if not isinstance(model, DeiT) or not use_triton(torch.empty(0, device=tuner.world.device)):
+    """Our kernels for what stands between the matrix products, and for the whole MLP where its width has one, against
+    what Inductor makes of it."""
+    device = tuner.world.device
+    if not isinstance(model, DeiT) or not use_triton(torch.empty(0, device=device)):
         return
-    for attribute, question in (("fused_norm", "add_layer_norm"), ("fused_gelu", "bias_gelu")):
+    questions = {"add_layer_norm": "fused_norm", "bias_gelu": "fused_gelu"}
+    x = torch.empty(0, model.embed_dim, device=device, dtype=precision_of(config, device))
+    if mlp_has_kernels(x, model.blocks[0].mlp.fc1.weight):
+        questions["mlp"] = "fused_mlp"
+    for question, attribute in questions.items():
         ways = {name: model.implementation._replace(**{attribute: name == "ours"}) for name in ("plain", "ours")}
         _choose_block(tuner, model, config, arrangement, question, ways, "plain", None)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from fastdeit.kernels.autograd import differentiable, only_once
-from fastdeit.kernels.backend import full_precision, left_to_pytorch, use_triton
+from fastdeit.kernels.backend import autocast, full_precision, left_to_pytorch, use_triton
 
 from . import cpu
 from .bias import attend_with_bias, check_bias, pytorch_attention_with_bias
@@ -139,14 +139,6 @@ def attention_qkvpacked(
 def _pytorch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.dtype in DTYPES else x for x in tensors)
 
 
 def positive_scale(scale: float | None, x: Tensor) -> float:

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastdeit.kernels.autograd import differentiable, only_once
-from fastdeit.kernels.backend import full_precision, use_triton
+from fastdeit.kernels.backend import autocast, full_precision, use_triton
 
 from . import cpu
-from .api import autocast, check_kind, offsets_fit, positive_scale
+from .api import check_kind, offsets_fit, positive_scale
 
 
 @overload

@@ -1,1 +1,1 @@
-"""Bias and exact GELU in one pass. Imports backend.py only."""
+"""Bias and exact GELU in one pass. Imports autograd.py, backend.py and gelu.py."""

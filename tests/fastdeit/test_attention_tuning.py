@@ -92,12 +92,12 @@ def test_on_a_gpu_tiles_and_fusions_too(tmp_path, config, model, monkeypatch, on
     preferring(monkeypatch, *wanted)
     timed = tuner(tmp_path)
     ask(timed, model, config)
-    questions = [*TILES, "attention", "attention of the last block", "add_layer_norm", "bias_gelu"]
+    questions = [*TILES, "attention", "attention of the last block", "add_layer_norm", "bias_gelu", "mlp"]
     assert list(asked(timed)) == questions
     assert not [row for choice in timed.choices for row in choice.rows if row.excluded]
     assert tiles.forward(shape) == forward[wanted[0]] != next(iter(forward.values()))
     assert tiles.backward(shape, 8) == backward[wanted[1]] != next(iter(backward.values()))
-    assert model.implementation == Implementation("math", "math", True, True)
+    assert model.implementation == Implementation("math", "math", True, True, True)
 
     # A run that resumes takes them from its checkpoint, and measures nothing.
     monkeypatch.setattr(choose.timing, "in_turns", None)
@@ -114,8 +114,17 @@ def test_what_is_named_is_not_asked(tmp_path, config, model, on_gpu):
     config.speed.attention = "sdpa"
     timed = tuner(tmp_path)
     ask(timed, model, config)
-    assert list(asked(timed)) == ["add_layer_norm", "bias_gelu"]
+    assert list(asked(timed)) == ["add_layer_norm", "bias_gelu", "mlp"]
     assert model.implementation.attention == "sdpa"
+
+
+@pytest.mark.parametrize(("width", "is_asked"), [(128, True), (192, True), (384, False)])
+def test_the_mlp_is_asked_about_where_it_has_kernels(tmp_path, config, model, monkeypatch, on_gpu, width, is_asked):
+    monkeypatch.setattr(model, "embed_dim", width)
+    monkeypatch.setattr(student_tuning, "_choose_block", lambda *arguments: questions.append(arguments[4]))
+    questions = []
+    student_tuning.fusions(tuner(tmp_path), model, config, student_tuning.Arrangement.default(torch.device("cpu")))
+    assert ("mlp" in questions) == is_asked
 
 
 def test_off_is_plain_pytorch(tmp_path, config, model, on_gpu):

@@ -37,6 +37,10 @@ OPERATIONS = {
         lambda x, r, w, b: F.layer_norm(x + r, w.shape, w, b, 1e-6), [(2, 3, 8)] * 2 + [(8,)] * 2,
     ),
     "bias_gelu": (kernels.bias_gelu, lambda x, b: F.gelu(x + b), [(2, 8), (8,)]),
+    "mlp": (
+        kernels.mlp, lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
+        [(2, 4), (6, 4), (6,), (4, 6), (4,)],
+    ),
 }  # fmt: skip
 EACH = pytest.mark.parametrize("name", OPERATIONS)
 QUIET = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -102,6 +106,10 @@ def test_flop_are_those_pytorch_counts_for_its_own_attention(name):
     counted = flop(ours, inputs)
     assert counted == 14 * 2 * 2 * 5 * 5 * 32
     assert flop(theirs, [x.float() for x in inputs]) in (counted, 0)  # PyTorch 2.11 counts none of its own on the CPU
+
+
+def test_flop_of_the_mlp():
+    assert flop(*make("mlp")[::2]) == 7 * 2 * 2 * 4 * 6  # the hidden state is computed twice
 
 
 def test_flop_of_attention_distillation():

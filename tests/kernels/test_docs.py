@@ -29,7 +29,7 @@ def test_every_public_name_is_there(name):
 
 OPERATIONS = (
     "attention attention_qkvpacked attention_varlen distillation_loss attention_distillation_loss add_layer_norm "
-    "bias_gelu"
+    "bias_gelu mlp"
 )
 
 

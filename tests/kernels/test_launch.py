@@ -147,6 +147,16 @@ def test_pointwise(shape):
         kernels.bias_gelu(x, vector).sum().backward()
 
 
+@pytest.mark.parametrize("arch", [86, 90, 120])
+@pytest.mark.parametrize("rows, width, hidden", [(1, 64, 64), (198, 192, 768)])
+def test_mlp(rows, width, hidden, arch, monkeypatch):
+    monkeypatch.setattr(backend, "CPU_ARCHITECTURE", arch)
+    shapes = (rows, width), (hidden, width), (hidden,), (width, hidden), (width,)
+    with compiled_for(arch) as launches:
+        kernels.mlp(*(torch.zeros(shape, dtype=HALF, requires_grad=True) for shape in shapes)).sum().backward()
+    assert [name for name, _ in launches] == ["mlp_forward_kernel", "mlp_backward_kernel"]
+
+
 def test_more_numbers_than_32_bits_count():
     with compiled_for(90) as launches:
         torch.ops.fastdeit.bias_gelu(torch.empty(2**20, 2**11, dtype=HALF), torch.empty(2**11, dtype=HALF))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastdeit import kernels
+from fastdeit.kernels import backend
 from fastdeit.kernels.backend import INTERPRETED
 
 if not INTERPRETED:
@@ -142,6 +143,19 @@ def test_bias_gelu(shape, monkeypatch):
     for dtype in (FLOAT, HALF):
         x, bias = between_nan(*shape, dtype=dtype), between_nan(shape[-1])
         run([x, bias], kernels.bias_gelu, x, bias)
+
+
+@pytest.mark.parametrize("rows, width, hidden", [(1, 64, 64), (37, 64, 192), (70, 192, 128)])
+@pytest.mark.parametrize("arch", [86, 90])
+def test_mlp(rows, width, hidden, arch, monkeypatch):
+    monkeypatch.setattr(backend, "CPU_ARCHITECTURE", arch)
+    for dtype in (FLOAT, HALF):
+        x, weight1, weight2 = (
+            between_nan(*shape, dtype=dtype) for shape in ((rows, width), (hidden, width), (width, hidden))
+        )
+        bias1, bias2 = between_nan(hidden), between_nan(width)
+        leaves = [x, weight1, bias1, weight2, bias2]
+        run(leaves, kernels.mlp, *leaves)
 
 
 PIXELS = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
@@ -340,6 +354,16 @@ def test_large_bias_gelu(monkeypatch):
     def function():
         x, bias = torch.empty((BEYOND_32_BITS // 32768, 32768), dtype=HALF), torch.ones(32768)
         torch.ops.fastdeit.bias_gelu_backward(torch.ops.fastdeit.bias_gelu(x, bias), x, bias)
+
+    run_last(function)
+
+
+def test_large_mlp():
+    def function():
+        x, bias = torch.empty((BEYOND_32_BITS // 64, 64), dtype=HALF), torch.ones(128)
+        weights = torch.ones((128, 64), dtype=HALF), torch.ones((64, 128), dtype=HALF)
+        y = torch.ops.fastdeit.mlp(x, weights[0], bias, weights[1], bias[:64])
+        torch.ops.fastdeit.mlp_backward(y, x, weights[0], bias, weights[1])
 
     run_last(function)
 

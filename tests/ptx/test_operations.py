@@ -17,6 +17,7 @@ from tests.kernels import test_attention_varlen as attention_varlen
 from tests.kernels import test_bias_gelu as bias_gelu
 from tests.kernels import test_distillation_loss as distillation_loss
 from tests.kernels import test_mix_normalize as mix_normalize
+from tests.kernels import test_mlp as mlp
 
 from .emulator import emulated
 
@@ -140,6 +141,13 @@ def test_bias_gelu_of_the_worst_approximations(arch):
     with emulated(arch, worst=True):
         bias_gelu.test_kernel_over_the_whole_range()
         bias_gelu.test_kernel_passes_nan_and_infinity_on()
+
+
+@everywhere([((2, 37, 64), 128)], soak=[((2, 65, 192), 768), ((70, 128), 512)])
+def test_mlp(arch, dtype, case):
+    with emulated(arch) as launches:
+        mlp.check(case, dtype)
+    assert [launch.kernel for launch in launches] == ["mlp_forward_kernel", "mlp_backward_kernel"]
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
