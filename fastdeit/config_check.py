@@ -64,6 +64,17 @@ def _check_together(config) -> None:
         )
     if config.run.extend and distillation.compare_undistilled:
         raise UserError("--compare-undistilled trains a second student from the beginning: omit it with --extend")
+    if distillation.teacher_patches < 1 and distillation.distillation_type != "none":
+        for flag, given in {
+            "several teachers": several, "--teacher-store": distillation.teacher_store is not None,
+            "--attention-distillation-weight": distillation.attention_distillation_weight > 0,
+            "--patch-drop": model.patch_drop > 0, "--curriculum": len(Curriculum.of(config).sizes) > 1,
+        }.items():  # fmt: skip
+            if given:
+                raise UserError(
+                    f"--teacher-patches {distillation.teacher_patches:g} does not go with {flag}: one live teacher "
+                    "must see some of the very patches that the student sees; omit one of them"
+                )
     _check_curriculum(config)
     if config.speed.sharding == "fsdp" and config.speed.precision == "fp16":
         raise UserError("--sharding fsdp has no loss scaling for --precision fp16: choose bf16 or fp32")
@@ -115,7 +126,7 @@ def _without_use(config):
     data, model, distillation, optimization = config.data, config.model, config.distillation, config.optimization
     kind, of_kinds = distillation.distillation_type, "distillation_tau distillation_reduction distillation_nontarget"
     of_attention = "attention_distillation_layers attention_distillation_variant attention_distillation_heads"
-    of_teacher = "teacher_model teacher_input_size teacher_precision teacher_classes"
+    of_teacher = "teacher_model teacher_input_size teacher_patches teacher_precision teacher_classes"
     if kind == "none":
         yield (
             f"distillation_alpha {of_kinds} logit_standardization {of_attention} {of_teacher} compare_undistilled",

@@ -95,6 +95,8 @@ def _check(options: LogitCacheOptions, config: Config) -> None:
         raise UserError("teach store needs --distillation-type hard or soft, that of the training run")
     if config.distillation.teacher_store is not None:
         raise UserError("teach store needs a live teacher: omit --teacher-store")
+    if config.distillation.teacher_patches < 1:
+        raise UserError("teach store: which patches --teacher-patches leaves depends on the student: omit the flag")
 
 
 def verify(arguments: list[str]) -> None:

@@ -33,9 +33,9 @@ class AttentionDistillation:
 
     def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, teacher_name: str):
         settings = config.distillation
-        student_blocks = _attentions(student, f"the student {config.model.model}")
-        teacher_blocks = _attentions(teacher, f"the teacher {teacher_name}")
-        _check_grids(student, teacher, teacher_name)
+        student_blocks = plain_attentions(student, f"the student {config.model.model}")
+        teacher_blocks = plain_attentions(teacher, f"the teacher {teacher_name}")
+        check_grids(student, teacher, teacher_name)
         pairs = layer_pairs(settings.attention_distillation_layers, len(student_blocks), len(teacher_blocks))
         self.variant, heads = settings.attention_distillation_variant, settings.attention_distillation_heads
         self.options = {
@@ -136,8 +136,12 @@ def layer_pairs(text: str, student_depth: int, teacher_depth: int) -> list[tuple
         ) from None
 
 
-def _attentions(model: nn.Module, who: str) -> list[nn.Module]:
-    """The attention modules of a plain vision transformer, block by block."""
+FLAG = "--attention-distillation-weight"
+
+
+def plain_attentions(model: nn.Module, who: str, flag: str = FLAG) -> list[nn.Module]:
+    """The attention modules of a plain vision transformer, block by block. Raises UserError for another model, which
+    `flag` cannot do with."""
     blocks = getattr(model, "blocks", ())
     found = [block.attn for block in blocks if type(getattr(block, "attn", None)) in (Attention, ours.Attention)]
     if found and len(found) == len(blocks) and hasattr(model, "num_prefix_tokens"):
@@ -149,7 +153,7 @@ def _attentions(model: nn.Module, who: str) -> list[nn.Module]:
         else "it has no attention layers"
     )
     raise UserError(
-        f"--attention-distillation-weight: the attention of {who} cannot be compared; {reason}. Use a plain "
+        f"{flag}: the attention of {who} cannot be used; {reason}. Use a plain "
         "vision transformer of timm (vit_*, deit_*), or omit the flag"
     )
 
@@ -158,15 +162,16 @@ def _heads(attention: nn.Module) -> int:
     return attention.heads if isinstance(attention, ours.Attention) else attention.num_heads
 
 
-def _check_grids(student: nn.Module, teacher: nn.Module, teacher_name: str) -> None:
+def check_grids(student: nn.Module, teacher: nn.Module, teacher_name: str, flag: str = FLAG) -> tuple[int, int]:
+    """(rows, columns) of patches, which both models have. Raises UserError otherwise."""
     own, other = _grid(student), _grid(teacher)
     if own == other:
-        return
+        return own
     patch = teacher.patch_embed.proj.weight.shape[-2:]
     sides = list(dict.fromkeys(rows * side for rows, side in zip(own, patch)))  # one of a square
     size = " ".join(map(str, sides))
     raise UserError(
-        f"--attention-distillation-weight: the student has {own[0]} x {own[1]} patches, the teacher {teacher_name} "
+        f"{flag}: the student has {own[0]} x {own[1]} patches, the teacher {teacher_name} "
         f"{other[0]} x {other[1]}: give --teacher-input-size {size}, or a teacher with the same grid"
     )
 

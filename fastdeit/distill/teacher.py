@@ -25,6 +25,7 @@ from fastdeit.tuning import Tuner
 from . import layouts
 from .class_map import SelectClasses, read_groups, same_classes
 from .folding import fold_batchnorm
+from .patches import logits_of
 
 ENOUGH = 0.99  # agreement with float32 below which there is a warning
 
@@ -68,15 +69,16 @@ class Teacher:
         self.network = network(folded, dtype)
         self.no_grad = torch.inference_mode
 
-    def __call__(self, images: Tensor, batch=None) -> Tensor:
-        """`images` (batch, 3, height, width) as the student sees them: normalised, mixed, erased."""
+    def __call__(self, images: Tensor, batch=None, patches: Tensor | None = None) -> Tensor:
+        """`images` (batch, 3, height, width) as the student sees them: normalised, mixed, erased. patches: those it
+        sees of them (patches.TeacherPatches); None for all."""
         # Autograd cannot save an inference tensor for the student's backward pass, but it can save a copy.
-        return self._logits(self.network, images).clone()
+        return self._logits(self.network, images, patches).clone()
 
-    def _logits(self, network: "_Network", images: Tensor) -> Tensor:
+    def _logits(self, network: "_Network", images: Tensor, patches: Tensor | None = None) -> Tensor:
         # Not under the student's autocast: it would cast weights that have their own precision.
         with self.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return network(images)
+            return network(images) if patches is None else network(images, patches)
 
     def hookable(self) -> nn.Module:
         """The model, for forward hooks whose tensors enter the student's backward pass."""
@@ -188,12 +190,13 @@ class _Network(nn.Module):
         self.register_buffer("scale", None if same else std_s / std_t)
         self.register_buffer("shift", None if same else (mean_s - mean_t) / std_t)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         if self.scale is not None:
             images = torch.addcmul(self.shift, images.float(), self.scale)
         if images.shape[-2:] != self.size:
             images = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True)
-        logits = self.model(images.to(self.dtype, memory_format=self.memory_format))
+        images = images.to(self.dtype, memory_format=self.memory_format)
+        logits = self.model(images) if patches is None else logits_of(self.model, images, patches)
         return logits if self.select is None else self.select(logits)
 
 

@@ -16,6 +16,7 @@ from fastdeit.data import compiles, precision_of, prepare, split
 from fastdeit.distill.attention import AttentionDistillation
 from fastdeit.distill.features import FeatureDistillation
 from fastdeit.distill.loss import Objective
+from fastdeit.distill.patches import TeacherPatches
 from fastdeit.distributed import parallel
 from fastdeit.distributed.world import World
 from fastdeit.models import patch_drop
@@ -115,6 +116,7 @@ class Trainer:
         self.evaluation = Evaluation(model, self.ema, config, world, arrangement.inductor)
         self.attention = AttentionDistillation.of(config, model, teacher)  # before anything is compiled
         self.features = FeatureDistillation.of(config, model, teacher)
+        self.teacher_patches = TeacherPatches.of(config, model, teacher)
         if compiles(config, device):
             sizes = len(self.curriculum.sizes) + (config.model.patch_drop > 0)  # with some patches, and with all
             parallel.compile_model(model, world, config.speed.sharding, arrangement.inductor, sizes=sizes)
@@ -241,13 +243,18 @@ class Trainer:
         enter = self.timer.enter
         enter("prepare")
         images = self.prepare(batch)
-        enter("teacher")
-        targets = self.teacher(images, batch) if self.teacher is not None else None
+        targets = None
+        if self.teacher is not None and self.teacher_patches is None:  # first, while no activations are kept
+            enter("teacher")
+            targets = self.teacher(images, batch)
         enter("forward")
         if self.low_frequencies is not None:
             images = self.low_frequencies(images)
         with self.autocast():
             outputs = self.forward(images, **options)
+        if self.teacher_patches is not None:
+            enter("teacher")
+            targets = self.teacher(images, batch, self.teacher_patches())
         enter("loss")
         attention = self.attention() if self.attention is not None else None
         features = self.features() if self.features is not None else None

@@ -248,6 +248,11 @@ CASES = {
         RESNET,
     ),
     "distillation.teacher_input_size": (64, lambda b: b.teacher.input_size == 64, RESNET),
+    "distillation.teacher_patches": (
+        0.5,
+        lambda b: b.trainer.teacher_patches is not None and b.trainer.teacher_patches.kept == 8,
+        {"distillation.distillation_type": "soft"},
+    ),
     "distillation.teacher_precision": (
         "bf16",
         lambda b: next(b.teacher.network.parameters()).dtype == torch.bfloat16,

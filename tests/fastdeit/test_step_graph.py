@@ -46,6 +46,14 @@ class Attentive:
         return self.model
 
 
+class Masked(Attentive):
+    """One that sees some patches."""
+
+    def __call__(self, images, batch=None, patches=None):
+        with torch.no_grad():
+            return self.model(images, patches=patches)
+
+
 class Cached:
     fingerprint = "cached"
 
@@ -74,6 +82,7 @@ CASES = {
     "cached, dist": (student, Cached, {"kind": "dist"}, {"cached": True}),
     "cached, nkd, accumulated": (student, Cached, {"kind": "nkd"}, {"cached": True, "accumulate": 2}),
     "attention": (student, Attentive, {"kind": "hard"}, {"attention": 0.5}),
+    "teacher's patches": (student, Masked, {"kind": "soft"}, {"patches": 0.5}),
     "features, accumulated": (student, Attentive, {"kind": "soft", "clip": 0.5}, {"features": 0.5, "accumulate": 2}),
     "features, muon": (student, Attentive, {"kind": "soft", "opt": "muon"}, {"features": 0.5}),
     "lower blocks more slowly": (student, None, {"opt": "lamb"}, {"layer_decay": 0.5}),
@@ -93,6 +102,7 @@ def settings(case):
     config.speed.precision = how.get("precision", "fp32")
     config.distillation.attention_distillation_weight = how.get("attention", 0.0)
     config.distillation.feature_distillation_weight = how.get("features", 0.0)
+    config.distillation.teacher_patches = how.get("patches", 1.0)
     config.distillation.logit_standardization = how.get("standardized", False)
     return config
 
