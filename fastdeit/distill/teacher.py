@@ -90,7 +90,9 @@ class Teacher:
         precision = str(self.dtype).removeprefix("torch.")
         return {"weights": self.fingerprint, "input_size": self.input_size, "precision": precision}
 
-    def tune(self, tuner: Tuner, shape: Sequence[int], dtype: torch.dtype, *, compiled: bool) -> None:
+    def tune(
+        self, tuner: Tuner, shape: Sequence[int], dtype: torch.dtype, *, compiled: bool, question: str = "teacher"
+    ) -> None:
         """Take the layout in which the teacher is fastest as it is used: on the student's images of this shape and
         dtype, in channels_last memory, and compiled or not. Nothing is compiled yet."""
 
@@ -105,7 +107,7 @@ class Teacher:
 
         names = layouts.available(self.network.model, self.device, compiled=compiled)
         choice = tuner.choose(
-            "teacher", {name: partial(build, name) for name in names}, default="plain", dtype=self.dtype,
+            question, {name: partial(build, name) for name in names}, default="plain", dtype=self.dtype,
             key={"teacher": self.name, "images": list(shape), "compiled": compiled},
         )  # fmt: skip
         if choice.chosen != "plain":

@@ -39,8 +39,8 @@ class Teachers:
         return {"teachers": [teacher.identity() for teacher in self.teachers]}
 
     def tune(self, tuner: Tuner, shape: Sequence[int], dtype: torch.dtype, *, compiled: bool) -> None:
-        for teacher in self.teachers:
-            teacher.tune(tuner, shape, dtype, compiled=compiled)
+        for number, teacher in enumerate(self.teachers, 1):  # a resumed run knows its choices by their questions
+            teacher.tune(tuner, shape, dtype, compiled=compiled, question=f"teacher {number}")
 
     def compile(self) -> None:
         for teacher in self.teachers:

@@ -15,6 +15,7 @@ from fastdeit.distill.teachers import Teachers
 from fastdeit.distributed.world import World
 from fastdeit.errors import UserError
 from fastdeit.export import card
+from fastdeit.tuning import Tuner
 
 from . import logit_caches, runs
 from .conftest import refused
@@ -84,6 +85,23 @@ def test_one_of_them_in_half_precision_is_compared_with_its_fp32():
     model = with_statistics("test_resnet", num_classes=7)
     said = Teachers([teacher(model), teacher(model, torch.bfloat16)], 1.0).check(iter([pixels(), pixels()]))
     assert ["agrees with fp32" in sentence for sentence in said[:2]] == [False, True]
+
+
+def test_each_takes_a_layout_of_its_own_on_resume_too(tmp_path):
+    def tuned(earlier=()):
+        pair = [teacher(with_statistics(name, num_classes=7)) for name in ("test_resnet", "test_efficientnet")]
+        tuner = Tuner(World(torch.device("cpu")), file=tmp_path / "choices.json", mode="auto", earlier=list(earlier))
+        Teachers(pair, 1.0).tune(tuner, (2, 3, 32, 32), torch.float32, compiled=False)
+        return tuner.to_json()
+
+    first, second = tuned()
+    assert first["question"] != second["question"]
+    second = {**second, "chosen": "channels_last"}
+    again = tuned([first, second])
+    assert [(one["chosen"], one["origin"]) for one in again] == [
+        ("plain", "checkpoint"),
+        ("channels_last", "checkpoint"),
+    ]
 
 
 def test_another_teacher_is_another_identity():
