@@ -16,7 +16,7 @@ from fastdeit.errors import UserError
 from . import deit as ours
 from . import patch_drop, published, sources
 from .architectures import ARCHITECTURES, own_name, unknown_model_message
-from .trainable import freeze
+from .trainable import freeze, hidden_matrices
 from .weights import first_convolution, load_weights
 
 
@@ -40,6 +40,8 @@ def build_student(
         pretrained=pretrained and not is_ours(settings.model), drops_patches=settings.patch_drop > 0,
     )  # fmt: skip
     check_sizes(model, config)
+    if config.optimization.opt == "muon":
+        hidden_matrices(model, settings.model)  # refused here if there are none
     if settings.grad_checkpointing:
         model.set_grad_checkpointing(True)
     source, notes = None, []

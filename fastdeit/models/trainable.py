@@ -39,7 +39,7 @@ def hidden_matrices(model: nn.Module, name: str = "") -> dict[str, int]:
         if isinstance(module, nn.Linear) and not f"{path}.".startswith(tuple(f"{one}." for one in outside))
     }
     if not found:
-        raise UserError(f"--opt muon: {name or 'the model'} has no linear layers but its head: choose adamw or lamb")
+        raise UserError(f"--opt muon: {name or 'the model'} has no linear layer but its head: choose adamw or lamb")
     return found
 
 

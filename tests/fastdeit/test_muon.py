@@ -5,7 +5,9 @@ import timm
 import torch
 from torch import nn
 
+from fastdeit.config import Config
 from fastdeit.errors import UserError
+from fastdeit.models.build import build_student
 from fastdeit.models.deit import create_model
 from fastdeit.models.trainable import hidden_matrices
 from fastdeit.training.muon import Muon, orthogonalise
@@ -110,8 +112,11 @@ def test_which_parameters_are_matrices():
     assert set(hidden_matrices(timm.create_model("test_vit"))) == {
         name for name, p in timm.create_model("test_vit").named_parameters() if p.ndim == 2 and "blocks" in name
     }
-    with pytest.raises(UserError, match="--opt muon: regnet has no linear layers but its head: choose adamw"):
-        hidden_matrices(timm.create_model("test_resnet"), "regnet")
+    config = Config()
+    config.optimization.opt, config.model.model, config.data.input_size = "muon", "test_resnet", 32
+    config.model.drop_path = 0.0
+    with pytest.raises(UserError, match="--opt muon: test_resnet has no linear layer but its head: choose adamw"):
+        build_student(config, 10)
 
 
 def test_a_first_step_that_is_left_out():
