@@ -129,3 +129,29 @@ def accuracy_over_images(lines: Mapping[str, Mapping[int, Sequence[float]]], pat
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def accuracy_over_cost(
+    levers: Mapping[str, Sequence[Sequence[tuple[float, float, float]]]], targets: Sequence[float], path: Path
+) -> None:
+    """Top-1 over images and over CPU-seconds, side by side. levers: of each the runs, of each (images, CPU-seconds,
+    top-1 in per cent) at its evaluations. A line is the mean over the runs, evaluation by evaluation; thin ones are the
+    runs."""
+    figure, both = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
+    for axes, column, label in zip(both, (0, 1), ("training images seen", "CPU-seconds of training")):
+        for k, (lever, runs) in enumerate(levers.items()):
+            style = {"color": "black" if k == 0 else f"C{k - 1}", "linestyle": "-" if k <= 10 else "--"}
+            drawn = [list(zip(*points)) for points in runs]  # columns
+            means = list(zip(*([sum(values) / len(runs) for values in zip(*at)] for at in zip(*runs))))
+            for columns in drawn:
+                axes.plot(columns[column], columns[2], **style, lw=0.5, alpha=0.5)
+            axes.plot(means[column], means[2], **style, lw=1.8, label=lever)
+        for target in targets:
+            axes.axhline(target, color="0.5", linewidth=0.8, linestyle=":")
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    scores = [point[2] for runs in levers.values() for points in runs for point in points]
+    both[0].set(ylabel="top-1 %, held-out images", ylim=(max(min(scores), min(targets) - 15), max(scores) + 1))
+    both[1].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

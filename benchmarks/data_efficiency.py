@@ -17,19 +17,16 @@ fashion_mnist.write lays aside for that (choice-5000 and so on) and with other s
 import argparse
 import csv
 import json
-import math
-import os
 import statistics
-import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastdeit.cli import FoldedHelp
 
-from . import charts, fashion_mnist
+from . import charts, fashion_mnist, studies
 from .record import RECORDS, surroundings, write_table
+from .studies import file_name, gain_in_words, into, one_a_core
 
 STEPS, BATCH = 3_120, 64
 VIEWS = 10  # epochs in a logit cache
@@ -72,8 +69,7 @@ def main() -> int:
     plan = [
         (seed, size, method) for seed in range(arguments.seeds) for size in fashion_mnist.SIZES for method in METHODS
     ]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores:
-        list(cores.map(lambda one: study.student(*one), plan))
+    one_a_core(study.student, plan)
     results.summarise()
     print(results.table())
     return 0
@@ -95,7 +91,7 @@ class Study:
             if f"{{{name}}}" in flags or (name == "cnn" and "{cache}" in flags):
                 values[name] = self.teacher(name, size)
                 teacher = self.top1(values[name])["cls"]
-        target = f"runs/{size}/{_file_name(method)}/seed-{seed}"
+        target = f"runs/{size}/{file_name(method)}/seed-{seed}"
         images = size + (fashion_mnist.UNLABELLED if "{unlabelled}" in flags else 0)
         common = f"{STUDENT} --data-path data/{size} --seed {seed}"
         if "{cache}" in flags:
@@ -104,7 +100,7 @@ class Study:
                 f"--distillation-type hard --teacher-path {values['cnn']} --views {VIEWS} --output {values['cache']}"
             )
             self.command("fastdeit.teach store", f"{common} {asked}")
-        self.command("fastdeit.train", f"{common} {self.length(images)} {flags.format(**values)} {self.into(target)}")
+        self.command("fastdeit.train", f"{common} {self.length(images)} {flags.format(**values)} {into(target)}")
         self.results.add(size, method, seed, self.top1(target), teacher)
 
     def teacher(self, name: str, size: int) -> str:
@@ -112,7 +108,7 @@ class Study:
         target = f"teachers/{name}-{size}"
         with self.locks[f"{name}-{size}"]:
             flags = f"{STUDENT} {METHODS[ALONE]}" if name == "vit" else TEACHER
-            self.command("fastdeit.train", f"{flags} --data-path data/{size} {self.length(size)} {self.into(target)}")
+            self.command("fastdeit.train", f"{flags} --data-path data/{size} {self.length(size)} {into(target)}")
         return target
 
     def length(self, images: int) -> str:
@@ -121,19 +117,11 @@ class Study:
         epochs = max(1, round(self.steps / steps_per_epoch))
         return f"--epochs {epochs} --warmup-epochs {epochs / 10} --eval-every {epochs} --batch-size {BATCH}"
 
-    def into(self, target: str) -> str:
-        return f"--output-dir {target} --resume auto"
-
     def top1(self, target: str) -> dict[str, float]:
         return json.loads((self.folder / target / "summary.json").read_text())
 
     def command(self, module: str, flags: str) -> None:
-        """What is finished already returns at once."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-m", *module.split(), *flags.split()]
-        ended = subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True)
-        if ended.returncode:
-            raise SystemExit(f"{' '.join(words)}\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
+        studies.command(module, flags, self.folder)
 
 
 class Results:
@@ -200,17 +188,6 @@ class Results:
         self.file.with_suffix(".json").write_text(
             json.dumps(surroundings("cpu") | {"student": STUDENT}, indent=1) + "\n"
         )
-
-
-def gain_in_words(gains: list[float]) -> str:
-    """Mean and standard error, such as "+1.3 ± 0.4"; of a single difference the value alone."""
-    if len(gains) == 1:
-        return f"{gains[0]:+.1f}"
-    return f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains) / math.sqrt(len(gains)):.1f}"
-
-
-def _file_name(method: str) -> str:
-    return "-".join("".join(letter if letter.isalnum() else " " for letter in method).split())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import data_efficiency, fashion_mnist
-from benchmarks.data_efficiency import ALONE, Results, gain_in_words
+from benchmarks.data_efficiency import ALONE, Results
+from benchmarks.studies import gain_in_words
 from fastdeit.errors import UserError
 
 
