@@ -61,7 +61,7 @@ class Objective:
             distillation.attention_distillation_weight,
             distillation.feature_distillation_weight,
             logit_losses.NONTARGET.get(kind, 0.0) if nontarget is None else nontarget,
-            distillation.logit_standardization,
+            distillation.logit_standardization and kind in ("soft", "dkd"),
         )
 
     def __call__(

@@ -231,7 +231,9 @@ CASES = {
         lambda b: b.trainer.objective.nontarget == 3.0,
         {"distillation.distillation_type": "nkd"},
     ),
-    "distillation.logit_standardization": (True, lambda b: b.trainer.objective.standardize, {}),
+    "distillation.logit_standardization": (
+        True, lambda b: b.trainer.objective.standardize, {"distillation.distillation_type": "soft"},
+    ),
     "distillation.teacher_model": (
         "test_efficientnet",
         lambda b: refusal(lambda: b.teacher),  # the file is a test_resnet's
