@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastdeit.kernels.autograd import differentiable, only_once
 from fastdeit.kernels.backend import autocast, full_precision, left_to_pytorch, use_triton
 
-from . import cpu
+from . import cpu, vmap
 from .bias import attend_with_bias, check_bias, pytorch_attention_with_bias
 
 HEAD_DIMS = tuple(range(16, 129, 8))
@@ -96,11 +96,7 @@ def attention(
     _check(k)
     scale = positive_scale(scale, q)
     if bias is not None:
-        bias = check_bias(bias, q, k)
-        if not return_lse and left_to_pytorch(q.device, q.dtype):
-            return pytorch_attention_with_bias(q, k, v, bias, scale)
-        out, lse = attend_with_bias(q, k, v, bias, scale)
-        return (out, lse) if return_lse else out
+        return _with_bias(q, k, v, bias, scale, return_lse)
     if not return_lse and left_to_pytorch(q.device, q.dtype):
         return _pytorch_attention(q, k, v, scale)
     out, lse = _attend(q, k, v, scale)
@@ -108,18 +104,20 @@ def attention(
 
 
 @overload
-def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None, return_lse: Literal[False] = False) -> Tensor: ...
+def attention_qkvpacked(
+    qkv: Tensor, *, bias: Tensor | None = None, scale: float | None = None, return_lse: Literal[False] = False
+) -> Tensor: ...
 @overload
 def attention_qkvpacked(
-    qkv: Tensor, *, scale: float | None = None, return_lse: Literal[True]
+    qkv: Tensor, *, bias: Tensor | None = None, scale: float | None = None, return_lse: Literal[True]
 ) -> tuple[Tensor, Tensor]: ...
 def attention_qkvpacked(
-    qkv: Tensor, *, scale: float | None = None, return_lse: bool = False
+    qkv: Tensor, *, bias: Tensor | None = None, scale: float | None = None, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` straight from the qkv projection, `qkv_linear(x).view(batch, tokens, 3, heads, head_dim)`.
 
-    qkv: (batch, tokens, 3, heads, head_dim); its gradient comes back in this shape, contiguous. Everything else is as
-    in `attention`.
+    qkv: (batch, tokens, 3, heads, head_dim); its gradient comes back in this shape, contiguous. With a bias it is put
+    together by a copy. Everything else is as in `attention`.
     """
     (qkv,) = autocast(qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
@@ -129,10 +127,23 @@ def attention_qkvpacked(
         )
     _check(qkv)
     scale = positive_scale(scale, qkv)
+    if bias is not None:
+        q, k, v = qkv.unbind(2)
+        return _with_bias(q, k, v, bias, scale, return_lse)
     if not return_lse and left_to_pytorch(qkv.device, qkv.dtype):
         q, k, v = qkv.unbind(2)
         return _pytorch_attention(q, k, v, scale)
     out, lse = _attend_packed(qkv, scale)
+    return (out, lse) if return_lse else out
+
+
+def _with_bias(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    bias = check_bias(bias, q, k)
+    if not return_lse and left_to_pytorch(q.device, q.dtype):
+        return pytorch_attention_with_bias(q, k, v, bias, scale)
+    out, lse = attend_with_bias(q, k, v, bias, scale)
     return (out, lse) if return_lse else out
 
 
@@ -295,26 +306,8 @@ _backward_once = only_once("attention", _ops.attention_backward.default)
 _backward_packed_once = only_once("attention_qkvpacked", _ops.attention_qkvpacked_backward.default)
 
 
-# Rules for torch.vmap: what is mapped over is part of the batch.
-
-
-def _vmapped(operator):
-    def rule(info, in_dims, *arguments):
-        size = info.batch_size
-
-        def fold(x, dim):
-            return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-        outputs = operator(*(fold(x, dim) if isinstance(x, Tensor) else x for x, dim in zip(arguments, in_dims)))
-        single = isinstance(outputs, Tensor)
-        unfolded = tuple(x.unflatten(0, (size, -1)) for x in ((outputs,) if single else outputs))
-        return (unfolded[0], 0) if single else (unfolded, (0,) * len(unfolded))
-
-    operator.register_vmap(rule)
-
-
 for _operator in (_attention, _attention_backward, _attention_qkvpacked, _attention_qkvpacked_backward):
-    _vmapped(_operator)
+    vmap.in_batch(_operator)
 
 
 # FLOP as FlopCounterMode counts those of scaled_dot_product_attention.

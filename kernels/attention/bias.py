@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastdeit.kernels.autograd import differentiable, only_once
 from fastdeit.kernels.backend import full_precision, use_triton
 
-from . import reference
+from . import reference, vmap
 
 
 def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -113,6 +113,10 @@ def _differentiate(ctx, grad_out, grad_lse):
 
 attend_with_bias = differentiable("attention", torch.ops.fastdeit.attention_bias.default, _save, _differentiate)
 _backward_once = only_once("attention", torch.ops.fastdeit.attention_bias_backward.default)
+
+
+vmap.in_batch(_attention_bias, bias=3)
+vmap.in_batch(_attention_bias_backward, bias=4)
 
 
 @register_flop_formula(torch.ops.fastdeit.attention_bias)

@@ -26,10 +26,11 @@ class FusedAttention(Attention):
         reason = why_not_call(not fits(attn_mask, q, k), self.attn_drop.p if self.training else 0.0, is_causal)
         if note_call(reason or why_not_tensors(q, k, v)):
             return super().forward(x, attn_mask, is_causal)
-        if attn_mask is None and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-            out = attention_qkvpacked(qkv)
+        bias = as_bias(attn_mask, q, k)
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            out = attention_qkvpacked(qkv, bias=bias)
         else:
-            out = attention(self.q_norm(q), self.k_norm(k), v, bias=as_bias(attn_mask, q, k))
+            out = attention(self.q_norm(q), self.k_norm(k), v, bias=bias)
         out = self.norm(out.flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()

@@ -7,7 +7,7 @@ dS, each rounded as the gradients of q and k are, and has PyTorch's own error in
 import pytest
 import torch
 
-from fastdeit.kernels import attention
+from fastdeit.kernels import attention, attention_qkvpacked
 from tests.kernels.attention_oracle import error, gradients, within
 
 SHAPES = [  # batch, queries, keys, heads, head_dim, bias' leading dimensions
@@ -119,6 +119,47 @@ def test_no_bias_is_a_bias_of_zero(device):
     q, k, v, _ = make(2, 33, 20, 2, 64, (1,), torch.float32, device)
     zero = torch.zeros(1, 33, 20, device=device)
     torch.testing.assert_close(attention(q, k, v, bias=zero), attention(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+@each_path
+def test_packed_is_the_same(device):
+    q, k, v, bias = make(4, 17, 17, 2, 16, (2, 2), torch.float32, device)
+    qkv = torch.stack((q, k, v), 2).requires_grad_()
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, bias, bias)]
+    packed = attention_qkvpacked(qkv, bias=leaves[4], return_lse=True)
+    apart = attention(*leaves[:3], bias=leaves[3], return_lse=True)
+    torch.testing.assert_close(packed, apart, rtol=0, atol=0)
+    grads = [
+        torch.autograd.grad(out.sin().sum() + lse.sum(), inputs)
+        for (out, lse), inputs in ((packed, (qkv, leaves[4])), (apart, leaves[:4]))
+    ]
+    torch.testing.assert_close(grads[0][0], torch.stack(grads[1][:3], 2), rtol=0, atol=0)
+    torch.testing.assert_close(grads[0][1], grads[1][3], rtol=0, atol=0)
+    assert grads[0][0].is_contiguous()
+
+
+@pytest.mark.parametrize("bias_dim", [None, 0, 3], ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+def test_vmap_is_a_loop(bias_dim, trained):
+    """Of entries of a batch that share a bias in turn; the bias shared, or one for each call."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 4, 5, 2, 16, dtype=torch.float64, generator=generator) for _ in range(3))
+    bias = torch.randn(3, 2, 1, 5, 5, dtype=torch.float64, generator=generator)
+    if bias_dim is None:
+        bias = bias[:1].expand(3, -1, -1, -1, -1)
+
+    def loss(q, k, v, bias):
+        out, lse = attention(q, k, v, bias=bias, return_lse=True)
+        return out.sin().sum() + lse.square().sum()
+
+    function = torch.func.grad_and_value(loss, (0, 1, 2, 3) if trained else (0, 1, 2))
+    mapped_bias = bias[0] if bias_dim is None else bias.movedim(0, bias_dim)
+    grads, value = torch.vmap(function, (2, 0, None, bias_dim))(q.movedim(0, 2), k, v[0], mapped_bias)
+    for i in range(3):
+        expected, of_one = function(q[i], k[i], v[0], bias[i])
+        torch.testing.assert_close(value[i], of_one)
+        for ours, theirs in zip(grads, expected):
+            torch.testing.assert_close(ours[i], theirs)
 
 
 def test_gradcheck():
