@@ -7,8 +7,9 @@ import torch
 from fastdeit.kernels.add_layer_norm import triton_kernels as add_layer_norm
 from fastdeit.kernels.attention import triton_backward, triton_bias, triton_forward, triton_varlen
 from fastdeit.kernels.attention.configs import FULL_GPU, BackwardConfig, ForwardConfig, backward_config, forward_config
+from fastdeit.kernels.attention.tiles import backward_columns
 from fastdeit.kernels.attention_distillation_loss import triton_kernels as attention_distillation_loss
-from fastdeit.kernels.backend import padded_columns
+from fastdeit.kernels.backend import column_parts
 from fastdeit.kernels.bias_gelu import triton_kernels as bias_gelu
 from fastdeit.kernels.distillation_loss import triton_kernels as distillation_loss
 from fastdeit.kernels.mix_normalize import triton_kernels as mix_normalize
@@ -59,7 +60,7 @@ def attention_cases() -> Iterator[CompileCase]:
 
 def shape_cases(tokens: int, head_dim: int, dtype: torch.dtype) -> Iterator[CompileCase]:
     """The kernels of one shape, once for every group of architectures that share a configuration."""
-    shape = tokens, padded_columns(head_dim), dtype
+    shape = tokens, sum(column_parts(head_dim)), dtype
     name = f"N={tokens} D={head_dim} {TYPES[dtype]}"
     for config, architectures in _by_config(forward_config, shape):
         yield forward_case(f"attention forward {name}", tokens, head_dim, dtype, config, architectures)
@@ -76,7 +77,7 @@ def forward_case(
 ) -> CompileCase:
     tiles = config.tiles(tokens)
     constexprs = {
-        "HEAD_DIM": head_dim, "COLS": padded_columns(head_dim), "PRECISION": "ieee", "BLOCK_M": config.block_m,
+        "HEAD_DIM": head_dim, "COLS": column_parts(head_dim), "PRECISION": "ieee", "BLOCK_M": config.block_m,
         "TILES": tiles, "STARTS": tuple(sum(tiles[:i]) for i in range(len(tiles))),
     }  # fmt: skip
     resident = config.keys == "resident"
@@ -88,8 +89,7 @@ def forward_case(
 def backward_cases(
     name: str, tokens: int, head_dim: int, dtype: torch.dtype, config: BackwardConfig, architectures=ARCHITECTURES
 ) -> Iterator[CompileCase]:
-    columns = max(64, padded_columns(head_dim))
-    shared = {"HEAD_DIM": head_dim, "COLS": columns, "PRECISION": "ieee"}
+    shared = {"HEAD_DIM": head_dim, "COLS": backward_columns(config, head_dim), "PRECISION": "ieee"}
     if config.one is not None:
         keys, queries, *launch = config.one
         blocks = -(-tokens // keys)
@@ -122,30 +122,32 @@ def _by_config(config_of, shape) -> Iterator[tuple]:
 
 
 def attention_bias_cases() -> Iterator[CompileCase]:
-    """BEiT-B's, with a bias of as many keys as 16 bytes do not divide."""
-    dims = {"HEAD_DIM": 64, "COLS": 64, "BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}
+    """BEiT-B's and SAM-H's, with a bias of as many keys as 16 bytes do not divide."""
     half, single = "*bf16", "*fp32"
     strides = tuple(f"{x}_{axis}" for x in "qkv" for axis in "bnh")
     sizes = ("heads", "queries", "keys", "period")
     inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "bias_ptr"), half) | {"scale": "fp32"}
     inputs |= dict.fromkeys((*sizes, *strides, "bias_b", "bias_h", "bias_n"), "i32")
     rows = {"grad_out_ptr": half, "lse_ptr": single, "delta_ptr": single}
-    for name, kernel, more in (
-        ("forward", triton_bias.bias_forward_kernel, {"out_ptr": half, "lse_ptr": single}),
-        (
-            "backward q",
-            triton_bias.bias_backward_q_kernel,
-            rows | {"out_ptr": half, "grad_lse_ptr": single, "dq_ptr": half},
-        ),
-        ("backward kv", triton_bias.bias_backward_kv_kernel, rows | {"dk_ptr": half, "dv_ptr": half}),
-        (
-            "gradient",
-            triton_bias.bias_gradient_kernel,
-            rows | {"partial_ptr": single, "batch": "i32", "bias_heads": "i32"},
-        ),
-    ):
-        name = f"attention bias {name} N=197 D=64 bf16"
-        yield CompileCase(name, kernel, inputs | more, dims, strides, num_stages=2, dots_on_wgmma=True)
+    for head_dim in (64, 80):
+        dims = {"HEAD_DIM": head_dim, "COLS": column_parts(head_dim), "BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}
+        for name, kernel, more in (
+            ("forward", triton_bias.bias_forward_kernel, {"out_ptr": half, "lse_ptr": single}),
+            (
+                "backward q",
+                triton_bias.bias_backward_q_kernel,
+                rows | {"out_ptr": half, "grad_lse_ptr": single, "dq_ptr": half},
+            ),
+            ("backward kv", triton_bias.bias_backward_kv_kernel, rows | {"dk_ptr": half, "dv_ptr": half}),
+            (
+                "gradient",
+                triton_bias.bias_gradient_kernel,
+                rows | {"partial_ptr": single, "batch": "i32", "bias_heads": "i32"},
+            ),
+        ):
+            tiles = dims | (triton_bias.BY_KEY if name == "backward kv" else {})
+            name = f"attention bias {name} N=197 D={head_dim} bf16"
+            yield CompileCase(name, kernel, inputs | more, tiles, strides, num_stages=2, dots_on_wgmma=True)
 
 
 def attention_distillation_loss_cases() -> Iterator[CompileCase]:
@@ -171,14 +173,15 @@ def attention_distillation_loss_cases() -> Iterator[CompileCase]:
 
 
 def attention_varlen_cases() -> Iterator[CompileCase]:
-    """By head_dim padded to 64 columns and to 128, whose warps differ."""
+    """SigLIP so400m's head_dim too; that of 128 has more warps."""
     half, single = "*bf16", "*fp32"
     strides = tuple(f"{x}_{axis}" for x in "qkv" for axis in "nh")
-    inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), half) | {"cu_ptr": "*i32", "scale": "fp32", "lse_ptr": single}
-    inputs |= dict.fromkeys(("heads", "total", "blocks", *strides), "i32")
+    inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), half) | dict.fromkeys(("cu_q_ptr", "cu_k_ptr"), "*i32")
+    inputs |= dict.fromkeys(("heads", "total_q", "total_k", "blocks", *strides), "i32")
+    inputs |= {"scale": "fp32", "lse_ptr": single}
     rows = inputs | {"grad_out_ptr": half, "delta_ptr": single}
-    for head_dim, num_warps in ((64, 4), (128, 8)):
-        dims = {"HEAD_DIM": head_dim, "COLS": head_dim, "BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}
+    for head_dim, num_warps in ((64, 4), (72, 4), (128, 8)):
+        dims = {"HEAD_DIM": head_dim, "COLS": column_parts(head_dim), "BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}
         for name, kernel, signature in (
             ("forward", triton_varlen.varlen_forward_kernel, inputs | {"out_ptr": half}),
             (
@@ -188,7 +191,7 @@ def attention_varlen_cases() -> Iterator[CompileCase]:
             ),
             ("backward kv", triton_varlen.varlen_backward_kv_kernel, rows | {"dk_ptr": half, "dv_ptr": half}),
         ):
-            tiles = dims | ({"BLOCK_M": 32} if name == "backward kv" else {})
+            tiles = dims | (triton_bias.BY_KEY if name == "backward kv" else {})
             name = f"attention varlen {name} D={head_dim} bf16"
             yield CompileCase(name, kernel, signature, tiles, strides, num_warps, num_stages=2, dots_on_wgmma=True)
 

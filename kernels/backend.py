@@ -94,6 +94,14 @@ def padded_columns(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
+def column_parts(head_dim: int) -> tuple[int, ...]:
+    """Columns of the tiles that hold head_dim: the next power of two, or its half and a smaller one beside it, of at
+    least the 16 that a product takes, where these do: 80 is 64 + 16."""
+    half = padded_columns(head_dim) // 2
+    rest = max(16, padded_columns(head_dim - half))
+    return (half, rest) if rest < half else (2 * half,)
+
+
 def readable(x_BNHD: Tensor) -> Tensor:
     """x if the kernels can read it in place (contiguous head_dim, a batch entry within 2**31 elements), else a copy."""
     _, tokens, heads, head_dim = x_BNHD.shape

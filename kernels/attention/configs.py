@@ -1,7 +1,7 @@
 """Which tiles and how many warps, by architecture, dtype, tokens and head_dim. A static table: autotuning inside
 torch.compile would pick one configuration for all shapes, and cannot run while a CUDA graph is captured.
 
-`columns` is head_dim rounded up to a power of two: 32, 64 or 128.
+`columns` are those of the tiles that hold head_dim (backend.column_parts): 16, 32, 48, 64, 80, 96 or 128.
 """
 
 from typing import NamedTuple
@@ -38,13 +38,20 @@ FULL_GPU = 264  # programs that give each of an H100's or H200's 132 multiproces
 def forward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype) -> ForwardConfig:
     if dtype == torch.float32:  # without tensor cores, and static tiles cost registers
         return ForwardConfig(64, 32, "loop", 8, 1)
-    if columns == 128:
-        return ForwardConfig(128, 64 if _data_center(arch) else 32, "tail", 8, 2)
     if _hopper(arch) and tokens <= 64:  # so few need no limit, with which ptxas takes more than without
         return ForwardConfig(64, 64, "resident", 4, 1)
+    if _hopper(arch) and tokens <= 256 and columns <= 80:
+        return ForwardConfig(64, 64, "resident", 4, 1, 168)
     if _hopper(arch):
-        return ForwardConfig(64, 64, *(("resident", 4, 1, 168) if tokens <= 256 else ("tail", 4, 3, 128)))
+        block_n, stages = next(tile for limit, tile in HOPPER_STREAMING if columns <= limit)
+        return ForwardConfig(64, block_n, "tail", 4, stages, 128)
+    if columns > 64:
+        return ForwardConfig(128, 64 if _data_center(arch) else 32, "tail", 8, 2)
     return ForwardConfig(64, 128, "resident", 4, 1) if tokens <= 256 else ForwardConfig(128, 64, "tail", 8, 3)
+
+
+# Keys at a time and stages, by columns up to: what leaves room for four programs a multiprocessor.
+HOPPER_STREAMING = ((64, (64, 3)), (80, (64, 2)), (96, (32, 3)), (128, (32, 2)))
 
 
 class Tiles(NamedTuple):
@@ -76,11 +83,11 @@ def backward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype, it
     if dtype == torch.float32:
         side = 32 if columns <= 64 else 16
         return BackwardConfig(Tiles(side, side, 8, 1) if tokens <= side else None, *2 * (Tiles(side, side, 8, 1),))
-    one = next((tiles for limit, tiles in _one_launch(arch)[columns == 128] if tokens <= limit), None)
+    one = next((tiles for limit, tiles in _one_launch(arch, columns) if tokens <= limit), None)
     if one is not None and tokens > one.keys and items < FULL_GPU // 2:
         one = None  # more programs are worth more than fewer products
-    if columns <= 64 and _hopper(arch):
-        return BackwardConfig(one, Tiles(64, 64, 4, 3, 128), Tiles(64, 32, 4, 3, 128))
+    if _hopper(arch):
+        return BackwardConfig(one, *next(tiles for limit, tiles in HOPPER_TWO_LAUNCHES if columns <= limit))
     if columns <= 64:
         return BackwardConfig(one, Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 3 if _data_center(arch) else 2))
     if _data_center(arch):
@@ -88,31 +95,35 @@ def backward_config(arch: int, tokens: int, columns: int, dtype: torch.dtype, it
     return BackwardConfig(one, Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2))
 
 
-# (tokens up to, tiles), for columns up to 64 and for 128. What is missing would spill; beyond 1,024 tokens the scratch
-# for dQ would be large. On Hopper three small programs a multiprocessor hide each other's waits, which one large one,
-# whose keys fill the registers, cannot: two thirds of its cycles by the model of benchmarks/attention_cycles.py, which
-# knows no other architecture, and by which two launches win somewhere between 257 and 578 tokens.
+# dQ, then dK and dV, by columns up to.
+HOPPER_TWO_LAUNCHES = (
+    (64, (Tiles(64, 64, 4, 3, 128), Tiles(64, 32, 4, 3, 128))),
+    (96, (Tiles(64, 64, 4, 2, 168), Tiles(64, 32, 4, 3, 168))),
+    (128, (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2))),
+)
+# (tokens up to, tiles), for up to 64 columns and for more. The one launch takes head_dim as one tile of at least 64
+# columns. What is missing would spill; beyond 1,024 tokens the scratch for dQ would be large. On Hopper three small
+# programs a multiprocessor hide each other's waits, which one large one, whose keys fill the registers, cannot: two
+# thirds of its cycles by the model of benchmarks/attention_cycles.py, which knows no other architecture. By it two
+# launches win with 64 columns somewhere between 257 and 578 tokens, and always where they need not pad head_dim.
 ONE_LAUNCH = {
-    80: (
-        ((64, Tiles(64, 32, 4, 2)), (128, Tiles(128, 32, 8, 2)), (1024, Tiles(64, 32, 8, 2))),
-        ((64, Tiles(64, 32, 8, 2)),),
-    ),
-    90: (
-        ((384, Tiles(64, 32, 4, 2, 168)),),
-        ((64, Tiles(64, 32, 8, 2)), (128, Tiles(128, 32, 8, 2)), (1024, Tiles(64, 32, 8, 2))),
-    ),
+    80: ((64, Tiles(64, 32, 4, 2)), (128, Tiles(128, 32, 8, 2)), (1024, Tiles(64, 32, 8, 2))),
+    90: ((384, Tiles(64, 32, 4, 2, 168)),),
     100: (
-        (
-            (64, Tiles(64, 64, 4, 2)), (128, Tiles(128, 64, 8, 2)), (256, Tiles(256, 32, 8, 2)),
-            (1024, Tiles(128, 32, 8, 2)),
-        ),
-        ((64, Tiles(64, 32, 8, 2)), (128, Tiles(128, 32, 8, 2))),
+        (64, Tiles(64, 64, 4, 2)), (128, Tiles(128, 64, 8, 2)), (256, Tiles(256, 32, 8, 2)),
+        (1024, Tiles(128, 32, 8, 2)),
     ),
+}  # fmt: skip
+ONE_LAUNCH_WIDE = {
+    80: ((64, Tiles(64, 32, 8, 2)),),
+    100: ((64, Tiles(64, 32, 8, 2)), (128, Tiles(128, 32, 8, 2))),
 }  # fmt: skip
 
 
-def _one_launch(arch: int) -> tuple:
-    return ONE_LAUNCH[80 if not _data_center(arch) else 90 if arch < 100 else 100]
+def _one_launch(arch: int, columns: int) -> tuple:
+    if _hopper(arch):
+        return ONE_LAUNCH[90] if columns == 64 else ()
+    return (ONE_LAUNCH if columns <= 64 else ONE_LAUNCH_WIDE)[100 if _data_center(arch) else 80]
 
 
 def _hopper(arch: int) -> bool:

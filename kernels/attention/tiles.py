@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastdeit.kernels.backend import padded_columns
+from fastdeit.kernels.backend import column_parts, padded_columns
 
 from . import configs
 from .configs import BackwardConfig, ForwardConfig, Tiles
@@ -39,18 +39,19 @@ def use(shape: Shape, *, forward: ForwardConfig | None = None, backward: Backwar
 
 
 def forward(shape: Shape) -> ForwardConfig:
-    columns = padded_columns(shape.head_dim)
+    columns = sum(column_parts(shape.head_dim))
     return _forward.get(shape) or configs.forward_config(shape.arch, shape.keys, columns, shape.dtype)
 
 
 def backward(shape: Shape, items: int) -> BackwardConfig:
     """items: batch * heads, the programs of one launch."""
-    columns = backward_columns(shape.head_dim)
+    columns = sum(column_parts(shape.head_dim))
     return _backward.get(shape) or configs.backward_config(shape.arch, shape.keys, columns, shape.dtype, items)
 
 
-def backward_columns(head_dim: int) -> int:
-    return max(64, padded_columns(head_dim))  # dQᵀ has that many rows, and wgmma needs 64
+def backward_columns(config: BackwardConfig, head_dim: int) -> tuple[int, ...]:
+    """Of the tiles that hold head_dim. In the one launch dQᵀ has a row for each, and wgmma takes no fewer than 64."""
+    return column_parts(head_dim) if config.one is None else (max(64, padded_columns(head_dim)),)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,12 +59,15 @@ def backward_columns(head_dim: int) -> int:
 # some length by the model of benchmarks/attention_cycles.py.
 
 RESIDENT = [(64, 64, 1, 168), (64, 64, 1, None), (64, 128, 1, 168)]  # up to 256 keys; queries, keys, stages, registers
-STREAMING: dict[bool, list[tuple]] = {  # by head_dim padded to 128 or not: queries, keys, warps, stages, registers
+STREAMING: dict[bool, list[tuple]] = {  # by more than 64 columns or not: queries, keys, warps, stages, registers
     False: [
         (64, 64, 4, 2, 128), (64, 64, 4, 3, 128), (64, 32, 4, 3, 128), (128, 64, 8, 2, None), (128, 64, 8, 3, None),
         (128, 128, 8, 2, None),
     ],
-    True: [(128, 64, 8, 2, None), (128, 32, 8, 2, None), (64, 64, 4, 2, None), (64, 32, 4, 2, None)],
+    True: [
+        (64, 64, 4, 2, 128), (64, 32, 4, 3, 128), (64, 32, 4, 2, 128), (64, 64, 4, 2, None), (128, 64, 8, 2, None),
+        (128, 32, 8, 2, None),
+    ],
 }  # fmt: skip
 ONE_LAUNCH: dict[bool, list[tuple]] = {
     False: [
@@ -77,24 +81,27 @@ TWO_LAUNCHES: dict[bool, list[tuple]] = {  # dQ, then dK and dV
         ((64, 64, 4, 2, 128), (64, 32, 4, 3, 128)), ((64, 64, 4, 3, 128), (64, 32, 4, 2, 168)),
         ((64, 128, 8, 3, None), (128, 64, 8, 3, None)),
     ],
-    True: [((64, 128, 8, 2, None), (128, 32, 8, 2, None)), ((64, 64, 8, 2, None), (64, 64, 8, 2, None))],
+    True: [
+        ((64, 64, 4, 2, 168), (64, 32, 4, 3, 168)), ((64, 64, 4, 2, None), (64, 32, 4, 2, None)),
+        ((64, 128, 8, 2, None), (128, 32, 8, 2, None)), ((64, 64, 8, 2, None), (64, 64, 8, 2, None)),
+    ],
 }  # fmt: skip
 
 
 def forward_candidates(shape: Shape) -> dict[str, ForwardConfig]:
     """By a name that stays the same from version to version; the table's own first, in float32 alone."""
-    found = [configs.forward_config(shape.arch, shape.keys, padded_columns(shape.head_dim), shape.dtype)]
+    columns = sum(column_parts(shape.head_dim))
+    found = [configs.forward_config(shape.arch, shape.keys, columns, shape.dtype)]
     if shape.dtype != torch.float32:
-        wide = padded_columns(shape.head_dim) > 64
-        if shape.keys <= 256 and not wide:
+        if shape.keys <= 256 and columns <= 80:
             found += [ForwardConfig(m, n, "resident", 4, stages, maxnreg) for m, n, stages, maxnreg in RESIDENT]
-        found += [ForwardConfig(m, n, "tail", *launch) for m, n, *launch in STREAMING[wide]]
+        found += [ForwardConfig(m, n, "tail", *launch) for m, n, *launch in STREAMING[columns > 64]]
     return {config.name: config for config in found}
 
 
 def backward_candidates(shape: Shape, items: int) -> dict[str, BackwardConfig]:
     """As `forward_candidates`. items: batch * heads."""
-    columns = backward_columns(shape.head_dim)
+    columns = sum(column_parts(shape.head_dim))
     own = configs.backward_config(shape.arch, shape.keys, columns, shape.dtype, items)
     found = [own]
     if shape.dtype != torch.float32:

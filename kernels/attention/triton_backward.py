@@ -29,7 +29,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels.backend import architecture, dot_precision, readable, strides
-from fastdeit.kernels.tiles import LOG2_E, load_rows, store_rows
+from fastdeit.kernels.tiles import (
+    LOG2_E,
+    dot_parts,
+    dot_rows,
+    load_parts,
+    store_parts,
+    store_rows,
+    sum_of_products,
+    zero_parts,
+)
 
 from . import tiles
 
@@ -40,8 +49,8 @@ def row_statistics(
     HEAD_DIM: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """lse in base 2 and delta, inf and 0 past the last query, which it leaves in rows_ptr, (2, padded), too."""
-    out = load_rows(out_ptr, rows, stride, queries, HEAD_DIM, COLS, True)
-    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    out = load_parts(out_ptr, rows, stride, queries, HEAD_DIM, COLS, True)
+    delta = sum_of_products(out, grad_out)
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + rows, mask=rows < queries, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=rows < queries, other=float("inf")) * LOG2_E
@@ -57,42 +66,44 @@ def key_block(
     HEAD_DIM: tl.constexpr, COLS: tl.constexpr, KV_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one block of keys. With BLOCKS of them in a program dQ too: final after the last one."""
+    """dK and dV of one block of keys. With BLOCKS of them in a program dQ too: final after the last one. Then head_dim
+    is one tile, whose columns are the rows of dQᵀ."""
     scale_log2 = scale * LOG2_E
     cols = block * KV_ROWS + tl.arange(0, KV_ROWS)
-    k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, True)
-    v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, True)
+    k = load_parts(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, True)
+    v = load_parts(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, True)
     key_bias = tl.where(cols < keys, 0.0, float("-inf"))  # else exp(0 - lse), perhaps inf, for keys that do not exist
-    dk = tl.zeros((KV_ROWS, COLS), tl.float32)
-    dv = tl.zeros((KV_ROWS, COLS), tl.float32)
+    dk = zero_parts(KV_ROWS, COLS)
+    dv = zero_parts(KV_ROWS, COLS)
     for start in range(0, queries, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, rows, q_n, queries, HEAD_DIM, COLS, True)
-        grad_out = load_rows(grad_out_ptr, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
+        q = load_parts(q_ptr, rows, q_n, queries, HEAD_DIM, COLS, True)
+        grad_out = load_parts(grad_out_ptr, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
         lse = tl.load(rows_ptr + rows)
         delta = tl.load(rows_ptr + padded + rows)
 
         masked = tl.broadcast_to(key_bias[:, None], (KV_ROWS, BLOCK_M))
-        s_t = tl.dot(k, tl.trans(q), masked, input_precision=PRECISION)
+        s_t = dot_rows(k, q, masked, PRECISION)
         p_t = tl.exp2(s_t * scale_log2 - lse[None, :])
-        dp_t = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-        ds_t = (p_t * (dp_t - delta[None, :])).to(q.dtype)
-        dv = tl.dot(p_t.to(q.dtype), grad_out, dv, input_precision=PRECISION)
-        dk = tl.dot(ds_t, q, dk, input_precision=PRECISION)
+        dp_t = dot_rows(v, grad_out, None, PRECISION)
+        ds_t = (p_t * (dp_t - delta[None, :])).to(q[0].dtype)
+        dv = dot_parts(p_t.to(q[0].dtype), grad_out, dv, PRECISION)
+        dk = dot_parts(ds_t, q, dk, PRECISION)
         if BLOCKS == 1:
-            dq_t = tl.dot(tl.trans(k), ds_t, input_precision=PRECISION)
-            store_rows(dq_ptr, rows, d_n, tl.trans(dq_t * scale), queries, HEAD_DIM, COLS)
+            dq_t = tl.dot(tl.trans(k[0]), ds_t, input_precision=PRECISION)
+            store_rows(dq_ptr, rows, d_n, tl.trans(dq_t * scale), queries, HEAD_DIM, COLS[0])
         elif BLOCKS > 1:
             # A tile of the sum lies as the product leaves it: coalesced, and mostly read by the threads that wrote it.
-            sums = dq_sum_ptr + start * COLS + tl.arange(0, COLS)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+            sums = dq_sum_ptr + start * COLS[0]
+            sums = sums + tl.arange(0, COLS[0])[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
             dq_t = tl.load(sums, mask=(block > 0) & (rows < queries)[None, :], other=0.0)
-            dq_t = tl.dot(tl.trans(k), ds_t, dq_t, input_precision=PRECISION)
+            dq_t = tl.dot(tl.trans(k[0]), ds_t, dq_t, input_precision=PRECISION)
             if block < BLOCKS - 1:
                 tl.store(sums, dq_t)
             else:
-                store_rows(dq_ptr, rows, d_n, tl.trans(dq_t * scale), queries, HEAD_DIM, COLS)
-    store_rows(dk_ptr, cols, d_n, dk * scale, keys, HEAD_DIM, COLS)
-    store_rows(dv_ptr, cols, d_n, dv, keys, HEAD_DIM, COLS)
+                store_rows(dq_ptr, rows, d_n, tl.trans(dq_t * scale), queries, HEAD_DIM, COLS[0])
+    store_parts(dk_ptr, cols, d_n, dk, scale, keys, HEAD_DIM, COLS)
+    store_parts(dv_ptr, cols, d_n, dv, 1.0, keys, HEAD_DIM, COLS)
 
 
 @triton.jit
@@ -114,13 +125,13 @@ def backward_kernel(
         grad_lse_ptr += item * queries
     for start in range(0, padded, KV_ROWS):
         rows = start + tl.arange(0, KV_ROWS)
-        grad_out = load_rows(grad_out_ptr, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
+        grad_out = load_parts(grad_out_ptr, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
         row_statistics(
             out_ptr + query_offset, grad_out, lse_ptr + item * queries, grad_lse_ptr,
             rows_ptr, padded, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS,
         )  # fmt: skip
     if BLOCKS > 1:
-        dq_sum_ptr += item * padded * COLS
+        dq_sum_ptr += item * padded * COLS[0]
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
@@ -180,8 +191,8 @@ def backward_q_kernel(
     scale = tl.cast(scale, tl.float32)
 
     rows = tl.program_id(0) % splits * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
-    grad_out = load_rows(grad_out_ptr + query_offset, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
+    q = load_parts(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
+    grad_out = load_parts(grad_out_ptr + query_offset, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
     if grad_lse_ptr is not None:
         grad_lse_ptr += item * queries
     lse, delta = row_statistics(
@@ -189,18 +200,18 @@ def backward_q_kernel(
         rows_ptr + item * 2 * padded, padded, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS,
     )  # fmt: skip
 
-    dq = tl.zeros((BLOCK_M, COLS), tl.float32)
+    dq = zero_parts(BLOCK_M, COLS)
     for start in range(0, keys, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, True)
-        v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, True)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = load_parts(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, True)
+        v = load_parts(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, True)
+        s = dot_rows(q, k, None, PRECISION)
         p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
         p = tl.where(cols[None, :] < keys, p, 0.0)
-        dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-        ds = (p * (dp - delta[:, None])).to(q.dtype)
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    store_rows(dq_ptr + b * dq_b + h * d_h, rows, d_n, dq * scale, queries, HEAD_DIM, COLS)
+        dp = dot_rows(grad_out, v, None, PRECISION)
+        ds = (p * (dp - delta[:, None])).to(q[0].dtype)
+        dq = dot_parts(ds, k, dq, PRECISION)
+    store_parts(dq_ptr + b * dq_b + h * d_h, rows, d_n, dq, scale, queries, HEAD_DIM, COLS)
 
 
 def attention_backward(
@@ -214,9 +225,9 @@ def attention_backward(
     q, k, v, grad_out = readable(q), readable(k), readable(v), grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
-    columns = tiles.backward_columns(head_dim)
     shape = tiles.Shape(architecture(q), queries, keys, head_dim, q.dtype)
-    one, by_query, by_key = tiles.backward(shape, batch * heads)
+    one, by_query, by_key = config = tiles.backward(shape, batch * heads)
+    columns = tiles.backward_columns(config, head_dim)
     steps = *strides(q, k, v), dq.stride(0), *dk.stride()[:3]
     shared = {"HEAD_DIM": head_dim, "COLS": columns, "PRECISION": dot_precision(q), "enable_fp_fusion": True}
 
@@ -230,7 +241,7 @@ def attention_backward(
             assert one.keys % one.queries == 0
             backward_kernel[(batch * heads,)](
                 q, k, v, out, grad_out, lse, grad_lse, scratch(2, padded),
-                scratch(padded, columns) if blocks > 1 else None, dq, dk, dv,
+                scratch(padded, columns[0]) if blocks > 1 else None, dq, dk, dv,
                 scale, heads, queries, keys, padded, *steps,
                 KV_ROWS=one.keys, BLOCK_M=one.queries, BLOCKS=blocks,
                 num_warps=one.num_warps, num_stages=one.num_stages, maxnreg=one.maxnreg, **shared,

@@ -18,9 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.backend import dot_precision, padded_columns, readable, strides
-from fastdeit.kernels.tiles import LN_2, LOG2_E, load_rows, store_rows
+from fastdeit.kernels.backend import column_parts, dot_precision, readable, strides
+from fastdeit.kernels.tiles import (
+    LN_2,
+    LOG2_E,
+    dot_parts,
+    dot_rows,
+    load_parts,
+    scale_parts,
+    store_parts,
+    sum_of_products,
+    zero_parts,
+)
 
+BY_KEY = {"BLOCK_M": 32}  # queries at a time for dK and dV, which would spill with more of them
 PROGRAMS = 512  # of the bias' gradient. A constant, so that its bits are the same on every GPU
 
 
@@ -30,10 +41,10 @@ def logits(
 ):  # fmt: skip
     """S · log2 e of (queries, keys), or of (keys, queries); -inf past the last of either."""
     if KEYS_FIRST:
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+        s = dot_rows(k, q, None, PRECISION) * scale_log2
         offsets, inside = rows[None, :] * bias_n + cols[:, None], (rows < queries)[None, :] & (cols < keys)[:, None]
     else:
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        s = dot_rows(q, k, None, PRECISION) * scale_log2
         offsets, inside = rows[:, None] * bias_n + cols[None, :], (rows < queries)[:, None] & (cols < keys)[None, :]
     return s + tl.load(bias_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32) * LOG2_E
 
@@ -60,24 +71,25 @@ def bias_forward_kernel(
     bias_ptr += b % period * bias_b + h * bias_h
     scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
     rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
+    q = load_parts(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
     row_max = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite, so that -inf minus it is no NaN
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, COLS), tl.float32)
+    acc = zero_parts(BLOCK_M, COLS)
     for first in range(0, keys, BLOCK_N):
         cols = first + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, True)
-        v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, True)
+        k = load_parts(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, True)
+        v = load_parts(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, True)
         s = logits(q, k, bias_ptr, rows, cols, bias_n, scale_log2, queries, keys, False, PRECISION)
         new_max = tl.maximum(row_max, tl.max(s, 1))
         p = tl.exp2(s - new_max[:, None])
         shrink = tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        acc = dot_parts(p.to(v[0].dtype), v, scale_parts(acc, shrink[:, None]), PRECISION)
         row_max = new_max
     attends = row_sum > 0.0
-    out = acc * tl.where(attends, 1.0 / row_sum, 0.0)[:, None]
-    store_rows(out_ptr + (b * queries * heads + h) * HEAD_DIM, rows, heads * HEAD_DIM, out, queries, HEAD_DIM, COLS)
+    out_ptr += (b * queries * heads + h) * HEAD_DIM
+    share = tl.where(attends, 1.0 / row_sum, 0.0)[:, None]
+    store_parts(out_ptr, rows, heads * HEAD_DIM, acc, share, queries, HEAD_DIM, COLS)
     lse = tl.where(attends, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
     tl.store(lse_ptr + item * queries + rows, lse, mask=rows < queries)
 
@@ -100,24 +112,24 @@ def bias_backward_q_kernel(
     scale = tl.cast(scale, tl.float32)
     out_offset, out_n = (b * queries * heads + h) * HEAD_DIM, heads * HEAD_DIM
     rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
-    out = load_rows(out_ptr + out_offset, rows, out_n, queries, HEAD_DIM, COLS, True)
-    grad_out = load_rows(grad_out_ptr + out_offset, rows, out_n, queries, HEAD_DIM, COLS, True)
-    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    q = load_parts(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
+    out = load_parts(out_ptr + out_offset, rows, out_n, queries, HEAD_DIM, COLS, True)
+    grad_out = load_parts(grad_out_ptr + out_offset, rows, out_n, queries, HEAD_DIM, COLS, True)
+    delta = sum_of_products(out, grad_out)
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + item * queries + rows, mask=rows < queries, other=0.0)
     tl.store(delta_ptr + item * queries + rows, delta, mask=rows < queries)
     lse = load_lse(lse_ptr + item * queries, rows, queries)
-    dq = tl.zeros((BLOCK_M, COLS), tl.float32)
+    dq = zero_parts(BLOCK_M, COLS)
     for first in range(0, keys, BLOCK_N):
         cols = first + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, True)
-        v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, True)
+        k = load_parts(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, True)
+        v = load_parts(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, True)
         s = logits(q, k, bias_ptr, rows, cols, bias_n, scale * LOG2_E, queries, keys, False, PRECISION)
-        dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        dp = dot_rows(grad_out, v, None, PRECISION)
         ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    store_rows(dq_ptr + out_offset, rows, out_n, dq * scale, queries, HEAD_DIM, COLS)
+        dq = dot_parts(ds.to(k[0].dtype), k, dq, PRECISION)
+    store_parts(dq_ptr + out_offset, rows, out_n, dq, scale, queries, HEAD_DIM, COLS)
 
 
 @triton.jit
@@ -137,24 +149,24 @@ def bias_backward_kv_kernel(
     grad_out_ptr += (b * queries * heads + h) * HEAD_DIM
     scale = tl.cast(scale, tl.float32)
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr + b * k_b + h * k_h, cols, k_n, keys, HEAD_DIM, COLS, True)
-    v = load_rows(v_ptr + b * v_b + h * v_h, cols, v_n, keys, HEAD_DIM, COLS, True)
-    dk, dv = tl.zeros((BLOCK_N, COLS), tl.float32), tl.zeros((BLOCK_N, COLS), tl.float32)
+    k = load_parts(k_ptr + b * k_b + h * k_h, cols, k_n, keys, HEAD_DIM, COLS, True)
+    v = load_parts(v_ptr + b * v_b + h * v_h, cols, v_n, keys, HEAD_DIM, COLS, True)
+    dk, dv = zero_parts(BLOCK_N, COLS), zero_parts(BLOCK_N, COLS)
     for first in range(0, queries, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, rows, q_n, queries, HEAD_DIM, COLS, True)
-        grad_out = load_rows(grad_out_ptr, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
+        q = load_parts(q_ptr, rows, q_n, queries, HEAD_DIM, COLS, True)
+        grad_out = load_parts(grad_out_ptr, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True)
         lse = load_lse(lse_ptr + item * queries, rows, queries)
         delta = tl.load(delta_ptr + item * queries + rows, mask=rows < queries, other=0.0)
         s_t = logits(q, k, bias_ptr, rows, cols, bias_n, scale * LOG2_E, queries, keys, True, PRECISION)
         p_t = tl.exp2(s_t - lse[None, :])
-        dv = tl.dot(p_t.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
-        dp_t = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        dv = dot_parts(p_t.to(grad_out[0].dtype), grad_out, dv, PRECISION)
+        dp_t = dot_rows(v, grad_out, None, PRECISION)
         ds_t = p_t * (dp_t - delta[None, :])
-        dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = dot_parts(ds_t.to(q[0].dtype), q, dk, PRECISION)
     offset = (b * keys * heads + h) * HEAD_DIM
-    store_rows(dk_ptr + offset, cols, heads * HEAD_DIM, dk * scale, keys, HEAD_DIM, COLS)
-    store_rows(dv_ptr + offset, cols, heads * HEAD_DIM, dv, keys, HEAD_DIM, COLS)
+    store_parts(dk_ptr + offset, cols, heads * HEAD_DIM, dk, scale, keys, HEAD_DIM, COLS)
+    store_parts(dv_ptr + offset, cols, heads * HEAD_DIM, dv, 1.0, keys, HEAD_DIM, COLS)
 
 
 @triton.jit
@@ -179,17 +191,17 @@ def bias_gradient_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(split, batch // period * sharing, splits):
         b, h = residue + i // sharing * period, bias_head + i % sharing
-        q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
-        k = load_rows(k_ptr + b * k_b + h * k_h, cols, k_n, keys, HEAD_DIM, COLS, True)
-        v = load_rows(v_ptr + b * v_b + h * v_h, cols, v_n, keys, HEAD_DIM, COLS, True)
+        q = load_parts(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
+        k = load_parts(k_ptr + b * k_b + h * k_h, cols, k_n, keys, HEAD_DIM, COLS, True)
+        v = load_parts(v_ptr + b * v_b + h * v_h, cols, v_n, keys, HEAD_DIM, COLS, True)
         row_offset = (b * heads + h) * queries
-        grad_out = load_rows(
+        grad_out = load_parts(
             grad_out_ptr + (b * queries * heads + h) * HEAD_DIM, rows, heads * HEAD_DIM, queries, HEAD_DIM, COLS, True
         )
         lse = load_lse(lse_ptr + row_offset, rows, queries)
         delta = tl.load(delta_ptr + row_offset + rows, mask=rows < queries, other=0.0)
         s = logits(q, k, bias_ptr, rows, cols, bias_n, scale * LOG2_E, queries, keys, False, PRECISION)
-        dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        dp = dot_rows(grad_out, v, None, PRECISION)
         total += tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
     partial_ptr += (split.to(tl.int64) * period * bias_heads + which) * queries * keys
     inside = (rows < queries)[:, None] & (cols < keys)[None, :]
@@ -198,10 +210,10 @@ def bias_gradient_kernel(
 
 def launch_options(q: Tensor) -> dict:
     head_dim, single = q.shape[-1], q.dtype == torch.float32
-    columns = padded_columns(head_dim)
+    columns = column_parts(head_dim)
     return {
         "HEAD_DIM": head_dim, "COLS": columns, "BLOCK_M": 32 if single else 64, "BLOCK_N": 32 if single else 64,
-        "PRECISION": dot_precision(q), "num_warps": 8 if columns == 128 else 4, "num_stages": 1 if single else 2,
+        "PRECISION": dot_precision(q), "num_warps": 8 if sum(columns) == 128 else 4, "num_stages": 1 if single else 2,
         "enable_fp_fusion": True,
     }  # fmt: skip
 
@@ -249,8 +261,9 @@ def bias_backward(
             *common, **options,
         )  # fmt: skip
         bias_backward_kv_kernel[(batch * heads * key_blocks,)](
-            q, k, v, bias, grad_out, lse, delta, dk, dv, scale, heads, queries, keys, period, *common, **options
-        )
+            q, k, v, bias, grad_out, lse, delta, dk, dv, scale, heads, queries, keys, period,
+            *common, **(options | BY_KEY),
+        )  # fmt: skip
         if not with_bias:
             return dq, dk, dv, None
         tiles = row_blocks * key_blocks * period * bias_heads

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.backend import architecture, dot_precision, padded_columns, readable, strides
-from fastdeit.kernels.tiles import LN_2, LOG2_E, load_rows, store_rows
+from fastdeit.kernels.backend import architecture, column_parts, dot_precision, readable, strides
+from fastdeit.kernels.tiles import LN_2, LOG2_E, dot_parts, dot_rows, load_parts, scale_parts, store_parts, zero_parts
 
 from . import tiles
 
@@ -32,14 +32,14 @@ from . import tiles
 @triton.jit
 def attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, keys, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Adds one tile of keys. row_max is of the unscaled logits, so that scaling is part of the exponent's FMA."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = dot_rows(q, k, None, PRECISION)
     if MASKED:
         s = tl.where(cols[None, :] < keys, s, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(s, 1))
     p = tl.exp2(s * scale_log2 - (new_max * scale_log2)[:, None])
     shrink = tl.exp2((row_max - new_max) * scale_log2)
     row_sum = row_sum * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    acc = dot_parts(p.to(v[0].dtype), v, scale_parts(acc, shrink[:, None]), PRECISION)
     return new_max, row_sum, acc
 
 
@@ -49,7 +49,7 @@ def store_output(
     HEAD_DIM: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     # By the reciprocal: a division of each element would be ten instructions more.
-    store_rows(out_ptr, rows, heads * HEAD_DIM, acc * (1.0 / row_sum)[:, None], queries, HEAD_DIM, COLS)
+    store_parts(out_ptr, rows, heads * HEAD_DIM, acc, (1.0 / row_sum)[:, None], queries, HEAD_DIM, COLS)
     lse = (row_max * scale_log2 + tl.log2(row_sum)) * LN_2
     tl.store(lse_ptr + rows, lse, mask=rows < queries)
 
@@ -79,26 +79,26 @@ def resident_kernel(
     for i in tl.static_range(len(TILES)):
         cols = STARTS[i] + tl.arange(0, TILES[i])
         # Triton's tuples grow by addition only.
-        K = K + (load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
-        V = V + (load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
+        K = K + (load_parts(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
+        V = V + (load_parts(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, i == LAST),)  # noqa: RUF005
 
     for start in range(split * BLOCK_M, queries, splits * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, rows, q_n, queries, HEAD_DIM, COLS, True)
+        q = load_parts(q_ptr, rows, q_n, queries, HEAD_DIM, COLS, True)
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         S = ()
         for i in tl.static_range(len(TILES)):
-            s = tl.dot(q, tl.trans(K[i]), input_precision=PRECISION)
+            s = dot_rows(q, K[i], None, PRECISION)
             if i == LAST:
                 s = tl.where((STARTS[i] + tl.arange(0, TILES[i]))[None, :] < keys, s, float("-inf"))
             row_max = tl.maximum(row_max, tl.max(s, 1))
             S = S + (s,)  # noqa: RUF005
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, COLS), tl.float32)
+        acc = zero_parts(BLOCK_M, COLS)
         for i in tl.static_range(len(TILES)):
             p = tl.exp2(S[i] * scale_log2 - (row_max * scale_log2)[:, None])
             row_sum += tl.sum(p, 1)
-            acc = tl.dot(p.to(q.dtype), V[i], acc, input_precision=PRECISION)
+            acc = dot_parts(p.to(q[0].dtype), V[i], acc, PRECISION)
         store_output(out_ptr, lse_ptr, rows, row_max, row_sum, acc, scale_log2, heads, queries, HEAD_DIM, COLS)
 
 
@@ -120,20 +120,20 @@ def streaming_kernel(
     LAST: tl.constexpr = len(TILES) - 1
 
     rows = tl.program_id(0) % splits * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
+    q = load_parts(q_ptr + b * q_b + h * q_h, rows, q_n, queries, HEAD_DIM, COLS, True)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, COLS), tl.float32)
+    acc = zero_parts(BLOCK_M, COLS)
     streamed = keys if MASKED_LOOP else (keys - 1) // BLOCK_N * BLOCK_N
     for first in range(0, streamed, BLOCK_N):
         cols = first + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, MASKED_LOOP)
-        v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, MASKED_LOOP)
+        k = load_parts(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, MASKED_LOOP)
+        v = load_parts(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, MASKED_LOOP)
         row_max, row_sum, acc = attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, keys, MASKED_LOOP, PRECISION)
     for i in tl.static_range(len(TILES)):
         cols = streamed + STARTS[i] + tl.arange(0, TILES[i])
-        k = load_rows(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, i == LAST)
-        v = load_rows(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, i == LAST)
+        k = load_parts(k_ptr, cols, k_n, keys, HEAD_DIM, COLS, i == LAST)
+        v = load_parts(v_ptr, cols, v_n, keys, HEAD_DIM, COLS, i == LAST)
         row_max, row_sum, acc = attend(q, k, v, row_max, row_sum, acc, scale_log2, cols, keys, i == LAST, PRECISION)
     out_ptr += (b * queries * heads + h) * HEAD_DIM
     lse_ptr += item.to(tl.int64) * queries
@@ -155,7 +155,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         kernel[(batch * heads * splits,)](
             q, k, v, out, lse, scale, heads, queries, keys, splits,
             *strides(q, k, v),
-            HEAD_DIM=head_dim, COLS=padded_columns(head_dim), BLOCK_M=config.block_m, **block_n,
+            HEAD_DIM=head_dim, COLS=column_parts(head_dim), BLOCK_M=config.block_m, **block_n,
             TILES=static, STARTS=tuple(sum(static[:i]) for i in range(len(static))), PRECISION=dot_precision(q),
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,
         )  # fmt: skip

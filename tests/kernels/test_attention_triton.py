@@ -1,8 +1,8 @@
 """The Triton attention kernels against float64: in the interpreter here, compiled on a GPU.
 
 Sizes: 1 (a softmax of one), 5, 16 and 17 (around the smallest tile), 63 and 65 (around a matrix instruction's rows),
-197 and 198 (DeiT), 257 (ViT-H; from here on few heads take two backward launches), 577 (384 pixels). head_dim 16 and 32
-are padded in the backward pass only, what is no power of two in both.
+197 and 198 (DeiT), 257 (ViT-H; from here on few heads take two backward launches), 577 (384 pixels). head_dim 72, 80
+and 96 are two tiles side by side (64 + 16 and 64 + 32 columns), 40 and 48 too.
 """
 
 import pytest
@@ -11,6 +11,7 @@ from attention_oracle import check, definition
 
 from fastdeit.kernels import attention, attention_qkvpacked
 from fastdeit.kernels.attention import configs, triton_backward, triton_forward
+from fastdeit.kernels.backend import column_parts
 
 SHAPES = [  # batch, tokens, heads, head_dim
     (3, 1, 1, 64),
@@ -22,6 +23,7 @@ SHAPES = [  # batch, tokens, heads, head_dim
     (1, 197, 3, 64),
     (3, 198, 1, 64),
     (1, 257, 1, 80),
+    (1, 100, 1, 72),
     (1, 577, 1, 64),
 ]
 CROSS = [  # queries, keys, head_dim
@@ -143,7 +145,7 @@ def test_equal_rows_average_the_values(device):
 
 
 @DEVICES
-@pytest.mark.parametrize("arch, tokens, head_dim", [(90, 198, 64), (80, 198, 64), (90, 300, 64), (90, 257, 80)])
+@pytest.mark.parametrize("arch, tokens, head_dim", [(90, 198, 64), (80, 198, 64), (90, 300, 64), (100, 100, 80)])
 def test_full_gpu_in_small(arch, tokens, head_dim, device, monkeypatch):
     """What many heads take at ViT sizes, with few: one program walks over all queries forward; one launch backward,
     which sums dQ over blocks of keys where these do not fit at once."""
@@ -151,7 +153,7 @@ def test_full_gpu_in_small(arch, tokens, head_dim, device, monkeypatch):
     for module in (triton_forward, triton_backward):
         monkeypatch.setattr(module, "architecture", lambda x: arch)
     half = torch.float16
-    assert configs.backward_config(arch, tokens, max(64, 1 << (head_dim - 1).bit_length()), half, 1).one is not None
+    assert configs.backward_config(arch, tokens, sum(column_parts(head_dim)), half, 1).one is not None
     q, k, v = poisoned(1, tokens, 1, head_dim, device, half).unbind(2)
     check(lambda *x: attention(*x, return_lse=True), q, k, v, head_dim**-0.5)
     check(packed, q, k, v, head_dim**-0.5, through_lse=False)

@@ -3,6 +3,8 @@
 tests/ptx runs the compiled code on the CPU. The budget is that of attention_oracle.py.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,11 +13,12 @@ from fastdeit.kernels import attention_varlen
 from tests.kernels import attention_oracle
 from tests.kernels.attention_oracle import error, gradients, within
 
-CASES = [  # lengths, heads, head_dim; then, where it is not the longest, max_seqlen
+CASES = [  # lengths, heads, head_dim; then, where they are others, those of the keys
     ((37, 5, 0, 64), 2, 32),
     ((1, 70), 3, 72),
     ((0, 0, 33, 0), 1, 16),
     ((65,), 1, 128),
+    ((37, 5, 0, 1), 2, 48, (3, 0, 20, 70)),  # the second has no key, the third no query
 ]
 HALF = [torch.float16, torch.bfloat16]
 UNUSED = 3  # tokens after the last sequence
@@ -25,56 +28,59 @@ def edges(lengths, device="cpu"):
     return torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32, device=device)
 
 
-def make(lengths, heads, head_dim, dtype, device="cpu", unused=UNUSED):
-    """q, k, v between NaN, each with strides of its own, and cu_seqlens."""
-    generator, total = torch.Generator().manual_seed(sum(lengths)), sum(lengths) + unused
+def make(lengths, heads, head_dim, dtype, device="cpu", unused=UNUSED, keys=None):
+    """q, k, v between NaN, each with strides of its own, and cu_seqlens; that of the keys, too, where they differ."""
+    generator = torch.Generator().manual_seed(sum(lengths))
     tensors = []
-    for rows in (1, 2, 3):
+    for rows, of in ((1, lengths), (2, keys or lengths), (3, keys or lengths)):
+        total = sum(of) + unused
         around = torch.full((total + 2, rows, heads + 1, head_dim + 16), float("nan"), dtype=dtype, device=device)
         view = around[1:-1, rows - 1, :heads, 8:-8]
         view.copy_(torch.randn(view.shape, generator=generator))
         if unused:
             view[-unused:] = torch.nan  # which nobody may read
         tensors.append(view)
-    return *tensors, edges(lengths, device)
+    return *tensors, edges(lengths, device), *(() if keys is None else (edges(keys, device),))
 
 
-def one_by_one(function, cu_seqlens):
+def one_by_one(function, cu_seqlens, cu_seqlens_k=None):
     """function(q, k, v) -> (out, lse) of (1, tokens, heads, head_dim), for each sequence, and nothing elsewhere."""
+    of_q, of_k = (pairwise((cu_seqlens if cu is None else cu).tolist()) for cu in (None, cu_seqlens_k))
+    parts = [(i, j) for i, j in zip(of_q, of_k) if i[0] < i[1] and j[0] < j[1]]
 
     def packed(q, k, v):
         out, lse = torch.zeros_like(q), q.new_full((q.shape[1], len(q)), -torch.inf)
-        for first, last in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
-            if last > first:
-                o, s = function(*(x[None, first:last] for x in (q, k, v)))
-                out, lse = out.index_copy(0, torch.arange(first, last, device=q.device), o[0]), lse.clone()
-                lse[:, first:last] = s[0]
+        for i, j in parts:
+            o, s = function(q[None, slice(*i)], k[None, slice(*j)], v[None, slice(*j)])
+            out, lse = out.index_copy(0, torch.arange(*i, device=q.device), o[0]), lse.clone()
+            lse[:, slice(*i)] = s[0]
         return out, lse
 
     return packed
 
 
-def check(case, dtype, device="cpu", through_lse=True, lse_floor=1e-5):
-    lengths, heads, head_dim, *longest = case
-    q, k, v, cu_seqlens = make(lengths, heads, head_dim, dtype, device)
-    longest, scale, end = (longest or [max(lengths)])[0], head_dim**-0.5, sum(lengths)
+def check(case, dtype, device="cpu", lse_floor=1e-5, longest=None):
+    lengths, heads, head_dim, *keys = case
+    q, k, v, *cu_seqlens = make(lengths, heads, head_dim, dtype, device, keys=keys[0] if keys else None)
+    scale, longest = head_dim**-0.5, longest or max(lengths)
+    options = {"cu_seqlens_k": cu_seqlens[1], "max_seqlen_k": max(keys[0])} if keys else {}
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(q.shape, generator=generator).to(device, dtype)]
-    if through_lse:
-        grads.append(torch.randn(heads, len(q), generator=generator).to(device))
-    definition = one_by_one(lambda *x: attention_oracle.definition(*x, scale), cu_seqlens)
+    definition = one_by_one(lambda *x: attention_oracle.definition(*x, scale), *cu_seqlens)
+    inside = definition(*(x.double() for x in (q, k, v)))[1][0] > -torch.inf  # queries that have keys
+    grads = [torch.randn(x, generator=generator).to(device) for x in (q.shape, (heads, len(q)))]
     exact, exact_grads = gradients(definition, [x.double() for x in (q, k, v)], grads)
     theirs, their_grads = gradients(definition, (q, k, v), grads)
     ours, our_grads = gradients(
-        lambda q, k, v: attention_varlen(q, k, v, cu_seqlens, longest, return_lse=True), (q, k, v), grads
+        lambda q, k, v: attention_varlen(q, k, v, cu_seqlens[0], longest, return_lse=True, **options), (q, k, v), grads
     )
     assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
-    assert (ours[0][end:] == 0).all() and (ours[1][:, end:] == -torch.inf).all()
-    within(ours[0][:end], exact[0][:end], error(theirs[0][:end], exact[0][:end]), "out")
-    assert error(ours[1][:, :end], exact[1][:, :end]) < lse_floor
+    assert (ours[0][~inside] == 0).all() and (ours[1][:, ~inside] == -torch.inf).all()
+    within(ours[0][inside], exact[0][inside], error(theirs[0][inside], exact[0][inside]), "out")
+    assert error(ours[1][:, inside], exact[1][:, inside]) < lse_floor
     # What is stored of the output, and P and dS as operands of products, are rounded to the dtype.
     rounded = 0 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-    for name, grad, their, exact_grad in zip("qkv", our_grads, their_grads, exact_grads):
+    ends = sum(lengths), *2 * (sum(keys[0] if keys else lengths),)
+    for name, end, grad, their, exact_grad in zip("qkv", ends, our_grads, their_grads, exact_grads):
         assert (grad[end:] == 0).all()
         within(grad[:end], exact_grad[:end], error(their[:end], exact_grad[:end]), f"grad {name}", rounded, 1e-5)
 
@@ -97,9 +103,10 @@ def launch_with(q, k, v, cu_seqlens, longest):
     from fastdeit.kernels.attention.triton_varlen import varlen_backward, varlen_forward
 
     out, lse = torch.zeros(q.shape, dtype=q.dtype), torch.full((q.shape[1], len(q)), -torch.inf)
-    varlen_forward(q, k, v, cu_seqlens, longest, 0.25, out, lse)
+    varlen_forward(q, k, v, cu_seqlens, cu_seqlens, longest, 0.25, out, lse)
     grads = tuple(torch.zeros(q.shape, dtype=q.dtype) for _ in range(3))
-    varlen_backward(torch.ones_like(out), q, k, v, cu_seqlens, out, lse, longest, 0.25, torch.ones_like(lse), grads)
+    cu, ones = (cu_seqlens, cu_seqlens), (torch.ones_like(out), torch.ones_like(lse))
+    varlen_backward(ones[0], q, k, v, *cu, out, lse, longest, longest, 0.25, ones[1], grads)
     return out, lse, *grads
 
 
@@ -126,9 +133,14 @@ def test_the_kernels_touch_no_memory_of_others_whatever_cu_seqlens_says():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("case", [*CASES, ((197, 785, 50, 1), 12, 64), ((300, 20), 2, 64, 128)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, ((197, 785, 50, 1), 12, 64), ((1, 1, 1), 8, 72, (729, 300, 5))], ids=str)
 def test_kernels_on_gpu(case, dtype):
     check(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_max_seqlen_is_a_hint_on_gpu():
+    check(((300, 20), 2, 64), torch.bfloat16, "cuda", longest=128)
 
 
 each_path = pytest.mark.parametrize(
@@ -173,11 +185,13 @@ def test_gradcheck():
     torch.autograd.gradcheck(lambda *x: attention_varlen(*x, cu_seqlens, 4, return_lse=True), leaves)
 
 
-def test_opcheck():
-    q, k, v, cu_seqlens = make((3, 0, 4), 2, 16, torch.float32, unused=0)
-    out, lse = torch.ops.fastdeit.attention_varlen(q, k, v, cu_seqlens, 4, 0.25)
-    torch.library.opcheck(torch.ops.fastdeit.attention_varlen, (q, k, v, cu_seqlens, 4, 0.25))
-    arguments = (torch.ones_like(out), q, k, v, cu_seqlens, out, lse, 4, 0.25, None)
+@pytest.mark.parametrize("keys", [None, (2, 5, 0)])
+def test_opcheck(keys):
+    q, k, v, *cu_seqlens = make((3, 0, 4), 2, 16, torch.float32, unused=0, keys=keys)
+    where = *(*cu_seqlens, None)[:2], 4, 5
+    out, lse = torch.ops.fastdeit.attention_varlen(q, k, v, *where, 0.25)
+    torch.library.opcheck(torch.ops.fastdeit.attention_varlen, (q, k, v, *where, 0.25))
+    arguments = (torch.ones_like(out), q, k, v, *where[:2], out, lse, *where[2:], 0.25, None)
     torch.library.opcheck(torch.ops.fastdeit.attention_varlen_backward, arguments)
 
 
@@ -197,10 +211,34 @@ def test_compiles_without_a_graph_break():
 
 
 def test_flops_are_those_of_the_sequences():
-    q, k, v, cu_seqlens = make((3, 0, 4), 2, 16, torch.float32, unused=0)
-    with FlopCounterMode(display=False) as counter:
-        attention_varlen(q.requires_grad_(), k, v, cu_seqlens, 4).sum().backward()
-    assert counter.get_total_flops() == 7 * 2 * 2 * 16 * (9 + 16)
+    for keys, products in ((None, 9 + 16), ((2, 5, 1), 3 * 2 + 4)):
+        q, k, v, *cu_seqlens = make((3, 0, 4), 2, 16, torch.float32, unused=0, keys=keys)
+        options = {} if keys is None else {"cu_seqlens_k": cu_seqlens[1], "max_seqlen_k": 5}
+        with FlopCounterMode(display=False) as counter:
+            attention_varlen(q.requires_grad_(), k, v, cu_seqlens[0], 4, **options).sum().backward()
+        assert counter.get_total_flops() == 7 * 2 * 2 * 16 * products
+
+
+@pytest.mark.parametrize("edges_mapped", [False, True])
+def test_vmap_is_a_loop(edges_mapped):
+    """Over queries and values, the keys shared; sequences of the same lengths, or of others each time."""
+    q, k, v = (torch.randn(3, 7, 2, 16, dtype=torch.float64) for _ in range(3))
+    cu_seqlens = torch.stack([edges(lengths) for lengths in ((3, 4), (0, 6), (5, 2))])
+    if not edges_mapped:
+        cu_seqlens = cu_seqlens[:1].expand(3, -1)
+
+    def loss(q, k, v, cu_seqlens):
+        out, lse = attention_varlen(q, k, v, cu_seqlens, 6, return_lse=True)
+        return out.sin().sum() + lse[:, :6].sum()
+
+    function = torch.func.grad_and_value(loss, (0, 1, 2))
+    arguments = (q.movedim(0, 1), k[0], v, cu_seqlens if edges_mapped else cu_seqlens[0])
+    mapped = torch.vmap(function, (1, None, 0, 0 if edges_mapped else None))(*arguments)
+    for i in range(3):
+        grads, value = function(q[i], k[0], v[i], cu_seqlens[i])
+        torch.testing.assert_close(mapped[1][i], value)
+        for ours, expected in zip(mapped[0], grads):
+            torch.testing.assert_close(ours[i], expected)
 
 
 def test_torch_func_and_autocast():
@@ -222,30 +260,36 @@ def test_second_derivative_is_refused():
 
 
 Q, BROAD = torch.zeros(7, 2, 16), torch.zeros(1, 1, 16).expand(7, 2**20, 16)
+SEVEN, BOTH = edges((3, 4)), {"cu_seqlens_k": edges((6, 0)), "max_seqlen_k": 6}
 
 
 @pytest.mark.parametrize(
-    "q, k, lengths, longest, message",
+    "q, k, cu_seqlens, longest, options, message",
     [
-        (Q[None], Q[None], (3, 4), 4, r"total_tokens, heads, head_dim.*fastdeit\.kernels\.attention"),
-        (Q, Q[:6], (3, 4), 4, "all the same"),
-        (Q, Q.half(), (3, 4), 4, "share dtype and device"),
-        (Q.int(), Q.int(), (3, 4), 4, "not torch.int32"),
-        (Q[..., :15], Q[..., :15], (3, 4), 4, "head_dim 16 to 128 in steps of 8, not 15"),
-        (Q, Q, edges((3, 4)).long(), 4, "int32 on cpu, but is .* torch.int64"),
-        (Q, Q, edges((3, 4))[None], 4, r"\(sequences \+ 1,\)"),
-        (Q, Q, edges((3, 4))[:0], 4, r"\(sequences \+ 1,\)"),
-        (Q, Q, (3, 4), torch.tensor(4), "a number of Python's"),
-        (Q, Q, (3, 4), -1, "0 or more"),
-        (Q, Q, (3, 5), 5, "end at 7"),
-        (Q, Q, edges((3, 4)) + 1, 4, "begin with 0"),
-        (Q, Q, torch.tensor([0, 5, 3], dtype=torch.int32), 5, "never fall"),
-        (Q, Q, (3, 4), 3, "max_seqlen = 3"),
-        (BROAD, BROAD, (3, 4), 4, "Make two"),
+        (Q[None], Q[None], SEVEN, 4, {}, r"total_tokens, heads, head_dim.*fastdeit\.kernels\.attention"),
+        (Q, Q[:6], SEVEN, 4, {}, "all the same unless cu_seqlens_k"),
+        (Q, Q[:6, :1], SEVEN, 4, BOTH, "all the same unless"),
+        (Q, Q.half(), SEVEN, 4, {}, "share dtype and device"),
+        (Q.int(), Q.int(), SEVEN, 4, {}, "not torch.int32"),
+        (Q[..., :15], Q[..., :15], SEVEN, 4, {}, "head_dim 16 to 128 in steps of 8, not 15"),
+        (Q, Q, SEVEN.long(), 4, {}, "int32 on cpu, but is .* torch.int64"),
+        (Q, Q, SEVEN[None], 4, {}, r"\(sequences \+ 1,\)"),
+        (Q, Q, SEVEN[:0], 4, {}, r"\(sequences \+ 1,\)"),
+        (Q, Q, SEVEN, torch.tensor(4), {}, "a number of Python's"),
+        (Q, Q, SEVEN, -1, {}, "0 or more"),
+        (Q, Q, edges((3, 5)), 5, {}, "end at 7"),
+        (Q, Q, SEVEN + 1, 4, {}, "begin with 0"),
+        (Q, Q, torch.tensor([0, 5, 3], dtype=torch.int32), 5, {}, "never fall"),
+        (Q, Q, SEVEN, 3, {}, "max_seqlen = 3"),
+        (BROAD, BROAD, SEVEN, 4, {}, "Make two"),
+        (Q, Q, SEVEN, 4, {"max_seqlen_k": 4}, "belong together"),
+        (Q, Q, SEVEN, 4, BOTH | {"cu_seqlens_k": SEVEN[:2]}, "as many sequences as cu_seqlens, 2, but tells of 1"),
+        (Q, Q, SEVEN, 4, BOTH | {"max_seqlen_k": 5}, r"cu_seqlens_k must .* max_seqlen_k = 5, but it is \[0, 6, 6\]"),
+        (Q, Q[:5], SEVEN, 4, BOTH, "end at 5"),
+        (Q, Q, SEVEN, 4, BOTH | {"cu_seqlens_k": SEVEN.long()}, "cu_seqlens_k must be .* int32"),
     ],
-    ids=range(15),
+    ids=range(21),
 )
-def test_what_does_not_fit_is_said_in_words(q, k, lengths, longest, message):
-    cu_seqlens = lengths if isinstance(lengths, torch.Tensor) else edges(lengths)
+def test_what_does_not_fit_is_said_in_words(q, k, cu_seqlens, longest, options, message):
     with pytest.raises(ValueError, match=message):
-        attention_varlen(q, k, k, cu_seqlens, longest)
+        attention_varlen(q, k, k, cu_seqlens, longest, **options)

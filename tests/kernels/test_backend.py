@@ -26,6 +26,17 @@ def test_amd_gpus_take_plain_pytorch(monkeypatch):
     backend.compute_capability.cache_clear()
 
 
+def test_head_dim_is_held_by_one_tile_or_two():
+    """Powers of two from 16 on, side by side, with the second where that leaves out a quarter of one tile or more."""
+    parts = {head_dim: backend.column_parts(head_dim) for head_dim in range(16, 129, 8)}
+    for head_dim, columns in parts.items():
+        assert all(n >= 16 and n & (n - 1) == 0 for n in columns) and len(columns) <= 2
+        assert sum(columns[:-1]) < head_dim <= sum(columns) <= backend.padded_columns(head_dim)
+    assert parts[40] == parts[48] == (32, 16) and parts[72] == parts[80] == (64, 16)
+    assert parts[88] == parts[96] == (64, 32)
+    assert parts[24] == (32,) and parts[56] == parts[64] == (64,) and parts[104] == parts[128] == (128,)
+
+
 @pytest.mark.parametrize(
     "device, dtype, tf32, expected",
     [

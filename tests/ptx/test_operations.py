@@ -61,7 +61,7 @@ def queries_keys_values(queries, keys, head_dim, dtype):
 
 @pytest.mark.parametrize("full_gpu", [False, True], ids=["few heads", "full GPU"])
 @everywhere(
-    [(33, 70, 64)],
+    [(33, 70, 64), (18, 40, 72)],
     soak=[(198, 198, 64), (300, 300, 64), (257, 257, 80), (130, 130, 128), (1, 197, 72), (197, 3, 16)],
 )
 def test_attention(arch, dtype, case, full_gpu, monkeypatch):
@@ -83,7 +83,7 @@ def test_attention_with_bias(arch, dtype, case):
     assert [launch.kernel for launch in launches][-1] == "bias_gradient_kernel"
 
 
-@everywhere([((17, 0, 5), 1, 32)], soak=[*attention_varlen.CASES, ((197, 50), 2, 64)])
+@everywhere([((17, 0, 5), 1, 32), ((3, 2, 20), 1, 40, (18, 0, 5))], soak=[*attention_varlen.CASES, ((197, 50), 2, 64)])
 def test_attention_varlen(arch, dtype, case):
     with emulated(arch) as launches:
         attention_varlen.check(case, dtype)
