@@ -209,6 +209,14 @@ def test_all_classes_in_a_cache_are_the_live_teacher(logits, kind, standardize):
     torch.testing.assert_close(cached[1], live[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["hard", "dist", "nkd"])
+def test_standardisation_belongs_to_soft_and_dkd(logits, kind):
+    """As a warning says."""
+    inputs = ((logits[0].float(), logits[1].float()), LABELS, None, logits[2].float())
+    both = [objective_of(distillation_type=kind, logit_standardization=on)(*inputs)[0] for on in (False, True)]
+    assert torch.equal(*both)
+
+
 def test_what_a_cache_leaves_out_is_spread_evenly(logits):
     t = logits[2]
     probabilities, classes = (t / 2).softmax(1).topk(4)
