@@ -152,6 +152,6 @@ def accuracy_over_cost(
         axes.grid(alpha=0.3)
     scores = [point[2] for runs in levers.values() for points in runs for point in points]
     both[0].set(ylabel="top-1 %, held-out images", ylim=(max(min(scores), min(targets) - 15), max(scores) + 1))
-    both[1].legend(fontsize=8, loc="lower right")
+    figure.legend(*both[1].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=110)
     plt.close(figure)
