@@ -217,18 +217,16 @@ def bias_gelu_cases() -> Iterator[CompileCase]:
 
 
 def distillation_loss_cases() -> Iterator[CompileCase]:
-    yield _distillation_loss_case("mixed labels, hard C=1000 bf16", 1000, 1024, 4, "labels", "hard_logits")
-    yield _distillation_loss_case("labels, soft C=32768 bf16", 32768, 4096, 8, "labels", "soft_logits")
-    yield _distillation_loss_case("labels, stored C=1000 bf16", 1000, 1024, 4, "labels", "soft_stored")
+    for classes, target, teacher in (
+        (1000, "mixed labels", "hard_logits"), (32768, "labels", "soft_logits"), (1000, "labels", "soft_stored"),
+    ):  # fmt: skip
+        yield from distillation_loss_pair(classes, target, teacher)
 
 
-def _distillation_loss_case(
-    name: str, classes: int, block: int, num_warps: int, target: str, teacher: str
-) -> CompileCase:
+def distillation_loss_pair(classes: int, target: str, teacher: str) -> Iterator[CompileCase]:
     stored = teacher == "soft_stored"
-    signature = {
-        "losses_ptr": "*fp32", "terms_ptr": "*fp32", "dcls_ptr": "*bf16", "ddist_ptr": "*bf16",
-        "cls_ptr": "*bf16", "dist_ptr": "*bf16", "target_ptr": "*i64", "second_ptr": "*i64", "lam_ptr": "*fp32",
+    inputs = {
+        "statistics_ptr": "*fp32", "cls_ptr": "*bf16", "dist_ptr": "*bf16", "target_ptr": "*i64",
         "teacher_ptr": "*i64" if stored else "*bf16",
         "batch": "i32", "K": "i32", "class_weight": "fp32", "teacher_weight": "fp32", "tau": "fp32",
         "soft_scale": "fp32", "smoothing": "fp32",
@@ -236,17 +234,28 @@ def _distillation_loss_case(
     constexprs = {
         "C": classes, "CLS_STRIDE": classes, "DIST_STRIDE": classes, "TARGET_STRIDE": 0,
         "TEACHER_STRIDE": 10 if stored else classes, "PROBS_STRIDE": 10 if stored else 0,
-        "TARGET": target, "TEACHER": teacher, "SMOOTHED": True, "TWO_HEADS": True, "WITH_GRAD": True,
-        "BLOCK": block, "BLOCK_K": 16 if stored else 1,
+        "TARGET": "labels", "TEACHER": teacher, "BLOCK_K": 16 if stored else 1,
     }  # fmt: skip
-    if stored:
-        signature["probs_ptr"] = "*fp16"
-    else:
-        constexprs["probs_ptr"] = None
-    return CompileCase(
-        f"distillation_loss {name}", distillation_loss.distillation_loss_kernel, signature, constexprs,
-        multiples_of_16=("batch",), num_warps=num_warps,
-    )  # fmt: skip
+    for names, types, there in (
+        (("probs_ptr",), ("*fp16",), stored), (("second_ptr", "lam_ptr"), ("*i64", "*fp32"), target == "mixed labels"),
+    ):  # fmt: skip
+        inputs |= dict(zip(names, types)) if there else {}
+        constexprs |= {} if there else dict.fromkeys(names)
+    forward = distillation_loss.distillation_loss_forward_kernel, {"losses_ptr": "*fp32", "terms_ptr": "*fp32"}
+    backward = (
+        distillation_loss.distillation_loss_backward_kernel,
+        {"grad_ptr": "*fp32", "dcls_ptr": "*bf16", "ddist_ptr": "*bf16"},
+    )
+    for direction, (kernel, outputs), largest, more in (
+        ("forward", forward, distillation_loss.MAX_BLOCK, {"SMOOTHED": True}),
+        ("backward", backward, distillation_loss.BACKWARD_BLOCK, {"TWO_HEADS": True, "GRAD_STRIDE": 0}),
+    ):
+        block = distillation_loss.block_of(classes, largest)
+        warps = block.pop("num_warps")
+        yield CompileCase(
+            f"distillation_loss {direction} {target}, {teacher} C={classes} bf16", kernel, inputs | outputs,
+            constexprs | more | {"BLOCK": block["BLOCK"]}, multiples_of_16=("batch",), num_warps=warps,
+        )  # fmt: skip
 
 
 def mlp_cases() -> Iterator[CompileCase]:

@@ -1,4 +1,4 @@
-"""Claim: the loss of two heads and its gradient cost what moving the logits costs, and one launch.
+"""Claim: the loss of two heads and its gradients cost what moving the logits costs, and two launches.
 
     python -m benchmarks loss [--kinds hard soft]
 

@@ -1,4 +1,4 @@
-"""The loss of a student with a class head and a distillation head, and its gradient, in one launch."""
+"""The loss of a student with a class head and a distillation head in one launch, both gradients in another."""
 
 from typing import Literal, overload
 
@@ -8,8 +8,7 @@ from torch import Tensor
 from fastdeit.kernels.autograd import differentiable, only_once
 from fastdeit.kernels.backend import use_triton
 
-from . import checks
-from .reference import reference
+from . import checks, reference
 
 
 @overload
@@ -67,8 +66,8 @@ def distillation_loss(
         "hard"        CE(argmax of the teacher, softmax(dist_logits)), the first class among equals; not smoothed
         "soft"        tau^2 * KL(softmax(teacher / tau) || softmax(dist_logits / tau))
 
-    Statistics and losses are float32 whatever the logits' dtype. The forward also computes both gradients, in the
-    logits' dtype; the backward only scales them, and cannot itself be differentiated. Up to 32,768 classes.
+    Statistics and losses are float32 whatever the logits' dtype; gradients have that dtype, and are rounded to it once,
+    after the incoming gradient has multiplied them. They cannot be differentiated again. Up to 32,768 classes.
 
     Args:
         cls_logits: (B, C) float32, float16 or bfloat16 (on the CPU also float64); last dimension contiguous.
@@ -116,12 +115,9 @@ def distillation_loss(
         if not isinstance(lam, Tensor):
             lam = torch.full((len(cls_logits),), float(lam), device=cls_logits.device)
 
-    heads = (cls_logits,) if dist_logits is None else (cls_logits, dist_logits)
-    with_grad = torch.is_grad_enabled() and any(head.requires_grad for head in heads)
-    numel = soft_reduction == "numel"
-    losses, terms, _, _ = _apply(
+    losses, terms, _ = _apply(
         cls_logits, dist_logits, target, second, lam, teacher, probs,
-        kind, alpha, tau, smoothing, numel, with_grad,
+        kind, alpha, tau, smoothing, soft_reduction == "numel",
     )  # fmt: skip
     loss = losses.mean() if reduction == "mean" else losses
     return (loss, terms.mean(1)) if return_terms else loss
@@ -141,56 +137,67 @@ def _op(
     tau: float,
     smoothing: float,
     numel: bool,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     if not cls_logits.is_cuda:
         checks.check_labels(cls_logits.shape[1], target, second, teacher)
+    inputs = cls_logits, dist_logits, target, second, lam, teacher, teacher_probs
     if use_triton(cls_logits):
-        from .triton_kernels import launch as implementation
-    else:
-        implementation = reference
-    return implementation(
-        cls_logits, dist_logits, target, second, lam, teacher, teacher_probs,
-        kind, alpha, tau, smoothing, numel, with_grad,
-    )  # fmt: skip
+        from .triton_kernels import launch_forward
+
+        return launch_forward(*inputs, kind, alpha, tau, smoothing, numel)
+    losses, terms = reference.forward(*inputs, kind, alpha, tau, smoothing, numel)
+    return losses, terms, losses.new_zeros((reference.STATISTICS, len(losses)))
 
 
 @_op.register_fake
-def _(cls_logits, dist_logits, target, second, lam, teacher, teacher_probs, kind, *options):
-    with_grad = options[-1]
-    batch, statistics = cls_logits.shape[0], torch.promote_types(cls_logits.dtype, torch.float32)
-    dcls = cls_logits.new_empty(cls_logits.shape if with_grad else 0)
-    ddist = cls_logits.new_empty(dist_logits.shape if with_grad and dist_logits is not None else 0)
-    return (
-        cls_logits.new_empty(batch, dtype=statistics),
-        cls_logits.new_empty((2, batch), dtype=statistics),
-        dcls,
-        ddist,
-    )
+def _(cls_logits, *_):
+    losses = cls_logits.new_empty(cls_logits.shape[0], dtype=torch.promote_types(cls_logits.dtype, torch.float32))
+    return losses, losses.new_empty((2, len(losses))), losses.new_empty((reference.STATISTICS, len(losses)))
+
+
+@torch.library.custom_op("fastdeit::distillation_loss_backward", mutates_args=())
+def _backward_op(
+    dlosses: Tensor,
+    statistics: Tensor,
+    cls_logits: Tensor,
+    dist_logits: Tensor | None,
+    target: Tensor | None,
+    second: Tensor | None,
+    lam: Tensor | None,
+    teacher: Tensor | None,
+    teacher_probs: Tensor | None,
+    kind: str,
+    alpha: float,
+    tau: float,
+    smoothing: float,
+    numel: bool,
+) -> tuple[Tensor, Tensor]:
+    inputs = cls_logits, dist_logits, target, second, lam, teacher, teacher_probs
+    if use_triton(cls_logits):
+        from .triton_kernels import launch_backward
+
+        return launch_backward(dlosses, statistics, *inputs, kind, alpha, tau, smoothing, numel)
+    return reference.backward(dlosses, *inputs, kind, alpha, tau, smoothing, numel)
+
+
+@_backward_op.register_fake
+def _(dlosses, statistics, cls_logits, dist_logits, *_):
+    dcls = cls_logits.new_empty(cls_logits.shape)
+    return dcls, cls_logits.new_empty(0) if dist_logits is None else torch.empty_like(dcls)
 
 
 def _setup_context(ctx, inputs, output):
-    _, terms, dcls, ddist = output
-    ctx.mark_non_differentiable(terms, dcls, ddist)
-    ctx.save_for_backward(dcls, ddist, *inputs[:2])
+    _, terms, statistics = output
+    ctx.mark_non_differentiable(terms, statistics)
+    ctx.save_for_backward(statistics, *inputs[:7])
+    ctx.options = inputs[7:]
 
 
 def _backward(ctx, dlosses, *_):
-    *grads, cls_logits, dist_logits = ctx.saved_tensors
-    dcls, ddist = (
-        _scale_rows(grad, dlosses, logits) if needed and grad.numel() else None
-        for grad, logits, needed in zip(grads, (cls_logits, dist_logits), ctx.needs_input_grad)
-    )
-    return dcls, ddist, *(None,) * 11
-
-
-def _scale_rows(grad_BC: Tensor, scale_B: Tensor, logits_BC: Tensor) -> Tensor:
-    """In float32: a half-precision scale would overflow under loss scaling."""
-    if torch.is_grad_enabled():
-        return _scale_once(grad_BC, scale_B, logits_BC)
-    return torch.mul(grad_BC, scale_B[:, None], out=torch.empty_like(grad_BC))  # one kernel, no copy in float32
+    statistics, *inputs = ctx.saved_tensors
+    dcls, ddist = _backward_once(dlosses, statistics, *inputs, *ctx.options)
+    return dcls, None if inputs[1] is None else ddist, *(None,) * 10
 
 
 _apply = differentiable("distillation_loss", torch.ops.fastdeit.distillation_loss.default, _setup_context, _backward)
-# The logits play no part but to be what the gradient depends on.
-_scale_once = only_once("distillation_loss", lambda grad, scale, logits: (grad * scale[:, None]).to(grad.dtype))
+_backward_once = only_once("distillation_loss", torch.ops.fastdeit.distillation_loss_backward.default)

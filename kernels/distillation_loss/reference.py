@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # the label of an unlabelled sample
+# What the kernels keep of a sample for backward: z's maximum and Q / sum; x's, then the teacher's, maximum and 1 / sum;
+# the teacher's first argmax. The functions here compute it again.
+STATISTICS = 7
 
 
-def reference(
+def forward(
     cls_logits: Tensor,
     dist_logits: Tensor | None,
     target: Tensor | None,
@@ -22,50 +25,77 @@ def reference(
     tau: float,
     smoothing: float,
     numel: bool,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns per-sample losses (B,), the two terms unweighted (2, B), and the losses' gradients for both heads.
-
-    Arguments as in `api.distillation_loss`. Statistics are at least float32. A gradient that nobody needs is empty.
-    """
-    statistics = torch.promote_types(cls_logits.dtype, torch.float32)
-    z_cls = cls_logits.to(statistics)
-    z_dist = z_cls if dist_logits is None else dist_logits.to(statistics)
-    batch, classes = z_cls.shape
-    class_weight, teacher_weight = (1.0, 0.0) if kind == "none" else (1.0 - alpha, alpha)
-    class_term = teacher_term = z_cls.new_zeros(batch)
-    dcls = ddist = None
-
+) -> tuple[Tensor, Tensor]:
+    """Returns per-sample losses (B,) and the two terms unweighted (2, B)."""
+    z_cls, z_dist = _wide(cls_logits, dist_logits)
+    class_weight, teacher_weight = _weights(kind, alpha)
+    class_term = teacher_term = z_cls.new_zeros(len(z_cls))
     if target is not None:
         q = _class_target(z_cls, target, second, lam, smoothing)
-        log_p = z_cls.log_softmax(1)
-        class_term = _cross_entropy(q, log_p)
-        dcls = class_weight * (q.sum(1, keepdim=True) * log_p.exp() - q)
+        class_term = _cross_entropy(q, z_cls.log_softmax(1))
     if kind == "hard" and teacher is not None:
-        labels = teacher.argmax(1) if teacher.ndim == 2 else teacher
-        log_p = z_dist.log_softmax(1)
-        teacher_term = -log_p.gather(1, labels[:, None])[:, 0]
-        ddist = teacher_weight * _minus_one_hot(log_p.exp(), labels)
+        teacher_term = -z_dist.log_softmax(1).gather(1, _labels(teacher)[:, None])[:, 0]
     elif kind == "soft" and teacher is not None:
-        scale = tau * tau / classes if numel else tau * tau
-        q = (
-            (teacher.to(statistics) / tau).softmax(1)
-            if teacher_probs is None
-            else spread(teacher, teacher_probs, z_dist)
-        )
-        log_p = (z_dist / tau).log_softmax(1)
-        teacher_term = scale * (torch.xlogy(q, q).sum(1) + _cross_entropy(q, log_p))
-        ddist = teacher_weight * scale / tau * (log_p.exp() - q)
+        q = _teacher_probabilities(teacher, teacher_probs, z_dist, tau)
+        entropy = torch.xlogy(q, q).sum(1)
+        teacher_term = _soft_scale(z_dist, tau, numel) * (entropy + _cross_entropy(q, (z_dist / tau).log_softmax(1)))
+    return class_weight * class_term + teacher_weight * teacher_term, torch.stack((class_term, teacher_term))
 
-    losses = class_weight * class_term + teacher_weight * teacher_term
-    nothing = cls_logits.new_empty(0)
-    if not with_grad:
-        return losses, torch.stack((class_term, teacher_term)), nothing, nothing.clone()
-    dcls = torch.zeros_like(z_cls) if dcls is None else dcls
-    if dist_logits is None and ddist is not None:
-        dcls, ddist = dcls + ddist, None
-    ddist = nothing if ddist is None else ddist.to(cls_logits.dtype)
-    return losses, torch.stack((class_term, teacher_term)), dcls.to(cls_logits.dtype), ddist
+
+def backward(
+    dlosses: Tensor,
+    cls_logits: Tensor,
+    dist_logits: Tensor | None,
+    target: Tensor | None,
+    second: Tensor | None,
+    lam: Tensor | None,
+    teacher: Tensor | None,
+    teacher_probs: Tensor | None,
+    kind: str,
+    alpha: float,
+    tau: float,
+    smoothing: float,
+    numel: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of both heads' logits, in their dtype; the second is empty where there is one head."""
+    z_cls, z_dist = _wide(cls_logits, dist_logits)
+    class_weight, teacher_weight = _weights(kind, alpha)
+    dcls = ddist = torch.zeros_like(z_cls)
+    if target is not None:
+        q = _class_target(z_cls, target, second, lam, smoothing)
+        dcls = class_weight * (q.sum(1, keepdim=True) * z_cls.softmax(1) - q)
+    if kind == "hard" and teacher is not None:
+        ddist = teacher_weight * _minus_one_hot(z_dist.softmax(1), _labels(teacher))
+    elif kind == "soft" and teacher is not None:
+        q = _teacher_probabilities(teacher, teacher_probs, z_dist, tau)
+        ddist = teacher_weight * _soft_scale(z_dist, tau, numel) / tau * ((z_dist / tau).softmax(1) - q)
+    scale = dlosses[:, None]
+    if dist_logits is None:
+        return (scale * (dcls + ddist)).to(cls_logits.dtype), cls_logits.new_empty(0)
+    return (scale * dcls).to(cls_logits.dtype), (scale * ddist).to(cls_logits.dtype)
+
+
+def _wide(cls_logits: Tensor, dist_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logits of the class head, and of the head that hears the teacher."""
+    statistics = torch.promote_types(cls_logits.dtype, torch.float32)
+    z_cls = cls_logits.to(statistics)
+    return z_cls, z_cls if dist_logits is None else dist_logits.to(statistics)
+
+
+def _weights(kind: str, alpha: float) -> tuple[float, float]:
+    return (1.0, 0.0) if kind == "none" else (1.0 - alpha, alpha)
+
+
+def _labels(teacher: Tensor) -> Tensor:
+    return teacher.argmax(1) if teacher.ndim == 2 else teacher
+
+
+def _soft_scale(z: Tensor, tau: float, numel: bool) -> float:
+    return tau * tau / z.shape[1] if numel else tau * tau
+
+
+def _teacher_probabilities(teacher: Tensor, probs: Tensor | None, z: Tensor, tau: float) -> Tensor:
+    return (teacher.to(z.dtype) / tau).softmax(1) if probs is None else spread(teacher, probs, z)
 
 
 def _class_target(z: Tensor, target: Tensor, second: Tensor | None, lam: Tensor | None, smoothing: float) -> Tensor:

@@ -109,7 +109,8 @@ KINDS = [("none", "none"), ("hard", "labels"), ("hard", "logits"), ("soft", "log
 @pytest.mark.parametrize("kind, teacher", KINDS)
 @pytest.mark.parametrize("classes", [1, 37])
 def test_distillation_loss(classes, kind, teacher, monkeypatch):
-    monkeypatch.setattr(distillation_triton, "MAX_BLOCK", 16)  # three sweeps over 37 classes
+    for direction in ("MAX_BLOCK", "BACKWARD_BLOCK"):
+        monkeypatch.setattr(distillation_triton, direction, 16)  # three blocks of 37 classes
     B = 3
     for target, mixed, two_heads in itertools.product(TARGETS, (False, True), (False, True)):
         if mixed and target != "labels":
@@ -190,13 +191,15 @@ def test_tiles_beyond_the_second_axis_of_the_grid(monkeypatch):
 
 def test_wrong_indices_on_a_gpu_reach_no_memory_of_others(monkeypatch):
     """Where they are not refused because looking would stop the stream."""
-    monkeypatch.setattr(distillation_triton, "MAX_BLOCK", 16)
+    for direction in ("MAX_BLOCK", "BACKWARD_BLOCK"):
+        monkeypatch.setattr(distillation_triton, direction, 16)
     wild, weights = torch.tensor([2**40, -(2**40), 37]), torch.tensor([0.5, 0.0, 1.0])
     logits, stored = tensor(3, 37), torch.stack((wild, wild + 5), 1)
     with memory_watch():
         for teacher in ((wild, None, "hard"), (stored, torch.rand(3, 2), "soft")):
-            options = teacher[2], 0.5, 1.0, 0.1, False, True
-            distillation_triton.launch(logits, logits, wild, wild.flip(0), weights, *teacher[:2], *options)
+            arguments = logits, logits, wild, wild.flip(0), weights, *teacher, 0.5, 1.0, 0.1, False
+            _, _, statistics = distillation_triton.launch_forward(*arguments)
+            distillation_triton.launch_backward(torch.ones(3), statistics, *arguments)
         images, boxes = torch.zeros(3, 8, 8, 3, dtype=torch.uint8), torch.tensor([-(2**31), 5, 2**30, 2**31 - 2])
         boxes = boxes.int().expand(3, 4)
         mix_triton.mix_normalize_triton(images, *PIXELS, wild, weights, boxes, boxes, wild, FLOAT, True)
@@ -330,8 +333,9 @@ def test_large_distillation_loss(kind, stored):
         batch, classes = BEYOND_32_BITS // 32768, 32768
         logits, labels = torch.empty((batch, classes), dtype=HALF), torch.zeros(batch, dtype=torch.int64)
         teacher = (torch.zeros((batch, 1), dtype=torch.int64), torch.ones(batch, 1)) if stored else (logits, None)
-        options = kind, 0.5, 1.0, 0.1, False, True
-        torch.ops.fastdeit.distillation_loss(logits, logits, labels, None, None, *teacher, *options)
+        arguments = logits, logits, labels, None, None, *teacher, kind, 0.5, 1.0, 0.1, False
+        losses, _, statistics = torch.ops.fastdeit.distillation_loss(*arguments)
+        torch.ops.fastdeit.distillation_loss_backward(losses, statistics, *arguments)
 
     run_last(function)
 
