@@ -74,6 +74,28 @@ def test_attention_without_an_instruction(arch, pattern, message):
         attention_forward()
 
 
+def by_warp_0(after_a_barrier: bool):
+    """An edit: fences by the first warp alone, where they are, or behind a barrier more."""
+    fence, first = r"fence\.proxy\.async[^;]*;", "mov.u32 %rfirst, %tid.x;\nsetp.lt.u32 %pfirst, %rfirst, 32;\n"
+
+    def edit(ptx: str) -> str:
+        barrier = "bar.sync 0;\n" if after_a_barrier else ""
+        ptx = re.sub(fence, lambda match: f"{barrier}{first}@%pfirst {match[0]}\n", ptx)
+        return re.sub(r"^\{$", "{\n.reg .pred %pfirst;\n.reg .b32 %rfirst;", ptx, count=1, flags=re.MULTILINE)
+
+    return edit
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_a_fence_by_one_warp_is_for_what_it_wrote_or_was_shown(arch):
+    with emulated(arch):
+        expected = attention_forward()
+    with emulated(arch, edit=by_warp_0(after_a_barrier=True)):
+        assert torch.equal(attention_forward(), expected)
+    with pytest.raises(Fault, match=r"without fence\.proxy\.async"), emulated(arch, edit=by_warp_0(False)):
+        attention_forward()
+
+
 def test_a_wrong_product_is_a_wrong_result():
     """Operands of a product swapped: no fault, and other numbers."""
 

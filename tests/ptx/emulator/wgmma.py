@@ -15,8 +15,11 @@ class Wgmma:
         self.values: dict[int, np.ndarray] = {}  # what it will hold
 
     def proxy_fence(self, mask):
-        self.all_or_nothing(mask, "fence.proxy.async")
-        self.S.unfenced[:] = False
+        """Of the warps that execute it: for what they have written, and for what a barrier has shown them."""
+        executing = np.unique(self.clock.warps if mask is None else self.clock.warps[mask])
+        if len(executing):
+            now, warp = self.S.writer >> 6 == self.clock.epoch, self.S.writer & 63
+            self.S.unfenced &= now & ~np.isin(warp, executing)
 
     def wgmma_fence(self, mask):
         self.all_or_nothing(mask, "wgmma.fence")
