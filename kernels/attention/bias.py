@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastdeit.kernels.autograd import differentiable, only_once
 from fastdeit.kernels.backend import full_precision, use_triton
 
-from . import reference, vmap
+from . import cpu, reference, vmap
 
 
 def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _attention_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float)
 
         return bias_forward(q, k, v, bias, scale)
     with full_precision(q):
-        out, lse = reference.attention_forward(q, k, v, scale, _of_each_entry(bias, len(q)))
+        out, lse = cpu.attention_forward(q, k, v, scale, _of_each_entry(bias, len(q)))
     return out.to(q.dtype).contiguous(), lse
 
 
@@ -79,13 +79,14 @@ def _attention_bias_backward(
 
         dq, dk, dv, dbias = bias_backward(grad_out, q, k, v, bias, out, lse, scale, grad_lse, with_bias)
         return dq, dk, dv, bias.new_empty(0) if dbias is None else dbias
-    full = _of_each_entry(bias, len(q))
+    full, arguments, dbias = _of_each_entry(bias, len(q)), (out, lse, scale, grad_lse), bias.new_empty(0)
     with full_precision(q):
-        *grads, dscores = reference.attention_bias_backward(grad_out, q, k, v, full, out, lse, scale, grad_lse)
-        dbias = bias.new_empty(0)
         if with_bias:
+            *grads, dscores = reference.attention_bias_backward(grad_out, q, k, v, full, *arguments)
             shared = dscores.sum(1, keepdim=True) if bias.shape[1] == 1 else dscores
             dbias = shared.unflatten(0, (-1, len(bias))).sum(0).to(bias.dtype)
+        else:
+            grads = list(cpu.attention_backward(grad_out, q, k, v, *arguments, full))
     dq, dk, dv = (grad.to(q.dtype).contiguous() for grad in grads)
     return dq, dk, dv, dbias
 
