@@ -242,7 +242,7 @@ class Distillation:
     with."""
     teacher_patches: float = setting(1.0, above=0, at_most=1)
     """Share of the patches that a vision transformer as teacher sees: those to which the student's class token attends
-    most in its last block (MaskedKD, arXiv 2302.10494, which saves half of the teacher's work at 0.5 with no loss)."""
+    most in its last block (MaskedKD, arXiv 2302.10494, which reports no loss of accuracy with half of them)."""
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Type of the teacher's weights and activations. None: fp16 on CUDA, fp32 on the CPU."""
     teacher_store: str | None = setting(None, resumable=True)
