@@ -14,7 +14,9 @@ One run a core at a time. What is finished stands in records/cpu/cost_to_accurac
 stopped study is resumed by the same command; --no-record leaves the committed record alone.
 
 There is no record yet. The settings below are fixed; no lever was tuned on these images. They are those of
-data_efficiency.py, with what a lever's authors take where that says more.
+data_efficiency.py, with what a lever's authors take where that says more. The targets are what one plain run of seed
+100, which is no seed of the study, had after 4 and 8 of the 10 epochs, 71.8 and 77.1 % (78.7 at the end). It took 445
+CPU-seconds of one core, so that three seeds of all levers are some six hours of it.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from .record import RECORDS, surroundings, write_table
 from .studies import file_name, into, mean_and_error
 
 EPOCHS, BATCH = 10, 64
-TARGETS = (80.0, 85.0)  # per cent
+TARGETS = (72.0, 77.0)  # per cent
 SHARE = 0.1  # held out
 DATA = "data/20000/train"
 STUDENT = (
