@@ -156,10 +156,10 @@ def attention_distillation_loss_cases() -> Iterator[CompileCase]:
         scalars = dict.fromkeys(("student_scale", "teacher_scale"), "fp32") | dict.fromkeys((*sizes, *strides), "i32")
         losses = {"student_lse_ptr": "*fp32", "teacher_lse_ptr": "*fp32"}
         signature = pointers | losses | {f"{tensor}_ptr": "*bf16" for tensor in tensors} | scalars
-        dims = dict.fromkeys(("DIM_S", "DIM_T", "CHUNK_S", "CHUNK_T", *blocks), 64)
+        dims = dict.fromkeys(("DIM_S", "DIM_T", "CHUNK_S", "CHUNK_T", blocks[0]), 64) | {blocks[1]: kernels.STREAMED}
         constexprs = {"MSE": False, "PRECISION": "ieee", **dims} | ({"OF_KEYS": True} if "grad_ptr" in pointers else {})
         name = f"attention_distillation_loss {name} D=64 bf16"
-        return CompileCase(name, kernel, signature, constexprs, strides, num_stages=2, dots_on_wgmma=True)
+        return CompileCase(name, kernel, signature, constexprs, strides, num_stages=kernels.STAGES, dots_on_wgmma=True)
 
     kernels, gradient = attention_distillation_loss, {"dloss_ptr": "*fp32", "grad_ptr": "*bf16", "coefficient": "fp32"}
     yield case(

@@ -23,7 +23,9 @@ from torch import Tensor
 from fastdeit.kernels.backend import dot_precision, padded_columns, readable, strides
 from fastdeit.kernels.tiles import LN_2, LOG2_E, load_rows, store_rows
 
-STAGES = 2
+# Tokens of the side that passes by, and how far ahead it is fetched: small tiles leave registers for four programs on a
+# multiprocessor, which hide each other's waits (64 and 2: two or three, and a third more cycles or two by the model).
+STREAMED, STAGES = 32, 3
 
 
 @triton.jit
@@ -136,8 +138,13 @@ def gradient_kernel(
 
 
 def block(x: Tensor) -> int:
-    """Tokens of x taken at a time."""
+    """Tokens of x that a program holds."""
     return max(16, min(padded_columns(x.shape[1]), 32 if x.dtype == torch.float32 else 64))
+
+
+def streamed(x: Tensor) -> int:
+    """Tokens of x that pass by at a time."""
+    return min(block(x), STREAMED)
 
 
 def chunk(x: Tensor) -> int:
@@ -173,7 +180,7 @@ def forward(
         forward_kernel[(B * H * triton.cdiv(R, block(student_q)),)](
             losses, student_lse, teacher_lse, student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale,
             H, R, M, *strides(student_q, student_k, teacher_q, teacher_k),
-            MSE=mse, BLOCK_R=block(student_q), BLOCK_M=block(student_k),
+            MSE=mse, BLOCK_R=block(student_q), BLOCK_M=streamed(student_k),
             **launch_options(student_q, teacher_q),
         )  # fmt: skip
     return losses.mean(), student_lse, teacher_lse
@@ -205,7 +212,7 @@ def backward(
                 dloss, grad, student_lse, teacher_lse, student_x, student_y, teacher_x, teacher_y,
                 student_scale, teacher_scale, coefficient,
                 H, X, Y, *strides(student_x, student_y, teacher_x, teacher_y),
-                OF_KEYS=of_keys, MSE=mse, BLOCK_X=block(student_x), BLOCK_Y=block(student_y),
+                OF_KEYS=of_keys, MSE=mse, BLOCK_X=block(student_x), BLOCK_Y=streamed(student_y),
                 **launch_options(student_x, teacher_x),
             )  # fmt: skip
         return grad
