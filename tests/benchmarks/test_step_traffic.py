@@ -28,6 +28,19 @@ def test_the_plan_of_a_step():
 
 
 @pytest.mark.skipif(torch.__version__ < "2.15", reason="imitates a device by internals of PyTorch 2.15")
+def test_the_plan_with_a_fused_mlp():
+    from benchmarks.step_traffic import planned
+
+    model = create_model(NANO)
+    kernels = planned(NANO, BATCH, fused_mlp=True)
+    assert not [kernel for kernel in kernels["forward"] + kernels["backward"] if kernel.kind == "GELU"]
+    fused = [kernel.bytes for kernel in kernels["forward"] if kernel.kind == "fused MLP"]
+    rows, width = BATCH * model.pos_embed.shape[1], model.embed_dim
+    biases = 4 * 5 * width  # float32
+    assert len(fused) == len(model.blocks) and max(fused) == 2 * 2 * rows * width + 2 * 8 * width**2 + biases
+
+
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="imitates a device by internals of PyTorch 2.15")
 def test_joined_convolutions_move_less():
     from benchmarks.step_traffic import planned_teacher
 

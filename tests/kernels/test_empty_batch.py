@@ -55,6 +55,17 @@ def test_pointwise(shape, device):
 
 
 @DEVICES
+@pytest.mark.parametrize("shape", [(0, 5, 64), (2, 0, 64), (0, 64)], ids=str)
+def test_mlp(shape, device):
+    with on(device):
+        x, *parameters = (leaf(*s, dtype=torch.float16) for s in (shape, (128, 64), (128,), (64, 128), (64,)))
+        y = kernels.mlp(x, *parameters)
+        assert y.shape == shape
+        for sums, parameter in zip(torch.autograd.grad(y.sum(), parameters), parameters):
+            assert torch.equal(sums, torch.zeros_like(parameter))
+
+
+@DEVICES
 def test_mix_normalize(device):
     with on(device):
         images, none = torch.ones(0, 8, 6, 3, dtype=torch.uint8), torch.ones(0, dtype=torch.int64)
