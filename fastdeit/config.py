@@ -123,7 +123,8 @@ class Data:
 
     data_path: Path | None = setting(None, resumable=True)
     """DIR/train/CLASS/* and DIR/val/CLASS/*, or shards (see the README); `synthetic`: noise in memory, for benchmarks.
-    None: scikit-learn's digits, written to data/digits."""
+    None: scikit-learn's digits, written to data/digits, or to data/digits-100 for a student with a teacher: 100 of them
+    with labels, the others without."""
     val_share: float | None = setting(None, above=0, below=1)
     """Validate on this share of each class's training images, held out by --seed: for data without val, which may then
     be one folder of classes, DIR/CLASS/*. None: --data-path has val."""

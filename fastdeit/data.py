@@ -19,6 +19,7 @@ from fastdeit.pipelines import (
     BadFiles,
     Batch,
     Mix,
+    Repeated,
     SyntheticIndex,
     WithUnlabelled,
     eval_loader,
@@ -147,6 +148,15 @@ def open_images(config: Config, world: World):
         training = WithUnlabelled(training, open_folder(config.distillation.unlabelled_path, cache_dir=cache))
     if world.is_main:
         world.barrier()
+    return training, validation
+
+
+def labelled_alone(indices):
+    """The indices without the training images that have no labels; those that have come more often for it, so that an
+    epoch keeps its steps."""
+    training, validation = indices
+    if isinstance(training, WithUnlabelled):
+        training = Repeated(training.parts[0], len(training))
     return training, validation
 
 

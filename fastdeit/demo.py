@@ -10,12 +10,14 @@ from fastdeit.training import run
 
 VAL_FRACTION = 0.2
 SPLIT_SEED = 0
+FEW = 10  # labels a class, where a teacher is to add what the labels do not say
 
 
-def digits_folder(root: Path = Path("data/digits")) -> Path:
+def digits_folder(root: Path = Path("data/digits"), *, labelled: int | None = None) -> Path:
     """Write root/{train,val}/{0..9}/*.png (8 x 8 pixels, grey) unless it is there; return root.
 
     The split is stratified with a fixed seed: 1,437 training and 360 validation images, the same on every machine.
+    labelled: keep so many training images of each class in root/train, and put the others into root/unlabelled
     Source: sklearn.datasets.load_digits (the test part of the UCI "Optical Recognition of Handwritten Digits" set).
     """
     if root.is_dir():
@@ -30,9 +32,13 @@ def digits_folder(root: Path = Path("data/digits")) -> Path:
     # Written beside the target and renamed, so that a folder of this name is always complete.
     unfinished = root.with_name(root.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    for split, members in (("train", train), ("val", val)):
+    for split, members in (("train", sorted(train)), ("val", val)):
+        seen = [0] * 10
         for member in members:
-            folder = unfinished / split / str(labels[member])
+            label = labels[member]
+            seen[label] += 1
+            hidden = split == "train" and labelled is not None and seen[label] > labelled
+            folder = unfinished / ("unlabelled" if hidden else f"{split}/{label}")
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(images[member]).save(folder / f"{member:04d}.png")
     unfinished.rename(root)
@@ -40,14 +46,21 @@ def digits_folder(root: Path = Path("data/digits")) -> Path:
 
 
 def with_digits(config, world):
-    """The settings of a run; without --data-path with the digits as data and, if a teacher is asked for but not given,
-    one trained on them, which is kept for the next run."""
+    """The settings of a run; without --data-path with the digits as data. For a student with a teacher only FEW images
+    of each class have a label, and the others none; a teacher that is not given is trained on those labels, and kept
+    for the next run."""
     if config.data.data_path is not None:
         return config
     config = type(config).from_dict(config.to_dict())
-    config.data.data_path = world.broadcast(digits_folder() if world.is_main else None)
     asked = config.distillation
-    if asked.distillation_type != "none" and asked.teacher_path is None and asked.teacher_store is None:
+    if asked.distillation_type == "none":
+        config.data.data_path = world.broadcast(digits_folder() if world.is_main else None)
+        return config
+    root = Path(f"data/digits-{10 * FEW}")
+    config.data.data_path = world.broadcast(digits_folder(root, labelled=FEW) if world.is_main else None)
+    if asked.unlabelled_path is None:
+        asked.unlabelled_path = root / "unlabelled"
+    if asked.teacher_path is None and asked.teacher_store is None:
         paths = [str(_teacher(config, world, model)) for model in listed(asked.teacher_model)]
         asked.teacher_path = paths[0] if len(paths) == 1 else tuple(paths)
     return config
@@ -59,9 +72,10 @@ def _teacher(config, world, model: str) -> Path:
     settings.model.model = model
     settings.data.data_path, settings.data.input_size = config.data.data_path, config.data.input_size
     settings.run.device, settings.run.tracker = config.run.device, config.run.tracker
-    target = (
-        Path("runs") / f"digits-teacher-{settings.model.model}-{in_pixels(settings.data.input_size).replace(' ', '')}px"
-    )
+    settings.data.batch_size, settings.run.eval_every = 5 * FEW, 50  # two steps an epoch
+    settings.optimization.epochs, settings.optimization.warmup_epochs = 150, 10
+    size = in_pixels(settings.data.input_size).replace(" ", "")
+    target = Path("runs") / f"digits-{10 * FEW}-teacher-{model}-{size}px"
     if not world.broadcast(target.is_dir()):
         # Trained under another name, so that a folder of this name is always a finished run.
         settings.run.output_dir = target.with_name(target.name + ".unfinished")

@@ -15,8 +15,9 @@ from .augment.augmentation import Augmentation
 from .augment.balance import expected_draws
 from .bad_files import BadFiles, NoImages, TooManyBadFiles, printable
 from .held_out import hold_out
+from .index.combined import Repeated, WithUnlabelled
 from .index.folder import IMAGE_EXTENSIONS, list_files
-from .index.image_index import Index, WithUnlabelled, open_classes, open_files, open_folder, open_index
+from .index.image_index import Index, open_classes, open_files, open_folder, open_index
 from .index.labels import class_name, natural_order
 from .index.layout import name_of_split, read_class_names
 
@@ -32,6 +33,7 @@ __all__ = [
     "Loader",
     "Mix",
     "NoImages",
+    "Repeated",
     "SyntheticIndex",
     "TooManyBadFiles",
     "WithUnlabelled",

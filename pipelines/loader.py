@@ -31,13 +31,14 @@ from .augment.plan import EvaluationPlans, Plan, TrainPlans
 from .bad_files import BadFiles
 from .decode import Decoding
 from .decode.prefetch import PREFETCH, Decoder, Prefetcher
-from .index.image_index import Index, WithUnlabelled
+from .index.combined import Repeated, WithUnlabelled
+from .index.image_index import Index
 from .index.labels import UNLABELLED
 from .synthetic import SyntheticDecoder, SyntheticIndex
 
 log = logging.getLogger(__name__)
 
-AnyIndex = Index | SyntheticIndex | WithUnlabelled
+AnyIndex = Index | SyntheticIndex | WithUnlabelled | Repeated
 
 
 class Mix(NamedTuple):

@@ -15,7 +15,7 @@ from .remaining import Remaining
 from .trackers import Tracker
 
 PLAIN_LINE_SECONDS = 30  # without a terminal: at most one line in this time between two epochs
-
+QUICK_EPOCH_SECONDS = 2  # epochs without an evaluation: at most one line in this time
 
 BAR_WIDTH = 50  # columns for the bar itself, the steps and the times
 
@@ -85,7 +85,10 @@ class Log:
         self.epoch(step=step, epoch=epoch, epochs=epochs, figures=figures, results=[f"top-1 % {top1}", *others])
 
     def epoch(self, *, step: int, epoch: int, epochs: int, figures: dict, results: Sequence[str] = ()) -> None:
-        """Say that an epoch has ended, with its last training figures and what came of it, if anything was measured."""
+        """Say that an epoch has ended, with its last training figures and what came of it, if anything was measured;
+        of epochs of a second or less that are not evaluated not every one."""
+        if not results and time.monotonic() - self.last_line < QUICK_EPOCH_SECONDS:
+            return
         parts = [
             f"epoch {epoch + 1:{len(str(epochs))}d}/{epochs}", *_train_parts(figures),
             f"left {self.remaining.words(step)}", *results,

@@ -14,7 +14,7 @@ from fastdeit.batch import settle
 from fastdeit.checkpoint import atomic, resume, run_dir
 from fastdeit.config import Config
 from fastdeit.curriculum import Curriculum
-from fastdeit.data import first_views, has_compiler, lines_of_names, loaders, open_images, remarks
+from fastdeit.data import first_views, has_compiler, labelled_alone, lines_of_names, loaders, open_images, remarks
 from fastdeit.distill import cached_teacher
 from fastdeit.distill.logit_cache import LogitCache
 from fastdeit.distill.teacher import speed_up
@@ -156,8 +156,8 @@ def undistilled(config: Config) -> Config:
     weights of a model that has one: then both heads learn the labels."""
     settings = type(config).from_dict(config.to_dict())
     settings.typed = config.typed
-    settings.distillation.distillation_type = "none"
     settings.distillation.attention_distillation_weight = settings.distillation.feature_distillation_weight = 0.0
+    settings.distillation.distillation_type, settings.distillation.unlabelled_path = "none", None
     if not config.model.finetune and not config.model.pretrained:
         settings.model.model = config.model.model.replace("_distilled", "")
     return settings
@@ -166,8 +166,9 @@ def undistilled(config: Config) -> Config:
 def run_undistilled(
     config: Config, world: World, indices, folder: Path, on_micro_batch: MicroBatchHook | None = None
 ) -> float:
-    """The same student without teacher, for the same number of steps. Returns its top-1."""
-    settings = undistilled(config)
+    """The same student without teacher, from the images with labels alone, for the same number of steps. Returns its
+    top-1."""
+    settings, indices = undistilled(config), labelled_alone(indices)
     classes = indices[0].classes
     folder = folder / "undistilled"
     own_folder = folder if world.is_main else None

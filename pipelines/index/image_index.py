@@ -22,7 +22,7 @@ import numpy as np
 from fastdeit.pipelines.bad_files import BadFile, NoImages, printable
 
 from . import folder, parquet, webdataset
-from .labels import UNLABELLED, all_numbers, class_name
+from .labels import all_numbers, class_name
 from .layout import list_classes, list_split
 from .records import Listing, Records, load_records, save_records
 
@@ -230,45 +230,3 @@ def _refuse_other_classes(unknown: set[str], missing: set[str], what: str) -> No
 def _some(names: set[str]) -> str:
     shown = ", ".join(sorted(names)[:5])
     return f"{shown} and {len(names) - 5} more ({len(names)} classes)" if len(names) > 5 else shown
-
-
-class WithUnlabelled:
-    """The images of `labelled`, then those of `unlabelled` with the label -100, as one index for the loaders.
-
-    The classes are those of `labelled`. One may be a folder and the other shards.
-    """
-
-    def __init__(self, labelled: Index, unlabelled: Index):
-        self.parts = (labelled, unlabelled)
-        self.classes = labelled.classes
-        self.labels = np.concatenate([labelled.labels, np.full(len(unlabelled), UNLABELLED, np.int64)])
-        self.heights = np.concatenate([labelled.heights, unlabelled.heights])
-        self.widths = np.concatenate([labelled.widths, unlabelled.widths])
-        self.encoded_bytes = np.concatenate([labelled.encoded_bytes, unlabelled.encoded_bytes])
-        self.bad = labelled.bad + unlabelled.bad
-        # The decoder reads either files or bytes: files only if all images are files.
-        self.all_are_files = all(part.path(0) is not None for part in self.parts)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, i: int) -> str:
-        part, place = self._find(i)
-        return part.name(place)
-
-    def path(self, i: int) -> str | None:
-        part, place = self._find(i)
-        return part.path(place) if self.all_are_files else None
-
-    def encoded(self, i: int) -> np.ndarray:
-        part, place = self._find(i)
-        return part.encoded(place)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hex digest of both parts' fingerprints."""
-        return hashlib.sha256(" ".join(part.fingerprint for part in self.parts).encode()).hexdigest()
-
-    def _find(self, i: int) -> tuple[Index, int]:
-        first = len(self.parts[0])
-        return (self.parts[0], i) if i < first else (self.parts[1], i - first)

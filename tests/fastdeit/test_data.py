@@ -12,11 +12,12 @@ pytest.importorskip("nvidia.dali")
 from fastdeit import evaluate, train
 from fastdeit.cli import parse_config
 from fastdeit.config import Config
-from fastdeit.data import compiles, loaders, open_images, order_of_numbers, remarks, trusted_decoding
+from fastdeit.data import compiles, labelled_alone, loaders, open_images, order_of_numbers, remarks, trusted_decoding
 from fastdeit.distributed.world import World, join
 from fastdeit.evaluation import plots
 from fastdeit.pipelines import SyntheticIndex, eval_loader
 from fastdeit.pipelines.decode import probe
+from fastdeit.training.run import undistilled
 
 from .conftest import COLORS, refused, write_folder
 
@@ -40,6 +41,19 @@ def opened(path, *flags):
     config = parse_config([*FLAGS, "--data-path", str(path), *map(str, flags)])
     with join("cpu") as world:
         return config, open_images(config, world)
+
+
+def test_without_a_teacher_the_images_with_labels_come_more_often(colors, tmp_path):
+    more = write_folder(tmp_path / "more", train=8, val=0)
+    flags = ("--distillation-type", "hard", "--teacher-path", "t", "--unlabelled-path", more)
+    config, (training, validation) = opened(colors, *flags)
+    alone, same = labelled_alone((training, validation))
+    assert len(training) == len(alone) == 36 + 24 and same is validation
+    assert np.bincount(alone.labels).tolist() == [20, 20, 20]
+    assert {alone.path(i) for i in range(60)} == {training.path(i) for i in range(36)}
+    assert labelled_alone((training.parts[0], validation))[0] is training.parts[0]
+    settings = undistilled(config)
+    assert (settings.distillation.distillation_type, settings.distillation.unlabelled_path) == ("none", None)
 
 
 @pytest.fixture

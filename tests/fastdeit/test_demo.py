@@ -30,6 +30,19 @@ def test_the_digits_are_scikit_learns_in_a_stratified_split(tmp_path):
         assert abs(held_out - 0.2 * (labels == label).sum()) < 1
 
 
+def test_ten_images_of_each_class_keep_their_label(tmp_path):
+    whole, few = demo.digits_folder(tmp_path / "whole"), demo.digits_folder(tmp_path / "few", labelled=10)
+    names = {root: {str(file.relative_to(root)) for file in root.rglob("*.png")} for root in (whole, few)}
+    for part in ("val/3", "val/8"):
+        assert {n for n in names[few] if n.startswith(part)} == {n for n in names[whole] if n.startswith(part)}
+    labelled = {name for name in names[few] if name.startswith("train")}
+    assert labelled < names[whole]
+    assert [sum(n.startswith(f"train/{c}/") for n in labelled) for c in range(10)] == [10] * 10
+    hidden = {name.removeprefix("unlabelled/") for name in names[few] if name.startswith("unlabelled/")}
+    rest = {name for name in names[whole] if name.startswith("train")} - labelled
+    assert len(hidden) == 1337 and hidden == {name.split("/")[-1] for name in rest}
+
+
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     """The settings of the teachers that were trained."""
@@ -48,10 +61,13 @@ def test_the_teacher_of_the_demo_is_trained_once(trained):
     config = recipes.load("demo")
     config.data.input_size = 32
     first, second = demo.with_digits(config, WORLD), demo.with_digits(config, WORLD)
-    assert first.distillation.teacher_path == second.distillation.teacher_path == "runs/digits-teacher-test_resnet-32px"
-    assert config.data.data_path is None and str(first.data.data_path) == "data/digits"
+    paths = first.distillation.teacher_path, second.distillation.teacher_path
+    assert paths == ("runs/digits-100-teacher-test_resnet-32px",) * 2
+    assert config.data.data_path is None and str(first.data.data_path) == "data/digits-100"
+    assert str(first.distillation.unlabelled_path) == "data/digits-100/unlabelled"
     (settings,) = trained
     assert (settings.model.model, settings.data.input_size) == ("test_resnet", 32)
+    assert settings.distillation.unlabelled_path is None  # it has no more than the labels
     assert settings.distillation.distillation_type == "none" and settings.data.data_path == first.data.data_path
 
 
@@ -59,6 +75,10 @@ def test_the_teacher_of_the_demo_is_trained_once(trained):
 def test_no_teacher_is_trained_where_none_is_missing(trained, changes):
     config = recipes.load("demo")
     vars(config.distillation).update(changes)
-    assert demo.with_digits(config, WORLD).distillation == config.distillation and trained == []
+    with_data = demo.with_digits(config, WORLD)
+    assert trained == [] and with_data.distillation.teacher_path == config.distillation.teacher_path
+    labels_alone = changes == {"distillation_type": "none"}
+    assert str(with_data.data.data_path) == ("data/digits" if labels_alone else "data/digits-100")
+    assert (with_data.distillation.unlabelled_path is None) == labels_alone
     config.data.data_path = "mine"
     assert demo.with_digits(config, WORLD) is config

@@ -74,6 +74,17 @@ def test_without_a_terminal_an_epoch_is_one_line(capsys):
     assert line.startswith("epoch  3/30  loss 0.146") and line.endswith("ema dist 25.28  ema both 24.44")
 
 
+def test_of_quick_epochs_without_an_evaluation_not_every_one_has_a_line(monkeypatch, capsys):
+    clock = iter([0.0, 0.5, 1.5, 2.5, 2.5, 3.0, 4.6, 4.6, 4.7])  # begins; each epoch, and again where it is said
+    monkeypatch.setattr("fastdeit.training.log.time.monotonic", lambda: next(clock))
+    log = Log(None, total_steps=1200, title="student")
+    for epoch in range(5):
+        log.epoch(step=2, epoch=epoch, epochs=99, figures=FIGURES)
+    assert [line[:8] for line in capsys.readouterr().out.splitlines()] == ["epoch  3", "epoch  5"]
+    log.epoch(step=2, epoch=5, epochs=99, figures=FIGURES, results=["top-1 % cls 23.33"])
+    assert "cls 23.33" in capsys.readouterr().out
+
+
 def test_the_cursor_is_hidden_only_while_steps_are_made(terminal):
     log, written = terminal(80)
     log.say("teacher: refused")

@@ -111,9 +111,14 @@ def test_images_without_labels(colors, teacher, tmp_path, cli):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise.integers(0, 256, (20, 20, 3), np.uint8)).save(path)
     arguments = ["--teacher-path", teacher, "--unlabelled-path", tmp_path / "more", "--mixup", "0.8", "--cutmix", "1"]
-    records, out = run(cli, colors, tmp_path / "run", *arguments)
+    records, out = run(cli, colors, tmp_path / "run", *arguments, "--compare-undistilled")
     assert "60 training" in out and records[0]["step"] == 5  # 36 with labels and 24 without, in batches of 12
     assert np.isfinite(records[0]["loss"]) and records[0]["teacher_loss"] > 0
+    # The same student from labels alone has as many steps, and every image in them has a label.
+    alone = runs.lines(tmp_path / "run" / "undistilled")
+    assert [line["step"] for line in alone] == [line["step"] for line in runs.lines(tmp_path / "run")]
+    assert alone[0]["teacher_loss"] == 0 and alone[0]["loss"] == alone[0]["class_loss"]
+    assert records[0]["class_loss"] < 0.8 * alone[0]["class_loss"]  # there, unlabelled images count as 0
     code, _, err = cli(
         train.main,
         *SMALL,

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdeit.pipelines import Augmentation, WithUnlabelled, open_folder, open_index, train_loader
+from fastdeit.pipelines import Augmentation, Repeated, WithUnlabelled, open_folder, open_index, train_loader
 
 SIZE = 16
 
@@ -47,6 +47,31 @@ def test_the_loader_gives_each_image_with_its_label(index):
             seen[i] = (int(image.float().mean()), label)
     assert seen == {i: (value, index.labels[i]) for i, value in enumerate([10, 20, 30, 100, 101, 102, 103, 104])}
     assert torch.tensor([label for _, label in seen.values()]).eq(-100).sum() == 5
+
+
+def test_images_come_again_one_after_another(data):
+    labelled = open_index(data / "data", "train")
+    index = Repeated(labelled, 8)
+    assert len(index) == 8 and index.classes == ("a", "b") and index.bad == ()
+    assert index.places.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]  # of three, eight times: floor(3 i / 8)
+    assert index.labels.tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert index.heights.tolist() == index.widths.tolist() == [SIZE] * 8
+    assert index.name(7) == labelled.name(2) and index.path(3) == labelled.path(1)
+    assert index.encoded_bytes.tolist() == [labelled.encoded_bytes[place] for place in index.places]
+    assert (index.encoded(5) == labelled.encoded(1)).all()
+    assert len({index.fingerprint, labelled.fingerprint, Repeated(labelled, 9).fingerprint}) == 3
+
+
+def test_what_comes_again_is_augmented_differently(data):
+    pytest.importorskip("nvidia.dali")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(
+        data / "data/train/b/0.png"
+    )
+    index = Repeated(open_index(data / "data", "train"), 8)
+    crops = Augmentation(scale=(0.1, 0.9), hflip=0.5, aa="none", color_jitter=0, reprob=0, mixup=0, cutmix=0, repeats=1)
+    (batch,) = train_loader(index, batch_size=8, input_size=SIZE, augmentation=crops, num_threads=1)
+    views = {i: image for i, image in zip(batch.indices.tolist(), batch.images)}
+    assert not torch.equal(views[6], views[7]) and index.places[6] == index.places[7]
 
 
 def test_a_part_in_shards_makes_all_be_read_as_bytes(data):
