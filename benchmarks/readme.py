@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastdeit.cli import FoldedHelp
 
+from . import demo
 from .record import RECORDS, Headline
 
 ROOT = Path(__file__).parents[1]
@@ -47,12 +48,12 @@ def _device(folder: Path) -> str:
     return _markdown(columns, rows)
 
 
-def digits_distillation() -> str:
-    """What each distillation setting brings on the digits."""
-    return (RECORDS / "cpu" / "digits_distillation.md").read_text()
+def what_distillation_is_worth() -> str:
+    """In the demo, in a sentence."""
+    return demo.in_words(demo.read())
 
 
-TABLES = {"speed": speed, "digits-distillation": digits_distillation}
+TABLES = {"speed": speed, "demo": what_distillation_is_worth}
 
 
 def up_to_date(text: str) -> str:

@@ -10,6 +10,7 @@ from fastdeit.training import run
 
 VAL_FRACTION = 0.2
 SPLIT_SEED = 0
+TEACHER_EPOCHS = 150  # of two steps each
 FEW = 10  # labels a class, where a teacher is to add what the labels do not say
 
 
@@ -72,8 +73,8 @@ def _teacher(config, world, model: str) -> Path:
     settings.model.model = model
     settings.data.data_path, settings.data.input_size = config.data.data_path, config.data.input_size
     settings.run.device, settings.run.tracker = config.run.device, config.run.tracker
-    settings.data.batch_size, settings.run.eval_every = 5 * FEW, 50  # two steps an epoch
-    settings.optimization.epochs, settings.optimization.warmup_epochs = 150, 10
+    settings.data.batch_size, settings.run.eval_every = 5 * FEW, TEACHER_EPOCHS // 3
+    settings.optimization.epochs, settings.optimization.warmup_epochs = TEACHER_EPOCHS, TEACHER_EPOCHS / 15
     size = in_pixels(settings.data.input_size).replace(" ", "")
     target = Path("runs") / f"digits-{10 * FEW}-teacher-{model}-{size}px"
     if not world.broadcast(target.is_dir()):

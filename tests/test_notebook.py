@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import fastdeit
+from fastdeit.demo import digits_folder
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "digits.ipynb"
 
@@ -30,6 +31,7 @@ def test_its_cells_run(tmp_path, monkeypatch):
 
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
+    digits_folder(Path("data/digits-100"), labelled=10)
     train, few = fastdeit.train, {"epochs": 1, "warmup_epochs": 0, "distillation_type": "none", "tracker": "none"}
     monkeypatch.setattr(fastdeit, "train", lambda **settings: train(**{**settings, **few, "device": "cpu"}))
     names: dict = {}

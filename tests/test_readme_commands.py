@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdeit import recipes
+from fastdeit import demo
 from fastdeit.__main__ import COMMANDS as COMMANDS_BY_NAME
-from fastdeit.recipes.demo import teacher_digits
 
 from .fastdeit.conftest import cli, write_folder  # noqa: F401  cli: a fixture
 
@@ -58,14 +57,8 @@ def place(tmp_path_factory):
         for name in ("deit_tiny_patch16_224", "test_resnet"):
             hub.publish(root / "hub", name)
         patch.chdir(root)
-        patch.setitem(recipes.RECIPES, "teacher_digits", one_epoch)  # of the first command's teacher
+        patch.setattr(demo, "TEACHER_EPOCHS", 3)  # of the first command
         yield root
-
-
-def one_epoch():
-    config = teacher_digits()
-    config.optimization.epochs, config.optimization.warmup_epochs = 1, 0
-    return config
 
 
 def test_the_commands(place, cli):  # noqa: F811
