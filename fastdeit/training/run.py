@@ -156,8 +156,9 @@ def undistilled(config: Config) -> Config:
     weights of a model that has one: then both heads learn the labels."""
     settings = type(config).from_dict(config.to_dict())
     settings.typed = config.typed
-    settings.distillation.attention_distillation_weight = settings.distillation.feature_distillation_weight = 0.0
-    settings.distillation.distillation_type, settings.distillation.unlabelled_path = "none", None
+    teaching = settings.distillation
+    teaching.distillation_type, teaching.unlabelled_path = "none", None
+    teaching.attention_distillation_weight = teaching.feature_distillation_weight = 0.0
     if not config.model.finetune and not config.model.pretrained:
         settings.model.model = config.model.model.replace("_distilled", "")
     return settings
