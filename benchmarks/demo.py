@@ -13,17 +13,14 @@ The settings were chosen with seeds 0 and 1, which are not among SEEDS.
 import argparse
 import csv
 import json
-import math
-import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastdeit.cli import FoldedHelp
 
 from .record import RECORDS, write_table
+from .studies import command, gain_in_words, into, one_a_core
 
 SEEDS = (2, 3, 4, 5, 6)
 COLUMNS = ("seed", "teacher", "cls", "dist", "both", "undistilled")
@@ -37,47 +34,28 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    short = [] if arguments.epochs is None else ["--epochs", str(arguments.epochs), "--warmup-epochs", "0"]
-    train(folder, ["--epochs", "1", "--warmup-epochs", "0", "--seed", "0", "--no-compare-undistilled"])  # its teacher
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores:
-        results = list(cores.map(lambda seed: train(folder, [*short, "--seed", str(seed)]), SEEDS))
-    rows = [
-        {"seed": seed} | {name: f"{100 * result[name]:.2f}" for name in COLUMNS[1:]}
-        for seed, result in zip(SEEDS, results)
-    ]
+    flags = "--recipe demo --tracker none"
+    command("fastdeit.train", f"{flags} --dry-run", folder)  # trains the teacher
+    if arguments.epochs is not None:
+        flags = f"{flags} --epochs {arguments.epochs} --warmup-epochs 0"
+    one_a_core(
+        lambda seed: command("fastdeit.train", f"{flags} --seed {seed} {into(target(seed))}", folder),
+        [(seed,) for seed in SEEDS],
+    )
+    rows = [row(seed, json.loads((folder / target(seed) / "summary.json").read_text())) for seed in SEEDS]
     if arguments.epochs is None:
-        write_table(RECORD, COLUMNS, ([row[name] for name in COLUMNS] for row in rows))
+        write_table(RECORD, COLUMNS, ([one[name] for name in COLUMNS] for one in rows))
     print(in_words(rows))
     return 0
 
 
-def train(folder: Path, flags: list[str]) -> dict[str, float]:
-    """The closing table of a run in a process of its own, on one thread; fractions."""
-    target = folder / "runs" / "-".join(flag.removeprefix("--") for flag in flags)
-    words = [
-        "fastdeit.train",
-        *flags,
-        "--recipe",
-        "demo",
-        "--tracker",
-        "none",
-        "--output-dir",
-        str(target),
-        "--resume",
-        "auto",
-    ]
-    ended = subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if ended.returncode:
-        raise SystemExit(f"{' '.join(words)}\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
-    summary = json.loads((target / "summary.json").read_text())
-    print(f"{target.name}: {summary}", flush=True)
-    return summary
+def target(seed: int) -> str:
+    return f"runs/seed-{seed}"
+
+
+def row(seed: int, summary: dict[str, float]) -> dict[str, str]:
+    """Of the record. summary: a run's closing table, fractions."""
+    return {"seed": str(seed)} | {name: f"{100 * summary[name]:.2f}" for name in COLUMNS[1:]}
 
 
 def read() -> list[dict[str, str]]:
@@ -89,12 +67,11 @@ def in_words(rows: list[dict[str, str]]) -> str:
     """A sentence for the README. rows: of the record."""
     distilled, alone = ([float(row[name]) for row in rows] for name in ("both", "undistilled"))
     gains = [one - other for one, other in zip(distilled, alone)]
-    error = statistics.stdev(gains) / math.sqrt(len(gains))
     wins = sum(gain > 0 for gain in gains)
     return (
         f"Over {len(rows)} seeds the distilled student reaches {statistics.mean(distilled):.1f} % on average, the one "
-        f"from labels alone {statistics.mean(alone):.1f} %: {statistics.mean(gains):+.1f} ± {error:.1f} points (mean "
-        f"and standard error of the differences), and it is better in {wins} of {len(rows)}; their teacher has "
+        f"from labels alone {statistics.mean(alone):.1f} %: {gain_in_words(gains)} points (mean and standard error of "
+        f"the differences), and it is better in {wins} of {len(rows)}. Their teacher has "
         f"{float(rows[0]['teacher']):.1f} %.\n"
     )
 
