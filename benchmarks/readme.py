@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def _device(folder: Path) -> str:
 
 def what_distillation_is_worth() -> str:
     """In the demo, in a sentence."""
-    return demo.in_words(demo.read())
+    return textwrap.fill(demo.in_words(demo.read()), 120) + "\n"
 
 
 TABLES = {"speed": speed, "demo": what_distillation_is_worth}
