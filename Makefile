@@ -28,7 +28,7 @@ FAST = $(patsubst %,tests/fastdeit/test_%.py,training_arithmetic settings recipe
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak and not interpreter" tests/test_*.py $(FAST)
 
-# The kernels' compiled code on the CPU (tests/ptx), at the sizes of real models too; `make test` takes a minute of it.
+# The kernels' compiled code on the CPU (tests/ptx), at the sizes of real models too; `make test` takes a part of it.
 test-ptx: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/ptx
 
