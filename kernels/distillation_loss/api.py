@@ -123,29 +123,25 @@ def distillation_loss(
     return (loss, terms.mean(1)) if return_terms else loss
 
 
-@torch.library.custom_op("fastdeit::distillation_loss", mutates_args=())
-def _op(
-    cls_logits: Tensor,
-    dist_logits: Tensor | None,
-    target: Tensor | None,
-    second: Tensor | None,
-    lam: Tensor | None,
-    teacher: Tensor | None,
-    teacher_probs: Tensor | None,
-    kind: str,
-    alpha: float,
-    tau: float,
-    smoothing: float,
-    numel: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not cls_logits.is_cuda:
-        checks.check_labels(cls_logits.shape[1], target, second, teacher)
-    inputs = cls_logits, dist_logits, target, second, lam, teacher, teacher_probs
-    if use_triton(cls_logits):
+ARGUMENTS = (  # reference.Arguments
+    "Tensor cls_logits, Tensor? dist_logits, Tensor? target, Tensor? second, Tensor? lam, Tensor? teacher, "
+    "Tensor? teacher_probs, str kind, float alpha, float tau, float smoothing, bool numel"
+)
+
+
+@torch.library.custom_op(
+    "fastdeit::distillation_loss", mutates_args=(), schema=f"({ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+)
+def _op(*arguments):
+    """Returns losses, terms and statistics."""
+    given = reference.Arguments(*arguments)
+    if not given.cls_logits.is_cuda:
+        checks.check_labels(given.cls_logits.shape[1], given.target, given.second, given.teacher)
+    if use_triton(given.cls_logits):
         from .triton_kernels import launch_forward
 
-        return launch_forward(*inputs, kind, alpha, tau, smoothing, numel)
-    losses, terms = reference.forward(*inputs, kind, alpha, tau, smoothing, numel)
+        return launch_forward(given)
+    losses, terms = reference.forward(given)
     return losses, terms, losses.new_zeros((reference.STATISTICS, len(losses)))
 
 
@@ -155,29 +151,18 @@ def _(cls_logits, *_):
     return losses, losses.new_empty((2, len(losses))), losses.new_empty((reference.STATISTICS, len(losses)))
 
 
-@torch.library.custom_op("fastdeit::distillation_loss_backward", mutates_args=())
-def _backward_op(
-    dlosses: Tensor,
-    statistics: Tensor,
-    cls_logits: Tensor,
-    dist_logits: Tensor | None,
-    target: Tensor | None,
-    second: Tensor | None,
-    lam: Tensor | None,
-    teacher: Tensor | None,
-    teacher_probs: Tensor | None,
-    kind: str,
-    alpha: float,
-    tau: float,
-    smoothing: float,
-    numel: bool,
-) -> tuple[Tensor, Tensor]:
-    inputs = cls_logits, dist_logits, target, second, lam, teacher, teacher_probs
-    if use_triton(cls_logits):
+@torch.library.custom_op(
+    "fastdeit::distillation_loss_backward",
+    mutates_args=(),
+    schema=f"(Tensor dlosses, Tensor statistics, {ARGUMENTS}) -> (Tensor, Tensor)",
+)
+def _backward_op(dlosses, statistics, *arguments):
+    given = reference.Arguments(*arguments)
+    if use_triton(given.cls_logits):
         from .triton_kernels import launch_backward
 
-        return launch_backward(dlosses, statistics, *inputs, kind, alpha, tau, smoothing, numel)
-    return reference.backward(dlosses, *inputs, kind, alpha, tau, smoothing, numel)
+        return launch_backward(dlosses, statistics, given)
+    return reference.backward(dlosses, given)
 
 
 @_backward_op.register_fake

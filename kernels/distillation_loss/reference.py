@@ -3,6 +3,8 @@
 Legend: B samples, C classes, K of them in a cached target; z logits, p softmax(z), q the target's probabilities.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,21 +14,30 @@ IGNORE = -100  # the label of an unlabelled sample
 STATISTICS = 7
 
 
-def forward(
-    cls_logits: Tensor,
-    dist_logits: Tensor | None,
-    target: Tensor | None,
-    second: Tensor | None,
-    lam: Tensor | None,
-    teacher: Tensor | None,
-    teacher_probs: Tensor | None,
-    kind: str,
-    alpha: float,
-    tau: float,
-    smoothing: float,
-    numel: bool,
-) -> tuple[Tensor, Tensor]:
+class Arguments(NamedTuple):
+    """What the loss is computed from, checked and in the order of the operators (api.ARGUMENTS).
+
+    second, lam: of mixup or cutmix, both or neither. teacher: (B, C) logits, (B,) labels or (B, K) classes with their
+    teacher_probs. numel: divide the soft term by C too.
+    """
+
+    cls_logits: Tensor
+    dist_logits: Tensor | None
+    target: Tensor | None
+    second: Tensor | None
+    lam: Tensor | None
+    teacher: Tensor | None
+    teacher_probs: Tensor | None
+    kind: str
+    alpha: float
+    tau: float
+    smoothing: float
+    numel: bool
+
+
+def forward(given: Arguments) -> tuple[Tensor, Tensor]:
     """Returns per-sample losses (B,) and the two terms unweighted (2, B)."""
+    cls_logits, dist_logits, target, second, lam, teacher, teacher_probs, kind, alpha, tau, smoothing, numel = given
     z_cls, z_dist = _wide(cls_logits, dist_logits)
     class_weight, teacher_weight = _weights(kind, alpha)
     class_term = teacher_term = z_cls.new_zeros(len(z_cls))
@@ -42,22 +53,9 @@ def forward(
     return class_weight * class_term + teacher_weight * teacher_term, torch.stack((class_term, teacher_term))
 
 
-def backward(
-    dlosses: Tensor,
-    cls_logits: Tensor,
-    dist_logits: Tensor | None,
-    target: Tensor | None,
-    second: Tensor | None,
-    lam: Tensor | None,
-    teacher: Tensor | None,
-    teacher_probs: Tensor | None,
-    kind: str,
-    alpha: float,
-    tau: float,
-    smoothing: float,
-    numel: bool,
-) -> tuple[Tensor, Tensor]:
+def backward(dlosses: Tensor, given: Arguments) -> tuple[Tensor, Tensor]:
     """The gradients of both heads' logits, in their dtype; the second is empty where there is one head."""
+    cls_logits, dist_logits, target, second, lam, teacher, teacher_probs, kind, alpha, tau, smoothing, numel = given
     z_cls, z_dist = _wide(cls_logits, dist_logits)
     class_weight, teacher_weight = _weights(kind, alpha)
     dcls = ddist = torch.zeros_like(z_cls)

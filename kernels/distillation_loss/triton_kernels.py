@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import IGNORE, STATISTICS
+from .reference import IGNORE, STATISTICS, Arguments
 
 IGNORED = tl.constexpr(IGNORE)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -281,57 +281,27 @@ def distillation_loss_backward_kernel(
         tl.store(ddist_ptr + index, dx.to(ddist_ptr.dtype.element_ty), mask=own)
 
 
-def launch_forward(
-    cls_logits: Tensor,
-    dist_logits: Tensor | None,
-    target: Tensor | None,
-    second: Tensor | None,
-    lam: Tensor | None,
-    teacher: Tensor | None,
-    teacher_probs: Tensor | None,
-    kind: str,
-    alpha: float,
-    tau: float,
-    smoothing: float,
-    numel: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and results as of `reference.forward`; the statistics, (STATISTICS, B), beside them."""
-    batch, classes = cls_logits.shape
-    losses = cls_logits.new_empty(batch, dtype=torch.float32)
+def launch_forward(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.forward`; the statistics, (STATISTICS, B), beside the results."""
+    batch, classes = given.cls_logits.shape
+    losses = given.cls_logits.new_empty(batch, dtype=torch.float32)
     terms, statistics = (losses.new_empty((rows, batch)) for rows in (2, STATISTICS))
-    inputs = cls_logits, dist_logits, target, second, lam, teacher, teacher_probs
-    arguments, static = _shared(*inputs, kind, alpha, tau, smoothing, numel)
-    with torch.cuda.device_of(cls_logits):
+    arguments, static = _shared(given)
+    smoothed = given.target is not None and given.smoothing > 0
+    with torch.cuda.device_of(given.cls_logits):
         distillation_loss_forward_kernel[(batch,)](
-            losses, terms, statistics, *arguments, **static, SMOOTHED=target is not None and smoothing > 0,
-            **block_of(classes, MAX_BLOCK),
-        )  # fmt: skip
+            losses, terms, statistics, *arguments, **static, SMOOTHED=smoothed, **block_of(classes, MAX_BLOCK)
+        )
     return losses, terms, statistics
 
 
-def launch_backward(
-    dlosses: Tensor,
-    statistics: Tensor,
-    cls_logits: Tensor,
-    dist_logits: Tensor | None,
-    target: Tensor | None,
-    second: Tensor | None,
-    lam: Tensor | None,
-    teacher: Tensor | None,
-    teacher_probs: Tensor | None,
-    kind: str,
-    alpha: float,
-    tau: float,
-    smoothing: float,
-    numel: bool,
-) -> tuple[Tensor, Tensor]:
-    """Arguments and results as of `reference.backward`."""
+def launch_backward(dlosses: Tensor, statistics: Tensor, given: Arguments) -> tuple[Tensor, Tensor]:
+    """As `reference.backward`."""
+    cls_logits, two_heads = given.cls_logits, given.dist_logits is not None
     batch, classes = cls_logits.shape
-    two_heads = dist_logits is not None
     dcls = cls_logits.new_empty(cls_logits.shape)
     ddist = cls_logits.new_empty(cls_logits.shape if two_heads else 0)
-    inputs = cls_logits, dist_logits, target, second, lam, teacher, teacher_probs
-    arguments, static = _shared(*inputs, kind, alpha, tau, smoothing, numel)
+    arguments, static = _shared(given)
     block = block_of(classes, BACKWARD_BLOCK)
     with torch.cuda.device_of(cls_logits):
         distillation_loss_backward_kernel[(batch * triton.cdiv(classes, block["BLOCK"]),)](
@@ -341,10 +311,9 @@ def launch_backward(
     return dcls, ddist
 
 
-def _shared(
-    cls_logits, dist_logits, target, second, lam, teacher, teacher_probs, kind, alpha, tau, smoothing, numel
-) -> tuple[list, dict]:
+def _shared(given: Arguments) -> tuple[list, dict]:
     """What both launches are told: arguments in their order, and constants by name."""
+    cls_logits, dist_logits, target, second, lam, teacher, teacher_probs, kind, alpha, tau, smoothing, numel = given
     batch, classes = cls_logits.shape
     soft = kind == "soft"
     dist_logits = cls_logits if dist_logits is None else dist_logits

@@ -29,6 +29,7 @@ from fastdeit.kernels.add_layer_norm import triton_kernels as norm_triton
 from fastdeit.kernels.attention import configs, triton_backward, triton_forward
 from fastdeit.kernels.bias_gelu import triton_kernels as gelu_triton
 from fastdeit.kernels.distillation_loss import triton_kernels as distillation_triton
+from fastdeit.kernels.distillation_loss.reference import Arguments
 from fastdeit.kernels.mix_normalize import triton_kernels as mix_triton
 
 pytestmark = [
@@ -197,9 +198,9 @@ def test_wrong_indices_on_a_gpu_reach_no_memory_of_others(monkeypatch):
     logits, stored = tensor(3, 37), torch.stack((wild, wild + 5), 1)
     with memory_watch():
         for teacher in ((wild, None, "hard"), (stored, torch.rand(3, 2), "soft")):
-            arguments = logits, logits, wild, wild.flip(0), weights, *teacher, 0.5, 1.0, 0.1, False
-            _, _, statistics = distillation_triton.launch_forward(*arguments)
-            distillation_triton.launch_backward(torch.ones(3), statistics, *arguments)
+            arguments = Arguments(logits, logits, wild, wild.flip(0), weights, *teacher, 0.5, 1.0, 0.1, False)
+            _, _, statistics = distillation_triton.launch_forward(arguments)
+            distillation_triton.launch_backward(torch.ones(3), statistics, arguments)
         images, boxes = torch.zeros(3, 8, 8, 3, dtype=torch.uint8), torch.tensor([-(2**31), 5, 2**30, 2**31 - 2])
         boxes = boxes.int().expand(3, 4)
         mix_triton.mix_normalize_triton(images, *PIXELS, wild, weights, boxes, boxes, wild, FLOAT, True)
