@@ -6,6 +6,7 @@ import io
 import json
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ EVERY_SECOND = [*RANDOM, "--epochs", "5", "--eval-every", "2"]
 @pytest.fixture(scope="module")
 def sparse(colors, tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("sparse") / "run", io.StringIO()
-    with redirect_stdout(said):
+    with redirect_stdout(said), mock.patch("fastdeit.training.log.QUICK_EPOCH_SECONDS", 0):
         run(*EVERY_SECOND, "--data-path", colors, "--output-dir", folder)
     (folder / "said.txt").write_text(said.getvalue())
     return folder

@@ -150,7 +150,7 @@ def test_the_demo_trains_each(trained):  # noqa: F811
     config = recipes.load("demo")
     config.distillation.teacher_model = ("test_resnet", "test_vit")
     paths = demo.with_digits(config, World(torch.device("cpu"))).distillation.teacher_path
-    assert [path.split("-")[2] for path in paths] == ["test_resnet", "test_vit"]
+    assert [path.split("-")[3] for path in paths] == ["test_resnet", "test_vit"]
     assert [settings.model.model for settings in trained] == ["test_resnet", "test_vit"]
 
 
