@@ -77,7 +77,7 @@ def test_gains_of_one_seed_have_no_error():
     assert gain_in_words([-1.26]) == "-1.3"
 
 
-@pytest.mark.parametrize(("images", "epochs"), [(1_000, 208), (5_000, 40), (20_000, 10), (40_000, 5)])
+@pytest.mark.parametrize(("images", "epochs"), [(1_000, 125), (5_000, 24), (20_000, 6), (40_000, 3)])
 def test_all_sizes_train_for_about_the_same_number_of_steps(tmp_path, images, epochs):
     flags = data_efficiency.Study(tmp_path, data_efficiency.STEPS, Results(tmp_path / "record.csv")).length(images)
     assert flags.split()[:2] == ["--epochs", str(epochs)]
