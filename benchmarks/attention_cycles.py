@@ -9,7 +9,6 @@ seconds a kernel. records/compile/attention_cycles.csv keeps a row for each --la
 
 import argparse
 import csv
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,10 +116,7 @@ def _one_launch(case: CompileCase, tokens: int, keys: int, queries: int) -> Cycl
 def _kernel(case: CompileCase, plan, programs: int, useful: float, waves: int = 6) -> Cycles:
     made = compiled(case, ARCH)
     resources = measure(made, ARCH, case.num_warps)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(made.asm["cubin"])
-        code = sass_cycles.instructions(cubin)
+    code = sass_cycles.instructions(made.asm["cubin"])
     trips, memory = plan(code, sass_cycles.loops(code))
     result = sass_cycles.estimate(
         code, warps=case.num_warps, resident=resources.programs, trips=trips, memory=memory, useful=useful,

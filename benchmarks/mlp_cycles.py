@@ -11,7 +11,6 @@ their bytes. records/compile/mlp_cycles.csv keeps the tiles in use, and of width
 
 import argparse
 import csv
-import tempfile
 from pathlib import Path
 
 import triton
@@ -42,10 +41,7 @@ def row(direction: str, width: int, tiles: Tiles) -> dict[str, str]:
     case = mlp_case(direction, width, tiles)
     made = compiled(case, ARCH)
     resources = measure(made, ARCH, tiles.num_warps)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(made.asm["cubin"])
-        code = sass_cycles.instructions(cubin)
+    code = sass_cycles.instructions(made.asm["cubin"])
     (loop,) = sass_cycles.loops(code)
 
     def memory(instruction: Instruction, visit: int, program: int) -> str:

@@ -1,6 +1,6 @@
 """Estimates from machine code how many cycles a Hopper multiprocessor needs for a kernel's programs, without a GPU.
 
-code = instructions(cubin)
+code = instructions(made.asm["cubin"])
 estimate(code, warps=4, resident=3, trips={0x54d0: 3}, memory=lambda *_: "dram").cycles      of one program
 
 Four schedulers, each of which issues one instruction a cycle of a warp whose control bits (stall count, scoreboard
@@ -15,6 +15,7 @@ The control bits are laid out as in Maxwell's and later code (NervanaSystems/max
 
 import re
 import subprocess
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,8 +71,12 @@ class Instruction:
             self.target = int(re.search(r"0x[0-9a-f]+", self.text)[0], 16)
 
 
-def instructions(cubin: Path) -> list[Instruction]:
-    listing = subprocess.run([TOOL, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+def instructions(cubin: bytes) -> list[Instruction]:
+    """Of the machine code of a compiled kernel, its asm["cubin"]."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        listing = subprocess.run([TOOL, "-sass", file], capture_output=True, text=True, check=True).stdout
     word = r"/\* 0x([0-9a-f]{16}) \*/"  # each instruction has two; the second holds the control bits
     line = r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?(\S.*?)\s*;\s*" + word + r"\s*" + word
     found = re.findall(line, listing)
