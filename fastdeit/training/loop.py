@@ -94,10 +94,8 @@ class Loop:
                 self.checkpointing.save()
 
     def _begin_part(self, epoch: int) -> None:
-        """Of the curriculum, if this epoch begins one, or the process. All that another size of images needs is
-        compiled, and captured, at its first steps."""
-        if self.trainer.begin_epoch(epoch):
-            self.warm = False
+        """Of the curriculum, if this epoch begins one, or the process."""
+        self.trainer.begin_epoch(epoch)
         part, before = self.trainer.curriculum.part(epoch), self.part
         self.part = part
         if part != before and self.config.optimization.curriculum != "none":
@@ -108,7 +106,11 @@ class Loop:
     def step(self, batch) -> Tensor:
         """Trainer.step, and what the processes tell each other with it. Returns the losses, as that does."""
         if not self.warm and compiles(self.config, self.world.device):
-            self.log.say("compiling the training step: the first takes longer ...")
+            others = len(self.trainer.turns()) - 1
+            at_all = f" in all {others + 1} shapes that it will take" if others else ""
+            self.log.say(f"compiling the training step{at_all}: the first takes longer ...")
+            if others:
+                self.trainer.rehearse(batch)
         losses = self.trainer.step(batch, self.checkpointing.exchange)
         while self.trainer.news:
             self.log.say(self.trainer.news.pop(0))

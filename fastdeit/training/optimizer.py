@@ -206,6 +206,13 @@ class Update:
             self.scaler._per_optimizer_states.clear()
 
     @torch.no_grad()
+    def take_back(self) -> None:
+        """The opposite of `apply`: throw the gradients away, and what the forward pass did to running statistics."""
+        for buffer, before in zip(self.buffers, self.buffers_before):
+            buffer.copy_(before)
+        self.forget()
+
+    @torch.no_grad()
     def apply(self, numbers: Tensor, losses: Tensor, own_losses: Tensor) -> Tensor:
         """Use the gradients up. Returns () float32 on the device: 1 where nothing was changed.
 

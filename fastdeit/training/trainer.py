@@ -1,6 +1,7 @@
 """One step of training: a batch of uint8 pixels in, new weights and a new moving average out."""
 
 import copy
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -168,16 +169,44 @@ class Trainer:
         """Give up the graph and its memory; steps are made as they are."""
         self.graph = None
 
-    def begin_epoch(self, epoch: int) -> bool:
-        """Show the student images of the size that the curriculum has in this epoch. Returns whether that is another
-        one than before: then the next steps are compiled, and captured, anew."""
+    def begin_epoch(self, epoch: int) -> None:
+        """Show the student images of the size that the curriculum has in this epoch. The next steps at another size
+        than before are captured anew."""
         size, full = self.curriculum.part(epoch).size, self.config.data.input_size
         if size == self.size:
-            return False
+            return
         self.size = size
         self.low_frequencies = None if size == full else LowFrequencies(full, size, self.world.device, self.precision)
         self._capture_anew()
-        return True
+
+    def rehearse(self, batch) -> None:
+        """Make the gradients of one batch at every other size of images, and number of patches, that the run will come
+        to, and throw them away. Then all is compiled, and has found its memory, before training begins."""
+        now, news = self.state.step, list(self.news)
+        for step in (*self.turns()[1:], now):
+            self.state.step = step
+            self.begin_epoch(step // self.steps_per_epoch)
+            self._drop_patches()
+            if step != now:
+                self._gradients(self.inputs(batch))
+                self.update.take_back()
+        self.news = news
+        if self.on_cuda:
+            torch.cuda.synchronize()
+        self.timer.stop()
+        self.timer.read()  # of these seconds the log says nothing
+
+    def turns(self) -> list[int]:
+        """The step to come, and those after it from which on the student sees images of a size, or a number of patches,
+        that it has not seen since."""
+        steps = [part.first * self.steps_per_epoch for part in self.curriculum.parts if part.end > part.first]
+        if self.config.model.patch_drop > 0:
+            steps.append(bisect_left(range(self.total_steps), True, key=lambda step: self._rate(step) == 0))
+        kinds: dict[tuple, int] = {}
+        for step in sorted({self.state.step, *(step for step in steps if step > self.state.step)}):
+            part = self.curriculum.part(step // self.steps_per_epoch)
+            kinds.setdefault((part.size, self._rate(step)), step)
+        return list(kinds.values())
 
     def step(self, batch, average: Average | None = None) -> Tensor:
         """Train on one batch. Returns its losses, (5,) detached on the device: the loss and its terms, as
@@ -218,6 +247,15 @@ class Trainer:
     def compute(self, inputs: Inputs, average: Average) -> Tensor:
         """The step itself, a function of its inputs and of what `changed` lists: all of it is done by the device, and
         nothing waits for it."""
+        own_losses = self._gradients(inputs)
+        self.timer.enter("optimizer")
+        losses = average(own_losses)
+        hold = self.update.apply(inputs.numbers, losses, own_losses)
+        self.state.add(losses, hold)
+        return losses
+
+    def _gradients(self, inputs: Inputs) -> Tensor:
+        """Add those of all micro-batches. Returns this process's losses, (5,), detached."""
         micro_batches = split(inputs.batch, self.config.optimization.accumulate)
         parts = len(micro_batches)
         options: list[dict] = [{} for _ in range(parts)]
@@ -229,11 +267,7 @@ class Trainer:
         for i, micro_batch in enumerate(micro_batches):
             with parallel.gradient_sync(self.forward, self.features and self.features.forward, when=i == parts - 1):
                 own_losses = own_losses + self._backward(micro_batch, options[i], weight=1 / parts)
-        self.timer.enter("optimizer")
-        losses = average(own_losses)
-        hold = self.update.apply(inputs.numbers, losses, own_losses)
-        self.state.add(losses, hold)
-        return losses
+        return own_losses
 
     def _backward(self, batch, options: dict, weight: float) -> Tensor:
         """Add `weight` times the batch's gradient. Returns `weight` times its losses, (5,), detached. options: of the
@@ -293,9 +327,8 @@ class Trainer:
         return noise.chunk(self.world.world_size)[self.world.rank]
 
     def _drop_patches(self) -> None:
-        """Set the rate of the step to come: --patch-drop's, in the last tenth of the work none."""
-        left = self.total_work - self.work(self.state.step + 1)
-        rate = self.config.model.patch_drop if 10 * left >= self.total_work else 0.0
+        """Set the rate of the step to come."""
+        rate = self._rate(self.state.step)
         if rate == self.patch_drop:
             return
         if rate == 0:
@@ -303,6 +336,11 @@ class Trainer:
         self.patch_drop = rate
         patch_drop.set_rate(self.model, rate)
         self._capture_anew()
+
+    def _rate(self, step: int) -> float:
+        """Of the patches that are dropped: --patch-drop, in the last tenth of the work none."""
+        left = self.total_work - self.work(step + 1)
+        return self.config.model.patch_drop if 10 * left >= self.total_work else 0.0
 
     def _projection(self) -> list[nn.Parameter]:
         """What learns beside the model."""
