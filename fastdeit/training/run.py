@@ -26,6 +26,7 @@ from fastdeit.models.build import build_student, mean_std, normalise
 from fastdeit.tuning import Tuner, of_run
 
 from . import student_tuning, trackers
+from .host_memory import keep_freed_memory
 from .loop import Loop
 from .optimizer import average_in_words, rates_in_words
 from .trainer import Trainer
@@ -261,6 +262,8 @@ def set_up(config: Config, world: World) -> None:
         raise UserError(
             "--cuda-graph on: a step is captured in a CUDA graph for one process on a GPU only: omit the flag"
         )
+    if world.device.type == "cpu":
+        keep_freed_memory()
     if config.speed.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -11,7 +11,12 @@ from fastdeit import errors
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for published weights should not wait for a network
 # What a user's machine remembers of choices is neither read nor written; matplotlib keeps its list of fonts.
 os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastdeit-tests-")
+CACHE = tempfile.TemporaryDirectory(prefix="fastdeit-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
+
+
+def pytest_unconfigure():
+    CACHE.cleanup()  # an xdist worker ends without running what else would do it
 
 
 def pytest_collection_modifyitems(config, items):
