@@ -15,8 +15,8 @@ stopped study is resumed by the same command; --no-record leaves the committed r
 
 There is no record yet. The settings below are fixed; no lever was tuned on these images. The plain recipe is that of
 data_efficiency, and each lever has what its authors take where that says more. The targets are about what one plain run
-of seed 100, which is no seed of the study, had after 3 and 5 of the 6 epochs, 76.7 and 80.4 % (81.1 at the end). It took
-223 CPU-seconds, so that three seeds of all levers are some three hours of one core.
+of seed 100, which is no seed of the study, had after 3 and 5 of the 6 epochs, 76.7 and 80.4 % (81.1 at the end). It
+took 223 CPU-seconds, so that three seeds of all levers are some three hours of one core.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fastdeit.cli import FoldedHelp
 
-from . import demo
+from . import data_efficiency, demo
 from .record import RECORDS, Headline
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,13 @@ def what_distillation_is_worth() -> str:
     return textwrap.fill(demo.in_words(demo.read()), 120) + "\n"
 
 
-TABLES = {"speed": speed, "demo": what_distillation_is_worth}
+def study_of_distillation() -> str:
+    """Of Fashion-MNIST."""
+    results = data_efficiency.Results(RECORDS / "cpu" / "data_efficiency.csv")
+    return f"{textwrap.fill(results.in_words(), 120)}\n\n{results.table()}"
+
+
+TABLES = {"speed": speed, "demo": what_distillation_is_worth, "study": study_of_distillation}
 
 
 def up_to_date(text: str) -> str:

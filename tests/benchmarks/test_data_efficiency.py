@@ -69,8 +69,12 @@ def test_the_table_has_paired_gains_and_the_record_is_read_back(tmp_path):
     assert rows["| labels alone"] == "| labels alone | 75.0 |  |  |"
     # Gains 3, 1 and 5: mean 3, standard deviation 2, standard error 2 / sqrt(3).
     assert rows["| hard"] == "| hard | 78.0 (+3.0 ± 1.2) |  |  |"
+    assert rows["| *the CNN*"] == "| *the CNN* | 90.0 |  |  |"
+    assert "mean over 3 seeds" in read.in_words()
     read.summarise()
     assert (tmp_path / "record.md").read_text() == read.table() and (tmp_path / "record.png").stat().st_size > 5_000
+    read.add(5_000, ALONE, 0, {"cls": 0.8}, "")
+    assert "mean over 1 to 3 seeds" in read.in_words()
 
 
 def test_gains_of_one_seed_have_no_error():
