@@ -191,7 +191,7 @@ class Loop:
         ends = [(epoch + 1) * self.steps_per_epoch for epoch in epochs if is_evaluated(epoch, config)]
         images = len(val) * val.plans.batch_size * len(trainer.evaluation.modules)
         live = trainer.teacher is not None and config.distillation.teacher_store is None
-        work = float if live else trainer.work  # most of such a step is the teacher's, whatever the student's size
+        work = float if live else trainer.cost  # most of such a step is the teacher's, whatever the student sees
         return Remaining(trainer.total_steps, ends, forwards=images / train.plans.batch_size, work=work)
 
     # -----------------------------------------------------------------------------------------------------------------

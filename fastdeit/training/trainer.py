@@ -132,6 +132,7 @@ class Trainer:
         self.total_work = settings.epochs * steps_per_epoch  # in steps at the full size, as the warm-up
         self.warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
         self.patch_drop = 0.0  # the rate of the last step
+        self.all_patches_from = bisect_left(range(self.total_steps), True, key=self._is_in_last_tenth)
         self.rates = scaled_rates(
             settings.lr, settings.warmup_lr, settings.min_lr, self.global_batch, scale=not settings.unscale_lr
         )
@@ -201,7 +202,7 @@ class Trainer:
         that it has not seen since."""
         steps = [part.first * self.steps_per_epoch for part in self.curriculum.parts if part.end > part.first]
         if self.config.model.patch_drop > 0:
-            steps.append(bisect_left(range(self.total_steps), True, key=lambda step: self._rate(step) == 0))
+            steps.append(self.all_patches_from)
         kinds: dict[tuple, int] = {}
         for step in sorted({self.state.step, *(step for step in steps if step > self.state.step)}):
             part = self.curriculum.part(step // self.steps_per_epoch)
@@ -319,6 +320,12 @@ class Trainer:
         """What is done after so many steps, in steps at the full size; of that, the learning rate is a function."""
         return self.curriculum.work(step, self.steps_per_epoch)
 
+    def cost(self, step: int) -> float:
+        """What the student's part of so many steps takes, in steps of all patches at the full size; roughly, since it
+        counts a step of half the patches as half a step."""
+        dropped = self.work(min(step, self.all_patches_from))
+        return self.work(step) - self.config.model.patch_drop * dropped
+
     def _noise(self, seed: int, *shape: int) -> Tensor:
         """The step's random numbers for this process's images, (images, *shape) float32 in [0, 1), the same on any
         number of processes."""
@@ -339,8 +346,10 @@ class Trainer:
 
     def _rate(self, step: int) -> float:
         """Of the patches that are dropped: --patch-drop, in the last tenth of the work none."""
-        left = self.total_work - self.work(step + 1)
-        return self.config.model.patch_drop if 10 * left >= self.total_work else 0.0
+        return self.config.model.patch_drop if step < self.all_patches_from else 0.0
+
+    def _is_in_last_tenth(self, step: int) -> bool:
+        return 10 * (self.total_work - self.work(step + 1)) < self.total_work
 
     def _projection(self) -> list[nn.Parameter]:
         """What learns beside the model."""

@@ -11,6 +11,7 @@ from fastdeit.models.build import create_model as any_model
 from fastdeit.models.deit import create_model
 from fastdeit.train import main
 from fastdeit.training import student_tuning
+from fastdeit.training.loop import Loop
 from fastdeit.training.step_graph import WARM_UP
 from fastdeit.training.trainer import Trainer
 
@@ -256,3 +257,13 @@ def test_a_dry_run_tries_a_step_with_all_patches(cli, colors, monkeypatch):
     monkeypatch.setattr(Trainer, "inputs", lambda self, batch: seen.append(inputs(self, batch)) or seen[-1])
     code, *_ = cli(main, *RANDOM, "--data-path", colors, "--patch-drop", 0.5, "--dry-run")
     assert code == 0 and [one.patches is None for one in seen] == [False, True]
+
+
+def test_the_time_left_knows_that_the_last_tenth_sees_all():
+    """Of 40 steps 36 are of half the patches, and cost half."""
+    trainer = trainer_of(epochs=10)
+    assert [trainer.cost(step) for step in (0, 2, 36, 38, 40)] == [0, 1, 18, 20, 22]
+    seen = batches()
+    remaining = Loop(trainer, (seen, seen), list("abcde"), None).log.remaining
+    assert remaining.work(40) == 22
+    assert trainer_of(0.0, epochs=10).cost(40) == 40
