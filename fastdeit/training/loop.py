@@ -107,8 +107,8 @@ class Loop:
         """Trainer.step, and what the processes tell each other with it. Returns the losses, as that does."""
         if not self.warm and compiles(self.config, self.world.device):
             others = len(self.trainer.turns()) - 1
-            at_all = f" in all {others + 1} shapes that it will take" if others else ""
-            self.log.say(f"compiling the training step{at_all}: the first takes longer ...")
+            of_each = f" for each of the {others + 1} sizes of its input" if others else ""
+            self.log.say(f"compiling the training step{of_each}: the first takes longer ...")
             if others:
                 self.trainer.rehearse(batch)
         losses = self.trainer.step(batch, self.checkpointing.exchange)

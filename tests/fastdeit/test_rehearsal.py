@@ -119,6 +119,6 @@ def test_a_run_says_it_once_and_is_the_same(colors, tmp_path, monkeypatch, capsy
     run(*STAGED, "--data-path", colors, "--output-dir", tmp_path / "compiled", "--compile")
     said = capsys.readouterr().out
     assert said.count("compiling the training step") == 1
-    assert "compiling the training step in all 3 shapes that it will take: the first takes longer" in said
+    assert "compiling the training step for each of the 3 sizes of its input: the first takes longer" in said
     assert compiled == [3] * 15  # all before the first step
     assert_same(tmp_path / "plain", tmp_path / "compiled")
