@@ -35,7 +35,7 @@ from fastdeit.cli import FoldedHelp
 from . import charts, fashion_mnist, imagenet_cost, metered, studies
 from .data_efficiency import PLAIN as WITHOUT_TOKEN
 from .data_efficiency import TEACHER
-from .record import RECORDS, surroundings, write_table
+from .record import RECORDS, write_table
 from .studies import file_name, into, mean_and_error
 
 EPOCHS, BATCH = 6, 64
@@ -224,7 +224,9 @@ class Results:
             {lever: runs for lever, runs in lines.items() if runs}, TARGETS, self.file.with_suffix(".png")
         )
         settings = {"student": STUDENT, "teacher": TEACHER, "levers": LEVERS, "epochs": EPOCHS, "targets": TARGETS}
-        self.file.with_suffix(".json").write_text(json.dumps(surroundings("cpu") | settings, indent=1) + "\n")
+        self.file.with_suffix(".json").write_text(
+            json.dumps(studies.conditions("cost_to_accuracy") | settings, indent=1) + "\n"
+        )
 
 
 def _ratio(logs: list[float]) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .record import surroundings
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -26,6 +28,11 @@ def command(module: str, flags: str, folder: Path) -> None:
     ended = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     if ended.returncode:
         raise SystemExit(f"{' '.join(words)}\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
+
+
+def conditions(study: str) -> dict:
+    """What a study's record says of the machine and the versions; each of its runs has one thread."""
+    return surroundings("cpu") | {"command": f"python -m benchmarks.{study}", "threads": 1}
 
 
 def into(target: str) -> str:
