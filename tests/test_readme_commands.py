@@ -29,6 +29,7 @@ ELSEWHERE = {
     "make test": "runs this",
     "python -m fastdeit.doctor": "tests/fastdeit/test_doctor.py",
     "python -m benchmarks all": "tests/benchmarks/test_quick.py",
+    "python -m benchmarks.data_efficiency": "hours; in parts by tests/benchmarks/test_data_efficiency.py",
     "python benchmarks/gpu_checks.py": "needs a GPU",
 }
 SUBSTITUTES = {"resnet50": "test_resnet", "--views 30": "--views 1", "pretrained=True": "pretrained=False"}
