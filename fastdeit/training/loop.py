@@ -94,7 +94,7 @@ class Loop:
                 self.checkpointing.save()
 
     def _begin_part(self, epoch: int) -> None:
-        """Of the curriculum, if this epoch begins one, or the process."""
+        """Take the size of images of this epoch's part of the curriculum, and say where a part begins."""
         self.trainer.begin_epoch(epoch)
         part, before = self.trainer.curriculum.part(epoch), self.part
         self.part = part
