@@ -10,9 +10,9 @@ is a method too, so that teacher and maps can be told apart.
 One run a core at a time. What is finished stands in records/cpu/data_efficiency.csv and is not repeated, so that a
 stopped study is resumed by the same command; --no-record leaves the committed record alone.
 
-The record has two seeds of three so far, and a part of the third; a run takes some six minutes of one core. The
-settings below were chosen for the student that learns from labels alone, on images that are in no part of the study
-(choice-5000) and with seed 100: benchmarks/LOG.md, 26 November 2026.
+The record has three seeds; a run takes some six minutes of one core. The settings below were chosen for the student
+that learns from labels alone, on images that are in no part of the study (choice-5000) and with seed 100:
+benchmarks/LOG.md, 26 November 2026.
 """
 
 import argparse
@@ -176,9 +176,9 @@ class Results:
     def in_words(self) -> str:
         """What the table shows."""
         counts = {len(self.top1(size, method)) for size in fashion_mnist.SIZES for method in METHODS} - {0}
-        seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
+        seeds = studies.seeds_in_words(counts)
         return (
-            f"Top-1 % on the 10,000 test images, mean over {seeds} seeds; in brackets the gain over labels alone, seed "
+            f"Top-1 % on the 10,000 test images, mean over {seeds}; in brackets the gain over labels alone, seed "
             "by seed, and its standard error; both heads averaged:"
         )
 

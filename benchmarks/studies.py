@@ -44,6 +44,12 @@ def file_name(text: str) -> str:
     return "-".join("".join(letter if letter.isalnum() else " " for letter in text).split())
 
 
+def seeds_in_words(counts: Iterable[int]) -> str:
+    """How many seeds there are of each row: "3 seeds", or "2 to 3 seeds"."""
+    least, most = min(counts := set(counts)), max(counts)
+    return f"{most} seeds" if least == most else f"{least} to {most} seeds"
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean and its standard error; None for that of a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
