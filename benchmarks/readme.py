@@ -1,4 +1,4 @@
-"""Brings the tables of README.md and docs/distillation.md up to date with the records.
+"""Brings the tables of README.md and docs up to date with the records.
 
     python -m benchmarks.readme              writes them
     python -m benchmarks.readme --check      exits with 1 when they are stale
@@ -16,11 +16,11 @@ from pathlib import Path
 
 from fastdeit.cli import FoldedHelp
 
-from . import data_efficiency, demo
+from . import cost_to_accuracy, data_efficiency, demo
 from .record import RECORDS, Headline
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "distillation.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "distillation.md", ROOT / "docs" / "training.md")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -60,7 +60,18 @@ def study_of_distillation() -> str:
     return f"{textwrap.fill(results.in_words(), 120)}\n\n{results.table()}"
 
 
-TABLES = {"speed": speed, "demo": what_distillation_is_worth, "study": study_of_distillation}
+def study_of_costs() -> str:
+    """Of Fashion-MNIST."""
+    results = cost_to_accuracy.Results(RECORDS / "cpu" / "cost_to_accuracy.csv")
+    return f"{textwrap.fill(results.in_words(), 120)}\n\n{results.table()}"
+
+
+TABLES = {
+    "speed": speed,
+    "demo": what_distillation_is_worth,
+    "study": study_of_distillation,
+    "costs": study_of_costs,
+}
 
 
 def up_to_date(text: str) -> str:

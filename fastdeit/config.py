@@ -189,7 +189,8 @@ class Model:
     """Stochastic depth: rate of the last block, rising linearly from 0 (DeiT III: the same in every block)."""
     patch_drop: float = setting(0.0, at_least=0, below=1)
     """Share of each image's patches that a training step leaves out, others in each step: 0.5 halves the student's
-    arithmetic (PatchDropout, arXiv 2208.07220). The last tenth of the run, and evaluations, see all."""
+    arithmetic (PatchDropout, arXiv 2208.07220). The last tenth of the run, and evaluations, see all. It did not pay for
+    a nano student on Fashion-MNIST (docs/training.md)."""
     finetune: str | None = None
     """Weights to start from: a run's folder; a folder of timm or transformers; a file, of timm or facebookresearch/deit
     too; hf-hub:ORG/NAME; a URL."""
@@ -228,7 +229,8 @@ class Distillation:
     ResNet-34 to ResNet-18 on ImageNet (2 from ResNet-50 to MobileNetV1), 1 for nkd, as with DeiT students there."""
     logit_standardization: bool = False
     """soft, dkd: each image's logits, the teacher's and the student's, less their mean and over their standard
-    deviation (arXiv 2403.01427, whose code takes a tau of 2 to 3 and a weight of 9, which is an alpha of 0.9)."""
+    deviation (arXiv 2403.01427, whose code takes a tau of 2 to 3 and a weight of 9, which is an alpha of 0.9). It did
+    not pay for a nano student on Fashion-MNIST (docs/training.md)."""
     teacher_model: str | tuple[str, ...] = "regnety_160"
     """timm model name, NAME or NAME.TAG, for its published weights. Several: their probabilities' mean teaches."""
     teacher_path: str | tuple[str, ...] | None = setting(None, resumable=True)
@@ -294,7 +296,7 @@ class Optimization:
     curriculum: str = "none"
     """Smaller images and weaker RandAugment at first (EfficientTrain++). efficienttrain: as published for DeiT at 224
     pixels. SIZE:MAGNITUDE,...: parts of equal work, as 14:0,21:5,28:9; SIZE,...: with the magnitude of --aa. none: all
-    epochs alike."""
+    epochs alike. It did not pay for a nano student on Fashion-MNIST (docs/training.md)."""
     accumulate: int = setting(1, at_least=1, resumable=True)
     """Micro-batches of --batch-size per process whose gradients make one step."""
     opt: Literal["adamw", "lamb", "sgd", "muon"] = "adamw"

@@ -1,15 +1,19 @@
 """The study of what an accuracy costs: its meter, its record and its table, on made-up results; the estimate."""
 
 import json
+import math
 import shlex
 
 import pytest
 import torch
+from docstring_parser import parse_from_object
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cost_to_accuracy, imagenet_cost, metered
-from benchmarks.cost_to_accuracy import LEVERS, PLAIN, STUDENT, Results, curve, reached
+from benchmarks.cost_to_accuracy import LEVERS, PLAIN, RECORDS, STUDENT, TARGETS, Results, curve, reached
+from benchmarks.studies import mean_and_error
 from fastdeit.cli import parse_config
+from fastdeit.config import Distillation, Model, Optimization
 from fastdeit.config_check import check, unread
 from fastdeit.training.loop import Loop
 from fastdeit.training.muon import orthogonalise
@@ -74,6 +78,7 @@ def test_the_table_has_paired_ratios_and_the_record_is_read_back(tmp_path, monke
     # Ratios 1/2, 1 and 1/4: the logarithms' mean is log 0.5, their standard error log 2 / sqrt(3).
     assert rows["| muon"] == ["200 (x 1.00 ± 0.00)", "28 (x 0.50 ± 0.20)", "90", "83.0 (+3.0 ± 0.6) |"]
     assert rows["| hard"][:2] == ["150 (x 0.75), 1 of 2 seeds", "18 (x 0.35), 1 of 2 seeds"]
+    assert "mean over 2 to 3 seeds" in read.in_words()
     read.summarise()
     assert (tmp_path / "record.md").read_text() == read.table() and (tmp_path / "record.png").stat().st_size > 5_000
     assert json.loads((tmp_path / "record.json").read_text())["levers"] == LEVERS
@@ -84,6 +89,34 @@ def test_a_lever_that_never_arrives(tmp_path, monkeypatch):
     results = Results(tmp_path / "record.csv")
     results.add("dkd", 0, points((10.0, 70.0), (20.0, 79.0)))
     assert "| dkd | not reached | not reached | 20 | 79.0 |" in results.table()
+
+
+@pytest.mark.parametrize(
+    "levers, group, name",
+    [
+        (["muon"], Optimization, "opt"),
+        (["patch-drop 0.25", "patch-drop 0.5"], Model, "patch_drop"),
+        (["curriculum"], Optimization, "curriculum"),
+        (["soft, standardised"], Distillation, "logit_standardization"),
+        (["soft, features"], Distillation, "feature_distillation_weight"),
+    ],
+)
+def test_a_lever_that_does_not_pay_says_so_in_its_help(levers, group, name):
+    """By the record: more CPU-seconds than the plain recipe to the higher accuracy, or not there with every seed."""
+    results = Results(RECORDS / "cpu" / "cost_to_accuracy.csv")
+    plain = results.costs(PLAIN, TARGETS[-1], 2)
+    assert plain.keys() == {0, 1, 2}
+    pays = True
+    for lever in levers:
+        costs = results.costs(lever, TARGETS[-1], 2)
+        assert costs.keys() == plain.keys()
+        if None not in costs.values():
+            ratio, error = mean_and_error([math.log(costs[seed] / plain[seed]) for seed in plain])
+            pays &= ratio < error
+        else:
+            pays = False
+    (text,) = (one.description for one in parse_from_object(group).params if one.arg_name == name)
+    assert pays != ("did not pay" in " ".join(text.split()))
 
 
 # The estimate

@@ -1,4 +1,4 @@
-"""README.md and docs/distillation.md show what the records hold."""
+"""README.md and docs show what the records hold."""
 
 import json
 
