@@ -185,6 +185,12 @@ class Results:
             for seed, points in self.of(lever).items()
         }
 
+    def log_ratios(self, lever: str, target: float, column: int) -> list[float]:
+        """Logarithms of the lever's costs over the plain recipe's, of the seeds in which both reach the target."""
+        own, plain = self.costs(lever, target, column), self.costs(PLAIN, target, column)
+        pairs = [(value, plain.get(seed)) for seed, value in own.items()]
+        return [math.log(mine / theirs) for mine, theirs in pairs if mine and theirs]
+
     def in_words(self) -> str:
         """What the table shows."""
         seeds = studies.seeds_in_words(len(self.of(lever)) for lever in filter(self.of, LEVERS))
@@ -206,13 +212,12 @@ class Results:
         return "\n".join(lines) + "\n"
 
     def _cost(self, lever: str, target: float, column: int) -> str:
-        own, plain = self.costs(lever, target, column), self.costs(PLAIN, target, column)
+        own = self.costs(lever, target, column)
         values = [value for value in own.values() if value is not None]
         if not values:
             return "not reached"
         few = "" if len(values) == len(own) else f", {len(values)} of {len(own)} seeds"
-        pairs = [(value, plain.get(seed)) for seed, value in own.items()]
-        logs = [math.log(mine / theirs) for mine, theirs in pairs if mine and theirs]
+        logs = self.log_ratios(lever, target, column)
         ratio = "" if lever == PLAIN or not logs else f" ({_ratio(logs)})"
         return f"{statistics.mean(values):,.0f}{ratio}{few}"
 

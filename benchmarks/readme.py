@@ -12,7 +12,9 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from fastdeit.cli import FoldedHelp
 
@@ -54,23 +56,17 @@ def what_distillation_is_worth() -> str:
     return textwrap.fill(demo.in_words(demo.read()), 120) + "\n"
 
 
-def study_of_distillation() -> str:
-    """Of Fashion-MNIST."""
-    results = data_efficiency.Results(RECORDS / "cpu" / "data_efficiency.csv")
-    return f"{textwrap.fill(results.in_words(), 120)}\n\n{results.table()}"
-
-
-def study_of_costs() -> str:
-    """Of Fashion-MNIST."""
-    results = cost_to_accuracy.Results(RECORDS / "cpu" / "cost_to_accuracy.csv")
+def study(module: ModuleType) -> str:
+    """The table of one of the studies on Fashion-MNIST, and what it shows."""
+    results = module.Results(RECORDS / "cpu" / f"{module.__name__.rpartition('.')[2]}.csv")
     return f"{textwrap.fill(results.in_words(), 120)}\n\n{results.table()}"
 
 
 TABLES = {
     "speed": speed,
     "demo": what_distillation_is_worth,
-    "study": study_of_distillation,
-    "costs": study_of_costs,
+    "study": partial(study, data_efficiency),
+    "costs": partial(study, cost_to_accuracy),
 }
 
 
