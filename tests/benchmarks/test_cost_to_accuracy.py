@@ -91,6 +91,15 @@ def test_a_lever_that_never_arrives(tmp_path, monkeypatch):
     assert "| dkd | not reached | not reached | 20 | 79.0 |" in results.table()
 
 
+def test_a_ratio_is_of_a_seed_in_which_both_arrive(tmp_path):
+    results = Results(tmp_path / "record.csv")
+    results.add(PLAIN, 0, points((10.0, 70.0), (40.0, 80.0)))
+    results.add(PLAIN, 1, points((10.0, 70.0), (40.0, 79.0)))
+    for seed, cost in enumerate((20.0, 25.0, 30.0)):
+        results.add("muon", seed, points((10.0, 70.0), (cost, 80.0)))
+    assert results.log_ratios("muon", 80.0, 2) == [math.log(20 / 40)]
+
+
 @pytest.mark.parametrize(
     "levers, group, name",
     [
